@@ -1,0 +1,43 @@
+"""Image relative position encoding (iRPE, ICCV 2021) for any attention.
+
+Build an encoding with `get_rpe_config` and `build_rpe`, attend with `rpe_attention` or
+`RPEAttention`, or give it to a timm vision transformer with `add_irpe`.
+"""
+
+from irpe_core.add import add_irpe
+from irpe_core.buckets import BucketCache, bucket_ids, piecewise_index
+from irpe_core.checkpoint import CheckpointError, load_checkpoint, load_weights
+from irpe_core.config import (
+    METHODS,
+    MODES,
+    RPEConfig,
+    format_rpe_spec,
+    get_rpe_config,
+    parse_rpe_spec,
+)
+from irpe_core.encoding import BiasRPE, ContextualRPE, CrossRPE, ValueRPE, build_rpe
+from irpe_core.functional import rpe_attention
+from irpe_core.modules import RPEAttention
+
+__all__ = [
+    "METHODS",
+    "MODES",
+    "RPEConfig",
+    "get_rpe_config",
+    "parse_rpe_spec",
+    "format_rpe_spec",
+    "piecewise_index",
+    "bucket_ids",
+    "BucketCache",
+    "ContextualRPE",
+    "BiasRPE",
+    "ValueRPE",
+    "CrossRPE",
+    "build_rpe",
+    "rpe_attention",
+    "RPEAttention",
+    "add_irpe",
+    "CheckpointError",
+    "load_checkpoint",
+    "load_weights",
+]
