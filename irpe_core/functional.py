@@ -56,11 +56,14 @@ def rpe_attention(
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, scale=scale)
     bias = _logit_bias(q, k, rpe_q, rpe_k, height, width, scale)
     bias = _add_mask(bias, attn_mask, q.dtype)
-    if rpe_v is None:
+    # On the CPU torch's attention has no kernel with the gradient of a bias, and the composition it
+    # falls back to checks every row for masks.
+    if rpe_v is None and (q.is_cuda or not torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=scale)
     attn_BHQK = _attention_weights(q * scale, k, bias, has_mask=attn_mask is not None)
     attn_BHQK = F.dropout(attn_BHQK, dropout_p, training=dropout_p > 0)
-    return attn_BHQK @ v + rpe_v(attn_BHQK, height, width)
+    out = attn_BHQK @ v
+    return out if rpe_v is None else out + rpe_v(attn_BHQK, height, width)
 
 
 def _logit_bias(
@@ -95,7 +98,7 @@ def _attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, *, has_mask: b
     """`softmax(q kᵀ + bias)`; rows that may attend nowhere are zero, as in torch's attention."""
     logits = q @ k.transpose(-2, -1)
     if bias is not None:
-        logits = logits + bias
+        logits += bias
     if not has_mask:
         return logits.softmax(-1)
     nowhere = torch.isneginf(logits).all(-1, keepdim=True)
