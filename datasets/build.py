@@ -1,0 +1,90 @@
+"""From DeiT's `--data-set` names to data sets that survive a corrupt image."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from PIL import Image
+from torchvision.datasets import CIFAR100
+
+from datasets.errors import DataError
+from datasets.imagenet import Split, build_imagenet
+from datasets.inaturalist import InatCategory, INaturalistImages
+from datasets.resilient import ImageDataset, ResilientDataset
+
+DataSetName = Literal["CIFAR", "IMNET", "INAT", "INAT19", "DIGITS"]
+
+
+def build_dataset(
+    data_set: DataSetName,
+    data_path: str | os.PathLike[str],
+    split: Split,
+    *,
+    transform: Callable[[Image.Image], Any] | None = None,
+    load_tar: bool = False,
+    classes: Sequence[str] | None = None,
+    inat_category: InatCategory = "name",
+    download: bool = False,
+    max_bad_fraction: float = 0.01,
+) -> ResilientDataset:
+    """Opens one split of a data set; `len(dataset.classes)` is its number of classes.
+
+    Args:
+        data_set: `CIFAR` (CIFAR-100), `IMNET` (class folders or tars, see `imagenet`), `INAT`
+            (iNaturalist 2018), `INAT19`, or `DIGITS` (the embedded data, written at first use).
+        data_path: Where the data lies.
+        split: `train` or `val`.
+        transform: Applied to the PIL RGB image.
+        load_tar: Read `<split>.tar` in place; `IMNET` and `DIGITS` alone have tars.
+        classes: Classes of the training split, to number those of `IMNET` and `DIGITS` alike.
+        inat_category: What the classes of iNaturalist are.
+        download: Let torchvision download CIFAR-100 or iNaturalist where it is missing. In a
+            distributed run, do so with one process first.
+        max_bad_fraction: Share of corrupt images that is too many.
+
+    Raises:
+        DataError: The data is missing, empty or damaged.
+        ValueError: An unknown data set or split.
+    """
+    allowed = get_args(DataSetName)
+    if data_set not in allowed:
+        raise ValueError(f"data_set must be one of {', '.join(allowed)}, not {data_set!r}")
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be train or val, not {split!r}")
+    if load_tar and data_set not in ("IMNET", "DIGITS"):
+        raise DataError(f"--load-tar is for IMNET and DIGITS: {data_set} has no tars")
+
+    dataset: ImageDataset
+    if data_set in ("IMNET", "DIGITS"):
+        if data_set == "DIGITS":
+            # Imported here, so that `python -m datasets.embedded` does not meet itself.
+            from datasets.embedded import write_digits
+
+            write_digits(data_path)
+        dataset = build_imagenet(
+            data_path, split, load_tar=load_tar, transform=transform, classes=classes
+        )
+    elif data_set == "CIFAR":
+        dataset = _open_cifar(Path(data_path), split, transform, download)
+    else:
+        dataset = INaturalistImages(
+            data_path,
+            "2018" if data_set == "INAT" else "2019",
+            split,
+            category=inat_category,
+            transform=transform,
+            download=download,
+        )
+    return ResilientDataset(dataset, max_bad_fraction=max_bad_fraction)
+
+
+def _open_cifar(
+    root: Path, split: Split, transform: Callable[[Image.Image], Any] | None, download: bool
+) -> CIFAR100:
+    try:
+        return CIFAR100(str(root), train=split == "train", transform=transform, download=download)
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"CIFAR-100 cannot be opened, expected {root}/cifar-100-python: {error}"
+        ) from error

@@ -1,0 +1,126 @@
+"""Real images without a download: scikit-learn's 1,797 handwritten digits as a data set on disk.
+
+Optical recognition of handwritten digits (Alpaydin and Kaynak, UCI, 1998), 8 x 8 pixels of 17 gray
+levels, split 80/20 with the classes balanced: 1,438 for training, 359 for validation. The split
+mixes writers, so figures on it are easier than on unseen writers.
+
+    python -m datasets.embedded ROOT
+"""
+
+import argparse
+import io
+import os
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datasets.errors import DataError
+
+_VALIDATION_SIZE = 359
+_NOTE = "digits.txt"
+
+
+def write_digits(root: str | os.PathLike[str]) -> Path:
+    """Writes the digits as `train/<digit>/<number>.png`, `val/...`, `train.tar` and `val.tar`.
+
+    The folder appears whole or not at all, and several processes may call this at once. Where the
+    digits are already, nothing is written.
+
+    Args:
+        root: A new or empty folder, or one that holds the digits.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: The folder holds something else or cannot be written.
+    """
+    root = Path(root).resolve()
+    # Occupied first, then whether by the digits: another process may finish in between.
+    occupied = root.exists() and (not root.is_dir() or any(root.iterdir()))
+    if (root / _NOTE).is_file():
+        return root
+    if occupied:
+        raise DataError(f"{root} holds other files: the digits need a new or empty folder")
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
+            tree = Path(scratch) / "tree"
+            tree.mkdir()
+            _write_splits(tree)
+            _move(tree, root)
+    except OSError as error:
+        raise DataError(f"cannot write the digits to {root}: {error.strerror}") from error
+    return root
+
+
+def _move(tree: Path, root: Path) -> None:
+    try:
+        tree.rename(root)
+    except OSError:
+        # Another process was first: its digits are the same.
+        if not (root / _NOTE).is_file():
+            raise
+
+
+def _write_splits(tree: Path) -> None:
+    # Imported here: scikit-learn takes a second, and only this function needs it.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    numbers = np.arange(len(labels))
+    train, val = train_test_split(
+        numbers, test_size=_VALIDATION_SIZE, stratify=labels, random_state=0
+    )
+    for split, chosen in (("train", train), ("val", val)):
+        files = {
+            f"{labels[number]}/{number:04d}.png": _png(images[number].reshape(8, 8))
+            for number in sorted(chosen)
+        }
+        for name, content in files.items():
+            path = tree / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        _write_tar(tree / f"{split}.tar", files)
+    (tree / _NOTE).write_text(
+        "scikit-learn's 1,797 handwritten digits (UCI, Alpaydin and Kaynak 1998), 8 x 8 pixels;\n"
+        "1,438 to train and 359 to validate, classes balanced, writers mixed.\n"
+    )
+
+
+def _png(ink: np.ndarray) -> bytes:
+    """Encodes ink (8, 8) in 0..16 as an 8-bit gray PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.round(ink * (255 / 16)).astype(np.uint8)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _write_tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in sorted(files):
+            # A fresh TarInfo has no owner and no date, so the archive is the same everywhere.
+            member = tarfile.TarInfo(name)
+            member.size = len(files[name])
+            tar.addfile(member, io.BytesIO(files[name]))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes the digits to the folder named on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m datasets.embedded", description="Write scikit-learn's digits as images."
+    )
+    parser.add_argument("root", help="a new or empty folder")
+    root = parser.parse_args(argv).root
+    try:
+        print(write_digits(root))
+    except DataError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
