@@ -1,0 +1,68 @@
+"""Small trees of real images, as folders and as tars."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keeps every test out of the user's own cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def _png(seed: int) -> bytes:
+    pixels = np.random.RandomState(seed).randint(0, 256, (9, 13, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _write_tar(path: Path, files: dict[str, bytes], **options: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def _write_folder(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+@pytest.fixture
+def png() -> Callable[[int], bytes]:
+    """A 13 x 9 image of noise, the same for the same seed."""
+    return _png
+
+
+@pytest.fixture(scope="session")
+def write_tar() -> Callable[..., Path]:
+    """Writes {name: content} as a tar."""
+    return _write_tar
+
+
+@pytest.fixture
+def write_folder() -> Callable[..., Path]:
+    """Writes {name: content} as a folder tree."""
+    return _write_folder
+
+
+@pytest.fixture
+def tree() -> dict[str, bytes]:
+    """Three classes with 7 images in all, in no particular order."""
+    names = ("b/2.png", "b/10.png", "a/x.png", "c-d/1.png", "c-d/0.png", "a/y.png", "a/w.png")
+    return {name: _png(seed) for seed, name in enumerate(names)}
