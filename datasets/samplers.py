@@ -71,12 +71,16 @@ class SeededSampler(Sampler[tuple[int, int]], ABC):
     def _indices(self) -> np.ndarray:
         """This process's indices in a whole epoch, (len(self),) int64."""
 
+    def _positions(self) -> np.ndarray:
+        """Where these stand in the order over all processes, (len(self),) int64."""
+        return np.arange(self.rank, len(self) * self.world_size, self.world_size)
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         # Kept here: set_epoch must not change an iteration that is under way.
-        epoch, indices = self.epoch, self._indices().tolist()
-        for step in range(self.start, len(indices)):
-            position = step * self.world_size + self.rank
-            yield indices[step], _sample_seed(self.seed, epoch, position)
+        epoch = self.epoch
+        pairs = np.stack([self._indices(), self._positions()], axis=1)[self.start :]
+        for index, position in pairs.tolist():
+            yield index, _sample_seed(self.seed, epoch, position)
 
 
 class DistributedShuffleSampler(SeededSampler):
@@ -160,6 +164,9 @@ class EvalSampler(SeededSampler):
     def _indices(self) -> np.ndarray:
         indices = np.arange(self.size)
         return indices[indices // self.batch_size % self.world_size == self.rank]
+
+    def _positions(self) -> np.ndarray:
+        return self._indices()
 
 
 class SeededDataset(Dataset[tuple[Any, int]]):

@@ -190,7 +190,9 @@ def test_digits_are_written_at_first_use_and_train_as_they_are(
     )
     assert (len(train), len(val)) == (1438, 359)
     assert len(train.classes) == len(val.classes) == 10
-    loader = DataLoader(SeededDataset(val), sampler=EvalSampler(len(val)), batch_size=100)
+    loader = DataLoader(
+        SeededDataset(val), sampler=EvalSampler(len(val), batch_size=100), batch_size=100
+    )
     batches = [(images.shape, len(targets)) for images, targets in loader]
     assert batches == [((100, 3, 24, 24), 100)] * 3 + [((59, 3, 24, 24), 59)]
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.utils.data import BatchSampler
 
 from datasets import DistributedShuffleSampler, EvalSampler, RepeatedAugSampler
 from datasets.samplers import SeededSampler
@@ -96,22 +97,25 @@ def test_shuffling_draws_every_image_in_every_epoch(size: int, world: int) -> No
 
 
 @pytest.mark.parametrize("size", [1, 2, 359, 360], ids="{}_images".format)
+@pytest.mark.parametrize("batch", [1, 32, 500], ids="batch{}".format)
 @pytest.mark.parametrize("world", [1, 2, 7], ids="{}_ranks".format)
-def test_evaluation_draws_every_image_exactly_once(size: int, world: int) -> None:
-    samplers = [EvalSampler(size, rank=rank, world_size=world) for rank in range(world)]
+def test_evaluation_draws_every_image_exactly_once(size: int, batch: int, world: int) -> None:
+    samplers = [EvalSampler(size, batch_size=batch, rank=r, world_size=world) for r in range(world)]
     drawn = [[index for index, _ in sampler] for sampler in samplers]
     assert sorted(index for one in drawn for index in one) == list(range(size))
     assert [len(sampler) for sampler in samplers] == [len(one) for one in drawn]
-    assert max(map(len, drawn)) - min(map(len, drawn)) <= 1
+    assert max(map(len, drawn)) - min(map(len, drawn)) <= batch
 
 
-def test_a_sample_of_evaluation_has_the_same_seed_in_any_number_of_processes() -> None:
-    alone = dict(EvalSampler(11))
-    shared = {
-        **dict(EvalSampler(11, rank=0, world_size=2)),
-        **dict(EvalSampler(11, rank=1, world_size=2)),
-    }
-    assert shared == alone
+@pytest.mark.parametrize("world", [2, 3], ids="{}_ranks".format)
+def test_batches_of_evaluation_are_those_of_one_process(world: int) -> None:
+    def batches(rank: int, world: int) -> list[list[tuple[int, int]]]:
+        sampler = EvalSampler(35, batch_size=4, rank=rank, world_size=world)
+        return list(BatchSampler(sampler, batch_size=4, drop_last=False))
+
+    # Indices and seeds alike, so that every process computes what one process would.
+    dealt = [batch for rank in range(world) for batch in batches(rank, world)]
+    assert sorted(dealt) == sorted(batches(0, 1))
 
 
 @SHUFFLED
@@ -159,6 +163,11 @@ def test_seeds_change_from_epoch_to_epoch_and_from_rank_to_rank() -> None:
 def test_a_bad_argument_is_named(arguments: dict[str, int], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         RepeatedAugSampler(**arguments)
+
+
+def test_a_bad_batch_size_of_evaluation_is_named() -> None:
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        EvalSampler(9, batch_size=0)
 
 
 @pytest.mark.parametrize(
