@@ -7,6 +7,7 @@ A configuration is written as `rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 __all__ = ["METHODS", "MODES", "RPEConfig", "get_rpe_config", "parse_rpe_spec", "format_rpe_spec"]
 
@@ -141,5 +142,6 @@ def format_rpe_spec(config: RPEConfig | None) -> str:
     """Write a configuration as a spec, the inverse of `parse_rpe_spec` (without `skip`)."""
     if config is None:
         return ""
-    ratio = float(config.ratio)
+    # Never in scientific notation, whose "1e-05" would not survive the split at the hyphens.
+    ratio = format(Decimal(str(float(config.ratio))), "f")
     return f"rpe-{ratio}-{config.method}-{config.mode}-{int(config.shared_head)}-{config.rpe_on}"
