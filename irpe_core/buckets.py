@@ -9,8 +9,8 @@ With `(dr, dc) = position(i) - position(j)` on a row-major grid and the piecewis
     product  (g(dr) + B)·(2B + 1) + g(dc) + B
 
 g is constant beyond gamma and is only ever taken of whole numbers, so it is evaluated once per
-ratio into a short table of integers. No float rounding of another device or compiler can then
-move a bucket, and the work per grid is integer arithmetic.
+ratio, on the CPU, into the few distances where it steps. No float rounding of another device or
+compiler can then move a bucket, and the work per grid is integer arithmetic.
 """
 
 import functools
@@ -19,7 +19,7 @@ import threading
 from collections import OrderedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from irpe_core.config import RPEConfig
 
@@ -58,22 +58,73 @@ def piecewise_index(x: Tensor, alpha: float, beta: float, gamma: float) -> Tenso
 
 
 @functools.lru_cache(maxsize=64)
-def _piecewise_table(ratio: float) -> tuple[int, ...]:
-    """g(0), g(1), … up to the first distance from which on it is constant."""
+def _piecewise_steps(ratio: float) -> tuple[int, ...]:
+    """Distances at which g grows by one: `g(x) = sign(x)·#{steps <= |x|}` for whole numbers x."""
     with torch.inference_mode(False):
         distances = torch.arange(math.ceil(8 * ratio) + 2, device="cpu")
-        return tuple(piecewise_index(distances, ratio, 2 * ratio, 8 * ratio).tolist())
+        table = piecewise_index(distances, ratio, 2 * ratio, 8 * ratio).tolist()
+    return tuple(x for x in range(1, len(table)) for _ in range(table[x] - table[x - 1]))
 
 
-def _index_of_integers(x: Tensor, ratio: float) -> Tensor:
-    """`piecewise_index` of whole numbers, by table."""
-    table = torch.tensor(_piecewise_table(ratio), device=x.device)
-    return x.sign() * table[x.abs().clamp(max=len(table) - 1)]
+def _index_of_integers(x: Tensor, ratio: float, largest: int) -> Tensor:
+    """`piecewise_index` of whole numbers up to `largest` in size, without leaving the device."""
+    distance = x.abs()
+    index = torch.zeros_like(x)
+    for step in _piecewise_steps(ratio):
+        if step > largest:
+            break
+        index += distance >= step
+    return x.sign() * index
 
 
-def _with_skip(ids: Tensor, skip: int, extra_bucket: int) -> Tensor:
-    """Put `skip` rows and columns of the extra bucket before the grid's pairs."""
-    return torch.nn.functional.pad(ids, (skip, 0, skip, 0), value=extra_bucket) if skip else ids
+# An operator, so that tracers (torch.compile, export, FakeTensorMode) see one opaque node with the
+# right shape: sizes may be symbolic, and g is never traced.
+torch.library.define(
+    "irpe_core::bucket_table",
+    "(str method, int axis, SymInt height, SymInt width, float ratio, SymInt skip, Device device)"
+    " -> Tensor",
+)
+
+
+@torch.library.impl("irpe_core::bucket_table", "default")
+def _compute_table(
+    method: str,
+    axis: int,
+    height: int,
+    width: int,
+    ratio: float,
+    skip: int,
+    device: torch.device,
+) -> Tensor:
+    """One `(L, L)` table, computed anew; `axis` chooses rows (0) or columns (1) for `cross`."""
+    config = RPEConfig(ratio=ratio, method=method, skip=skip)
+    rows, cols = (torch.arange(n, device=device) for n in (height, width))
+    # Differences broadcast over (query row, query column, key row, key column).
+    dr = (rows[:, None] - rows[None, :])[:, None, :, None]
+    dc = (cols[:, None] - cols[None, :])[None, :, None, :]
+    if method in ("euc", "quant"):
+        distance = rows[:, None] ** 2 + cols[None, :] ** 2
+        if method == "euc":
+            distance = distance.float().sqrt().round().long()
+        by_offset = _index_of_integers(distance, ratio, (height - 1) ** 2 + (width - 1) ** 2)
+        ids = by_offset[dr.abs(), dc.abs()] + config.side // 2
+    else:
+        row_ids = _index_of_integers(dr, ratio, height - 1) + config.side // 2
+        col_ids = _index_of_integers(dc, ratio, width - 1) + config.side // 2
+        ids = row_ids * config.side + col_ids if method == "product" else (row_ids, col_ids)[axis]
+    tokens = height * width
+    ids = ids.expand(height, width, height, width).reshape(tokens, tokens)
+    # Skipped tokens come first, and every pair with one has the last bucket.
+    return torch.nn.functional.pad(ids, (skip, 0, skip, 0), value=config.num_buckets - 1)
+
+
+@torch.library.register_fake("irpe_core::bucket_table")
+def _fake_table(method, axis, height, width, ratio, skip, device) -> Tensor:
+    tokens = skip + height * width
+    return torch.empty(tokens, tokens, dtype=torch.int64, device=device)
+
+
+_bucket_table = torch.ops.irpe_core.bucket_table.default
 
 
 def bucket_ids(
@@ -102,31 +153,15 @@ def bucket_ids(
     Raises:
         ValueError: Names the argument, its value and what is allowed.
     """
-    config = RPEConfig(ratio=ratio, method=method, skip=skip)
+    RPEConfig(ratio=ratio, method=method, skip=skip)
     if height < 1 or width < 1:
         raise ValueError(f"the grid must be at least 1 x 1, got {height} x {width}")
-    rows, cols = (torch.arange(n, device=device or "cpu") for n in (height, width))
-    # Differences broadcast over (query row, query column, key row, key column).
-    dr = (rows[:, None] - rows[None, :])[:, None, :, None]
-    dc = (cols[:, None] - cols[None, :])[None, :, None, :]
-    grid = (height, width, height, width)
-    tokens = height * width
-    offset = config.side // 2
-
-    def finish(ids: Tensor) -> Tensor:
-        ids = ids.expand(grid).reshape(tokens, tokens)
-        return _with_skip(ids, skip, config.num_buckets - 1)
-
-    if method == "euc":
-        distance = (dr * dr + dc * dc).float().sqrt().round().long()
-        return finish(_index_of_integers(distance, ratio) + offset)
-    if method == "quant":
-        return finish(_index_of_integers(dr * dr + dc * dc, ratio) + offset)
-    row_ids = _index_of_integers(dr, ratio) + offset
-    col_ids = _index_of_integers(dc, ratio) + offset
-    if method == "cross":
-        return finish(row_ids), finish(col_ids)
-    return finish(row_ids * config.side + col_ids)
+    device = torch.device(device or "cpu")
+    tables = [
+        _bucket_table(method, axis, height, width, ratio, skip, device)
+        for axis in range(2 if method == "cross" else 1)
+    ]
+    return (tables[0], tables[1]) if method == "cross" else tables[0]
 
 
 class BucketCache:
@@ -138,13 +173,14 @@ class BucketCache:
 
     def __init__(self, max_bytes: int = 512 * 2**20) -> None:
         self.max_bytes = max_bytes
-        self._tables: OrderedDict[tuple, tuple[Tensor, ...]] = OrderedDict()
+        self._tables: OrderedDict[tuple, Tensor] = OrderedDict()
+        self._nbytes = 0
         self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
-        return sum(t.nbytes for tables in self._tables.values() for t in tables)
+        return self._nbytes
 
     def __len__(self) -> int:
         return len(self._tables)
@@ -153,35 +189,42 @@ class BucketCache:
         """Free every table."""
         with self._lock:
             self._tables.clear()
+            self._nbytes = 0
 
-    def get(
-        self, config: RPEConfig, height: int, width: int, device: torch.device
-    ) -> tuple[Tensor, ...]:
-        """Tables of a grid: one `(L, L)` int64 tensor, two for `cross`. Not to be written to."""
+    def get(self, config: RPEConfig, height: int, width: int, axis: int, like: Tensor) -> Tensor:
+        """The `(L, L)` int64 table of a grid on the device of `like`. Not to be written to.
+
+        Args:
+            config: The encoding.
+            height: Rows of the grid.
+            width: Columns of the grid.
+            axis: 0 for the rows, 1 for the columns of `cross`; 0 for the other methods.
+            like: A tensor of the same kind as the table: for a fake one the table is fake.
+        """
+        arguments = (config.method, axis, height, width, config.ratio, config.skip, like.device)
         # While tracing, sizes may be symbolic and tensors fake: nothing of that may be kept.
-        if torch.compiler.is_compiling():
-            return self._compute(config, height, width, device)
-        key = (config.method, config.ratio, config.skip, height, width, device)
+        if torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter):
+            return _bucket_table(*arguments)
         with self._lock:
-            if key in self._tables:
-                self._tables.move_to_end(key)
-                return self._tables[key]
+            if arguments in self._tables:
+                self._tables.move_to_end(arguments)
+                return self._tables[arguments]
         # A table made in inference mode could not serve a later training step.
         with torch.inference_mode(False):
-            tables = self._compute(config, height, width, device)
-        if all(type(table) is Tensor for table in tables):
-            with self._lock:
-                self._tables[key] = tables
-                while self._tables and self.nbytes > self.max_bytes:
-                    self._tables.popitem(last=False)
-        return tables
+            table = _bucket_table(*arguments)
+        if type(table) is Tensor and table.nbytes <= self.max_bytes:
+            self._keep(arguments, table)
+        return table
 
-    @staticmethod
-    def _compute(
-        config: RPEConfig, height: int, width: int, device: torch.device
-    ) -> tuple[Tensor, ...]:
-        ids = bucket_ids(config.method, height, width, config.ratio, config.skip, device=device)
-        return ids if isinstance(ids, tuple) else (ids,)
+    def _keep(self, key: tuple, table: Tensor) -> None:
+        with self._lock:
+            if key in self._tables:
+                return
+            while self._nbytes + table.nbytes > self.max_bytes:
+                _, oldest = self._tables.popitem(last=False)
+                self._nbytes -= oldest.nbytes
+            self._tables[key] = table
+            self._nbytes += table.nbytes
 
 
 BUCKET_CACHE = BucketCache()

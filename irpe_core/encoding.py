@@ -32,7 +32,8 @@ def resolve_grid(
     if (height is None) != (width is None):
         raise ValueError(f"give both height and width or neither, got {height} and {width}")
     if height is None:
-        side = math.isqrt(max(grid_tokens, 0))
+        # Not math.isqrt: torch.compile cannot take it of a symbolic length.
+        side = int(math.sqrt(max(grid_tokens, 0)))
         if side * side != grid_tokens or side == 0:
             raise ValueError(
                 f"{num_tokens} tokens without {skip} skipped ones do not form a square: "
@@ -67,7 +68,7 @@ class _TableRPE(nn.Module):
 
     def _index(self, x: Tensor, height: int | None, width: int | None) -> Tensor:
         grid = resolve_grid(x.shape[-2], self.config.skip, height, width)
-        return BUCKET_CACHE.get(self.config, *grid, x.device)[self.axis]
+        return BUCKET_CACHE.get(self.config, *grid, self.axis, like=x)
 
     def _apply_table(self, x: Tensor, table: Tensor) -> Tensor:
         """`x (B, H, L, n) @ table (Hs, n, m)`; a shared table is one flat matrix product."""

@@ -1,7 +1,8 @@
-"""Configurations and specs: what is accepted, what is refused and how, and the way there and back."""
+"""Configurations and specs: what is accepted, what is refused and how, and writing them."""
 
 import dataclasses
 import math
+import re
 
 import pytest
 
@@ -95,10 +96,8 @@ def test_get_rpe_config_keeps_the_names_of_the_original():
     ],
 )
 def test_a_malformed_spec_names_the_spec_the_part_its_value_and_what_is_allowed(spec, message):
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match=f"rpe spec {re.escape(repr(spec))}.*{re.escape(message)}"):
         parse_rpe_spec(spec)
-    assert message in str(raised.value)
-    assert f"rpe spec {spec!r}" in str(raised.value)
 
 
 @pytest.mark.parametrize("ratio", [1e-05, 0.1, 1.9, 2, 20, 33.333333333333336, 1e16, 1.5e300])
