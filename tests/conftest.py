@@ -9,6 +9,12 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random inputs are the same in every run, whatever ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill fresh memory with NaN (integers with their maximum), so that unwritten outputs show."""
