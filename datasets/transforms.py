@@ -9,6 +9,7 @@ another size are first resized to the input size, and rectangles are allowed eve
 from collections.abc import Sequence
 from typing import Literal
 
+from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -79,10 +80,28 @@ def build_transform(
     except (AssertionError, ValueError) as error:
         # timm asserts what it knows of a policy's name.
         raise ValueError(f"timm refuses aa {aa!r}, color_jitter {color_jitter}: {error}") from error
+    _allow_zero_bits(recipe)
     if whole:
         crop = [_resize(size), transforms.RandomCrop(size, padding=4)]
         recipe = transforms.Compose(crop + recipe.transforms[1:])
     return recipe
+
+
+def _allow_zero_bits(recipe: transforms.Compose) -> None:
+    """Lets timm's posterize keep no bits, which gives a black image, under every Pillow.
+
+    At the end of its range the recipe asks for that, and Pillow 13 refuses it.
+    """
+    for step in recipe.transforms:
+        for op in getattr(step, "ops", []):
+            if op.name.startswith("Posterize"):
+                op.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **unused: object) -> Image.Image:
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return ImageOps.posterize(image, min(bits, 8))
 
 
 def _evaluation(size: tuple[int, int], whole: bool) -> transforms.Compose:

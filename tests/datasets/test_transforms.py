@@ -86,6 +86,15 @@ def test_training_follows_the_recipe() -> None:
     assert transform.transforms[0].interpolation == transforms.InterpolationMode.BICUBIC
 
 
+def test_posterize_at_the_end_of_its_range_keeps_no_bits_instead_of_failing() -> None:
+    ops = {
+        op.name: op for step in build_transform(True).transforms for op in getattr(step, "ops", [])
+    }
+    posterize = ops["PosterizeIncreasing"]
+    posterize.prob, posterize.magnitude, posterize.magnitude_std = 1.0, 10, 0
+    assert not np.asarray(posterize(gray(8, 8))).any()
+
+
 def test_without_a_policy_colors_are_jittered_and_without_erasing_nothing_is_erased() -> None:
     names = kinds(build_transform(True, aa=None, reprob=0))
     assert "ColorJitter" in names

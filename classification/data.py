@@ -1,0 +1,101 @@
+"""Data sets and loaders of a run, from its configuration."""
+
+from collections.abc import Sequence
+
+from torch.utils.data import DataLoader
+
+from classification.config import ClassificationConfig
+from datasets import (
+    DistributedShuffleSampler,
+    EvalSampler,
+    RepeatedAugSampler,
+    ResilientDataset,
+    SeededDataset,
+    build_dataset,
+    build_transform,
+)
+from engine import UsageError, World, shield_worker
+
+__all__ = ["build_split", "train_loader", "eval_loader"]
+
+
+def build_split(
+    config: ClassificationConfig, split: str, classes: Sequence[str] | None = None
+) -> ResilientDataset:
+    """Open `train` or `val` with its transform; `classes` are those of training, for `val`.
+
+    Raises:
+        DataError: The data is missing, empty or damaged, or has a class that training lacks.
+    """
+    transform = build_transform(
+        split == "train",
+        input_size=config.image_size,
+        augment=config.augment,
+        color_jitter=config.color_jitter,
+        aa=config.aa,
+        train_interpolation=config.train_interpolation,
+        reprob=config.reprob,
+        remode=config.remode,
+        recount=config.recount,
+    )
+    return build_dataset(
+        config.data_set,
+        config.data_path,
+        split,
+        transform=transform,
+        load_tar=config.load_tar,
+        classes=classes,
+        inat_category=config.inat_category,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+
+
+def train_loader(
+    dataset: ResilientDataset, config: ClassificationConfig, world: World
+) -> DataLoader:
+    """Batches of this process; `loader.sampler.set_epoch(epoch, start)` chooses the epoch.
+
+    Raises:
+        UsageError: The data does not fill one batch of every process.
+    """
+    kind = RepeatedAugSampler if config.repeated_aug else DistributedShuffleSampler
+    sampler = kind(len(dataset), rank=world.rank, world_size=world.world_size, seed=config.seed)
+    if len(sampler) < config.batch_size * config.accumulate_steps:
+        raise UsageError(
+            f"batch_size {config.batch_size} x accumulate_steps {config.accumulate_steps} is more "
+            f"than the {len(sampler)} images that each of {world.world_size} processes has "
+            f"in an epoch"
+        )
+    return DataLoader(
+        SeededDataset(dataset),
+        batch_size=config.batch_size,
+        sampler=sampler,
+        drop_last=True,
+        **_workers(config, world),
+    )
+
+
+def eval_loader(
+    dataset: ResilientDataset, config: ClassificationConfig, world: World
+) -> DataLoader:
+    """Batches of this process, without padding; all of them without `dist_eval`."""
+    rank, world_size = (world.rank, world.world_size) if config.dist_eval else (0, 1)
+    sampler = EvalSampler(
+        len(dataset), batch_size=config.batch_size, rank=rank, world_size=world_size
+    )
+    return DataLoader(
+        SeededDataset(dataset),
+        batch_size=config.batch_size,
+        sampler=sampler,
+        **_workers(config, world),
+    )
+
+
+def _workers(config: ClassificationConfig, world: World) -> dict:
+    """How batches are loaded, for training and evaluation alike."""
+    return {
+        "num_workers": config.num_workers,
+        "pin_memory": config.pin_mem and world.device.type == "cuda",
+        "persistent_workers": config.num_workers > 0,
+        "worker_init_fn": shield_worker,
+    }

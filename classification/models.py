@@ -1,0 +1,167 @@
+"""DeiT with iRPE: the published models in timm's registry, and any other by options.
+
+A model is timm's `deit_{size}_patch16_224` with an iRPE on the attention of every block, the
+learned absolute position embedding kept, under timm's parameter names plus
+`blocks.N.attn.rpe_*`. Source: DeiT (Touvron et al., ICML 2021) and iRPE (Wu et al., ICCV 2021).
+What differs from timm: the class token starts from a normal distribution of standard deviation
+0.02, as in DeiT, where timm starts it near zero.
+"""
+
+from collections.abc import Callable
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import register_model
+from torch import nn
+
+from irpe_core import add_irpe, load_checkpoint, load_weights
+
+__all__ = ["PUBLISHED", "build_model", "is_deit"]
+
+# Model name → (size, spec). The last three were defined with the others, and never released.
+PUBLISHED = {
+    "deit_tiny_patch16_224_ctx_product_50_shared_k": ("tiny", "rpe-1.9-product-ctx-1-k"),
+    "deit_small_patch16_224_ctx_product_50_shared_k": ("small", "rpe-1.9-product-ctx-1-k"),
+    "deit_small_patch16_224_ctx_product_50_shared_qk": ("small", "rpe-1.9-product-ctx-1-qk"),
+    "deit_small_patch16_224_ctx_product_50_shared_qkv": ("small", "rpe-1.9-product-ctx-1-qkv"),
+    "deit_base_patch16_224_ctx_product_50_shared_k": ("base", "rpe-1.9-product-ctx-1-k"),
+    "deit_base_patch16_224_ctx_product_50_shared_qkv": ("base", "rpe-1.9-product-ctx-1-qkv"),
+    "deit_small_patch16_224_ctx_euc_20_shared_k": ("small", "rpe-20.0-euc-ctx-1-k"),
+    "deit_small_patch16_224_ctx_quant_51_shared_k": ("small", "rpe-33.0-quant-ctx-1-k"),
+    "deit_small_patch16_224_ctx_cross_56_shared_k": ("small", "rpe-20.0-cross-ctx-1-k"),
+}
+_WITHOUT_CHECKPOINT = ("euc", "quant", "cross")
+_RELEASE = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0"
+
+
+def _pretrained_cfg(name: str) -> dict:
+    """timm's description of how to feed a published model and where its weights are."""
+    released = not any(f"_{method}_" in name for method in _WITHOUT_CHECKPOINT)
+    return {
+        "url": f"{_RELEASE}/{name}.pth" if released else "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "mit",
+    }
+
+
+default_cfgs = {name: _pretrained_cfg(name) for name in PUBLISHED}
+
+
+def is_deit(name: str) -> bool:
+    """Whether a model name is a DeiT, ours or timm's, whose recipe and initialisation apply."""
+    return name.startswith("deit_")
+
+
+def _plain_deit(size: str, distilled: bool, **kwargs) -> nn.Module:
+    """timm's DeiT, initialised as the original."""
+    name = f"deit_{size}{'_distilled' if distilled else ''}_patch16_224"
+    return _initialise_as_deit(timm.create_model(name, **kwargs))
+
+
+def _initialise_as_deit(model: nn.Module) -> nn.Module:
+    nn.init.trunc_normal_(model.cls_token, std=0.02)
+    return model
+
+
+def _entrypoint(name: str) -> Callable[..., nn.Module]:
+    """The function that timm's registry calls to build a published model."""
+    size, spec = PUBLISHED[name]
+
+    def build(pretrained: bool = False, *, distilled: bool = False, **kwargs) -> nn.Module:
+        for handled_here in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+            kwargs.pop(handled_here, None)
+        model = add_irpe(_plain_deit(size, distilled, **kwargs), spec)
+        model.pretrained_cfg = model.default_cfg = default_cfgs[name]
+        if pretrained:
+            _load_published(model, name)
+        return model
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"DeiT-{size} with `{spec}`."
+    return build
+
+
+def _load_published(model: nn.Module, name: str) -> None:
+    """Load the released weights; the head stays fresh where the number of classes differs.
+
+    Raises:
+        ValueError: The model was never released.
+        CheckpointError: The download failed or the weights do not fit.
+    """
+    url = default_cfgs[name]["url"]
+    if not url:
+        raise ValueError(f"model {name!r} has no published checkpoint")
+    weights = load_checkpoint(url)["model"]
+    if model.num_classes != default_cfgs[name]["num_classes"]:
+        own = model.state_dict()
+        weights |= {key: own[key] for key in ("head.weight", "head.bias")}
+    load_weights(model, weights)
+
+
+for _name in PUBLISHED:
+    register_model(_entrypoint(_name))
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    input_size: tuple[int, int],
+    pretrained: bool = False,
+    rpe: str = "",
+    abs_pos_embed: bool = True,
+    distillation_token: bool = False,
+    **kwargs,
+) -> nn.Module:
+    """Create a classifier from timm's registry, with iRPE by name or by spec.
+
+    Args:
+        name: A published model, timm's `deit_*_patch16_224`, or any vision transformer of timm.
+        num_classes: Width of the head.
+        input_size: `(height, width)` of the images in pixels.
+        pretrained: Load the published weights.
+        rpe: A spec such as `rpe-1.9-product-ctx-1-k` to add; empty for the model as it is.
+        abs_pos_embed: Keep the learned absolute position embedding.
+        distillation_token: Add DeiT's distillation token and its head (DeiT models only).
+        **kwargs: For timm, such as `drop_path_rate`, `patch_size`, `embed_dim`, `depth`.
+
+    Raises:
+        ValueError: Names the option that does not go with the model.
+    """
+    if rpe and name in PUBLISHED:
+        raise ValueError(f"model {name!r} already has iRPE: leave out rpe={rpe!r}")
+    if distillation_token:
+        name, kwargs = _with_distillation_token(name, kwargs)
+    if not abs_pos_embed and not distillation_token:
+        kwargs["pos_embed"] = "none"
+    model = timm.create_model(
+        name, pretrained=pretrained, num_classes=num_classes, img_size=input_size, **kwargs
+    )
+    if is_deit(name) and name not in PUBLISHED and not pretrained:
+        _initialise_as_deit(model)
+    if not abs_pos_embed and distillation_token:
+        # timm's distilled DeiT adds a position embedding unconditionally: add nothing.
+        del model.pos_embed
+        model.register_buffer("pos_embed", torch.zeros(1, 1, 1), persistent=False)
+    return add_irpe(model, rpe)
+
+
+def _with_distillation_token(name: str, kwargs: dict) -> tuple[str, dict]:
+    if name in PUBLISHED:
+        return name, {**kwargs, "distilled": True}
+    distilled = name.replace("_patch16", "_distilled_patch16")
+    if "_distilled_" in name:
+        return name, kwargs
+    if not is_deit(name) or not timm.is_model(distilled):
+        raise ValueError(f"distillation_token: model {name!r} has no variant with one in timm")
+    return distilled, kwargs

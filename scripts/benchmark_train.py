@@ -1,0 +1,146 @@
+"""Train-step and evaluation time of DeiT with iRPE against timm's DeiT without it.
+
+    OMP_NUM_THREADS=2 python -m scripts.benchmark_train --output benchmarks/train_cpu.json
+
+The models take turns in one run, so that a slow moment of the machine hits all of them; a ratio is
+the median over the rounds of (time with iRPE / time of timm's model in the same round).
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+import classification.models  # noqa: F401  (registers the models)
+
+VARIANTS = ("ctx_product_50_shared_k", "ctx_product_50_shared_qk", "ctx_product_50_shared_qkv")
+
+
+def parse_args() -> argparse.Namespace:
+    """Flags of the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--size", choices=("tiny", "small", "base"), default="small")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds after two warm-ups")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    return parser.parse_args()
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after everything queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def train_step(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    """A whole step: forward, backward, AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    targets = torch.arange(len(images), device=images.device)
+
+    def step() -> None:
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = nn.functional.cross_entropy(model(images).float(), targets)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def evaluation(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    """A forward pass without gradient."""
+
+    @torch.inference_mode()
+    def run() -> None:
+        model.eval()
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            model(images)
+
+    return run
+
+
+def measure(
+    tasks: dict[str, Callable[[], None]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of every task in every round, taking turns in an order that shifts every round."""
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    names = list(tasks)
+    for number in range(rounds + 2):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            start = clock(device)
+            tasks[name]()
+            if number >= 2:
+                times[name].append(clock(device) - start)
+    return times
+
+
+def machine(device: torch.device) -> dict:
+    """Where the figures come from."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), cpu)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    args = parse_args()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    images = torch.randn(args.batch_size, 3, 224, 224, device=device)
+    base = f"deit_{args.size}_patch16_224"
+    names = [base, *(n for n in (f"{base}_{v}" for v in VARIANTS) if timm.is_model(n))]
+    models = {name: timm.create_model(name).to(device) for name in names}
+
+    results = {}
+    for kind, make in (("train step", train_step), ("evaluation", evaluation)):
+        tasks = {name: make(model, images, dtype) for name, model in models.items()}
+        times = measure(tasks, args.rounds, device)
+        results[kind] = {
+            name: {
+                "median_seconds": statistics.median(seconds),
+                "ratio": statistics.median(
+                    s / b for s, b in zip(seconds, times[base], strict=True)
+                ),
+            }
+            for name, seconds in times.items()
+        }
+    report = {
+        "machine": machine(device),
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+        "rounds": args.rounds,
+        "results": results,
+    }
+    for kind, rows in results.items():
+        print(f"\n{kind:<52} {'ms':>9} {'ratio':>7}")
+        for name, row in rows.items():
+            print(f"{name:<52} {1e3 * row['median_seconds']:>9.1f} {row['ratio']:>7.3f}")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

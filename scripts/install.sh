@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Install everything into .venv, once per change of the requirements. Sourced by the other scripts.
+#   PYTHON=python3.12 bash scripts/install.sh     another interpreter
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+stamp=.venv/installed
+wanted=$(cat requirements.txt requirements-dev.txt constraints.txt | cksum)
+if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+    echo "Installing into .venv (some minutes: PyTorch is large)"
+    "${PYTHON:-python3}" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        -r requirements-dev.txt -c constraints.txt
+    echo "$wanted" > "$stamp"
+fi
+export PATH="$PWD/.venv/bin:$PATH"
