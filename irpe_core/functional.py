@@ -49,11 +49,17 @@ def rpe_attention(
         `(B, H, L, d)`.
 
     Raises:
-        ValueError: The tokens do not form the grid.
+        ValueError: The tokens do not form the grid, queries and keys differ in number, or the mask
+            is neither boolean nor floating point.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if rpe_q is None and rpe_k is None and rpe_v is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, scale=scale)
+    if q.shape[-2] != k.shape[-2]:
+        raise ValueError(
+            "queries and keys must be the same tokens for relative positions, "
+            f"got {q.shape[-2]} queries and {k.shape[-2]} keys"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     bias = _logit_bias(q, k, rpe_q, rpe_k, height, width, scale)
     bias = _add_mask(bias, attn_mask, q.dtype)
     # On the CPU torch's attention has no kernel with the gradient of a bias, and the composition it
@@ -61,7 +67,8 @@ def rpe_attention(
     if rpe_v is None and (q.is_cuda or not torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=scale)
     attn_BHQK = _attention_weights(q * scale, k, bias, has_mask=attn_mask is not None)
-    attn_BHQK = F.dropout(attn_BHQK, dropout_p, training=dropout_p > 0)
+    if dropout_p > 0:
+        attn_BHQK = F.dropout(attn_BHQK, dropout_p)
     out = attn_BHQK @ v
     return out if rpe_v is None else out + rpe_v(attn_BHQK, height, width)
 
@@ -87,6 +94,8 @@ def _add_mask(bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> T
     """Encodings and mask as one additive bias in the queries' dtype."""
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    elif mask is not None and not mask.is_floating_point():
+        raise ValueError(f"attn_mask must be boolean or floating point, got {mask.dtype}")
     if bias is None or mask is None:
         total = mask if bias is None else bias
     else:

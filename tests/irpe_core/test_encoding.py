@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from irpe_core import (
     METHODS,
@@ -20,26 +19,11 @@ from irpe_core import (
 )
 from irpe_core.encoding import resolve_grid
 from tests.irpe_core import naive
+from tests.irpe_core.largest_tensor import LargestTensor
 from tests.recipes import fill, golden, golden_json, recipe_a
 
 HEADS, DIM, GRID = 3, 16, (5, 7)
 RECORDED = golden_json("rpe_modules")["cases"]
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the largest number of elements that any operator returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            # A broadcast view owns no memory of its own.
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.itemsize)
-        return out
 
 
 @pytest.mark.parametrize("case", RECORDED)

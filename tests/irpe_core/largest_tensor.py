@@ -1,0 +1,22 @@
+"""Measuring how large a tensor a piece of code builds."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["LargestTensor"]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest number of elements that any operator returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            # A broadcast view owns no memory of its own.
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return out
