@@ -9,43 +9,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from engine import all_gather_object, autocast
+from engine import all_gather_object, autocast, copy_to
 
 __all__ = ["evaluate"]
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,
+    models: dict[str, nn.Module],
     loader: DataLoader,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     *,
     shared: bool = True,
 ) -> dict[str, float]:
-    """Evaluate a classifier.
+    """Evaluate classifiers, all in one pass over the data.
 
     Args:
-        model: Gives logits `(B, C)`; left in the mode it was in.
+        models: What to put before the names of the figures → a model that gives logits `(B, C)`;
+            left in the mode it was in.
         loader: Batches `(images (B, 3, H, W), targets (B,))` of this process, which hold batch
             `rank`, `rank + world size`, … of the data.
-        device: Where to compute.
+        device: Where the models are.
         dtype: Of autocast; float32 for none.
         shared: Whether the processes share the data, or each has all of it.
 
     Returns:
-        `acc1` and `acc5` in percent, `loss` the mean cross-entropy.
+        For every model `acc1` and `acc5` in percent, `loss` the mean cross-entropy.
     """
-    was_training = model.training
-    model.eval()
-    sums = []
-    for images, targets in loader:
-        images = images.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
-        with autocast(device, dtype):
-            logits = model(images)
-        sums.append(_batch_sums(logits.float(), targets))
-    model.train(was_training)
+    were_training = {prefix: model.training for prefix, model in models.items()}
+    for model in models.values():
+        model.eval()
+    sums: dict[str, list[Tensor]] = {prefix: [] for prefix in models}
+    for batch in loader:
+        images, targets = copy_to(batch, device)
+        for prefix, model in models.items():
+            with autocast(device, dtype):
+                logits = model(images)
+            sums[prefix].append(_batch_sums(logits.float(), targets))
+    figures = {}
+    for prefix, model in models.items():
+        model.train(were_training[prefix])
+        for name, value in _means(sums[prefix], shared).items():
+            figures[f"{prefix}{name}"] = value
+    return figures
+
+
+def _means(sums: list[Tensor], shared: bool) -> dict[str, float]:
     local = torch.stack(sums).cpu() if sums else torch.zeros(0, 4, dtype=torch.float64)
     per_process = all_gather_object(local) if shared else [local]
     correct1, correct5, loss, count = _in_data_order(per_process).sum(0)

@@ -179,14 +179,13 @@ def evaluate_all(
     world: World,
 ) -> dict[str, float]:
     """Figures of the weights and, as `ema_*`, of their moving average."""
-    dtype = resolve_dtype(config, world)
-    figures = evaluate(model, loader, world.device, dtype, shared=config.dist_eval)
+    models = {"": model}
     if ema is not None:
-        average = ema.module.to(world.device)
-        of_ema = evaluate(average, loader, world.device, dtype, shared=config.dist_eval)
-        figures |= {f"ema_{name}": value for name, value in of_ema.items()}
-        if config.model_ema_force_cpu:
-            ema.module.to("cpu")
+        models["ema_"] = ema.module.to(world.device)
+    dtype = resolve_dtype(config, world)
+    figures = evaluate(models, loader, world.device, dtype, shared=config.dist_eval)
+    if ema is not None and config.model_ema_force_cpu:
+        ema.module.to("cpu")
     return figures
 
 
