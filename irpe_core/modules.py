@@ -5,6 +5,8 @@
 tokens, which a transformer block does not pass on; `grid` holds it.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,25 @@ from irpe_core.encoding import build_rpe
 from irpe_core.functional import rpe_attention
 
 __all__ = ["RPEAttention"]
+
+
+_LAYERS = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
+
+
+def _check_replaceable(attention: nn.Module) -> None:
+    """Raise ValueError unless `RPEAttention` can compute all that `attention` does."""
+    needed = {*_LAYERS, "num_heads", "head_dim", "scale"} - {"norm"}
+    missing = sorted(name for name in needed if not hasattr(attention, name))
+    # A gate, a separate query bias or a second encoding must not be dropped in silence.
+    extra = sorted({name.split(".")[0] for name in attention.state_dict()} - set(_LAYERS))
+    arguments = list(inspect.signature(attention.forward).parameters)
+    foreign = [name for name in arguments if name not in ("x", "attn_mask", "is_causal")]
+    for problem, names in (("has no", missing), ("also has", extra), ("also takes", foreign)):
+        if names:
+            raise ValueError(
+                "RPEAttention takes the place of timm.layers.Attention: "
+                f"{type(attention).__name__} {problem} {', '.join(names)}"
+            )
 
 
 class RPEAttention(nn.Module):
@@ -67,23 +88,14 @@ class RPEAttention(nn.Module):
         The encodings start at zero, so the result computes what `attention` did.
 
         Raises:
-            ValueError: `attention` is not of the form `qkv`, `q_norm`, `k_norm`, `proj`, or gates
-                its output.
+            ValueError: `attention` is not of this form or computes more than `RPEAttention` does.
         """
-        expected = ("qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop")
-        missing = [name for name in expected if not hasattr(attention, name)]
-        if missing or getattr(attention, "gate", None) is not None:
-            problem = f"has no {', '.join(missing)}" if missing else "gates its output"
-            raise ValueError(
-                f"RPEAttention takes the place of timm.layers.Attention: "
-                f"{type(attention).__name__} {problem}"
-            )
+        _check_replaceable(attention)
         # On the meta device: nothing is allocated and no random numbers are drawn.
         with torch.device("meta"):
-            self = cls(attention.proj.out_features, attention.num_heads)
-        self.head_dim, self.scale = attention.head_dim, attention.scale
-        self.grid = grid
-        for name in (*expected, "norm"):
+            self = cls(attention.num_heads * attention.head_dim, attention.num_heads, grid=grid)
+        self.scale = attention.scale
+        for name in _LAYERS:
             setattr(self, name, getattr(attention, name, nn.Identity()))
         tables = build_rpe(rpe, self.head_dim, self.num_heads)
         weight = attention.qkv.weight

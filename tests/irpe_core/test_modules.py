@@ -1,0 +1,136 @@
+"""RPEAttention: the place of timm's attention, and life as a module."""
+
+import copy
+import pickle
+
+import pytest
+import timm.layers
+import torch
+from torch import nn
+
+from irpe_core import RPEAttention, RPEConfig
+from tests.irpe_core import naive
+from tests.recipes import fill
+
+VARIANTS = {
+    "plain": {"qkv_bias": True},
+    "no-bias": {"qkv_bias": False, "proj_bias": False},
+    "qk-norm": {"qkv_bias": True, "qk_norm": True, "norm_layer": nn.LayerNorm},
+    "scale-norm": {"scale_norm": True, "norm_layer": nn.LayerNorm},
+    "other-head-dim": {"num_heads": 5, "attn_head_dim": 8},
+    "other-output": {"dim_out": 32},
+}
+CONFIG = RPEConfig(skip=1, rpe_on="qkv")
+
+
+def naive_forward(module: RPEAttention, x: torch.Tensor, config: RPEConfig, grid) -> torch.Tensor:
+    """The layer by the equations; `x` in float64."""
+    batch, length, _ = x.shape
+    q, k, v = module.qkv(x).reshape(batch, length, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
+    out = naive.attention(q, k, v, module.rpe_q, module.rpe_k, module.rpe_v, config, grid)
+    return module.proj(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("rpe_on", ["k", "qkv"])
+def test_with_zero_tables_it_computes_what_timms_attention_did(options, rpe_on):
+    attention = timm.layers.Attention(24, **{"num_heads": 3, **options}).double()
+    fill(attention)
+    ours = RPEAttention.from_attention(attention, RPEConfig(skip=1, rpe_on=rpe_on), (2, 5))
+    x = torch.randn(2, 11, 24, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), attention(x))
+    mask = torch.rand(2, 1, 11, 11) < 0.8
+    torch.testing.assert_close(ours(x, attn_mask=mask), attention(x, attn_mask=mask))
+    # The tables do something once they are trained.
+    fill(ours)
+    assert (ours(x) - attention(x)).abs().max() > 1e-3
+
+
+def test_it_takes_over_layers_mode_dtype_and_device_and_draws_no_random_numbers():
+    attention = timm.layers.Attention(24, 3, attn_drop=0.2, proj_drop=0.1).bfloat16().eval()
+    state = torch.get_rng_state()
+    ours = RPEAttention.from_attention(attention, CONFIG)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert ours.qkv is attention.qkv
+    assert ours.proj is attention.proj
+    assert (ours.attn_drop.p, ours.proj_drop.p) == (0.2, 0.1)
+    assert not any(module.training for module in ours.modules())
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    ours = RPEAttention.from_attention(timm.layers.Attention(24, 3, device="meta"), CONFIG)
+    assert {p.device.type for p in ours.parameters()} == {"meta"}
+
+
+def test_parameters_have_timms_names_and_the_published_ones():
+    names = {name for name, _ in timm.layers.Attention(24, 3, qkv_bias=True).named_parameters()}
+    names |= {f"rpe_{letter}.lookup_table_weight" for letter in "qkv"}
+    assert {name for name, _ in RPEAttention(24, 3, CONFIG).named_parameters()} == names
+
+
+def test_an_attention_that_computes_more_or_less_is_refused():
+    class Rotary(timm.layers.Attention):
+        def forward(self, x, rope=None):
+            return super().forward(x)
+
+    gated = timm.layers.Attention(24, 3, gated=True)
+    with pytest.raises(ValueError, match="Attention also has gate"):
+        RPEAttention.from_attention(gated, CONFIG)
+    with pytest.raises(ValueError, match="Rotary also takes rope"):
+        RPEAttention.from_attention(Rotary(24, 3), CONFIG)
+    with pytest.raises(ValueError, match="RPEAttention also has rpe_k, rpe_q, rpe_v"):
+        RPEAttention.from_attention(RPEAttention(24, 3, CONFIG), CONFIG)
+    with pytest.raises(ValueError, match=r"MultiheadAttention has no attn_drop.*qkv"):
+        RPEAttention.from_attention(nn.MultiheadAttention(24, 3), CONFIG)
+
+
+@pytest.mark.parametrize("grid", [(2, 5), (5, 2), None], ids=["2x5", "5x2", "square"])
+@pytest.mark.parametrize("method", ["cross", "product"])
+def test_values_and_gradients_equal_the_equations_on_its_grid(method, grid):
+    config = RPEConfig(method=method, skip=1, rpe_on="qkv", shared_head=False)
+    module = fill(RPEAttention(24, 3, config, grid).double())
+    height, width = grid or (3, 3)
+    x = torch.randn(2, 1 + height * width, 24, dtype=torch.float64, requires_grad=True)
+    out, expected = module(x), naive_forward(module, x, config, (height, width))
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    inputs = [x, *module.parameters()]
+    ours = torch.autograd.grad(out.square().sum(), inputs)
+    wanted = torch.autograd.grad(expected.square().sum(), inputs)
+    for actual, gradient in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(actual, gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_dropout_acts_in_training_only():
+    module = fill(RPEAttention(24, 3, CONFIG, attn_drop=0.5))
+    x = torch.randn(2, 10, 24)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
+def test_without_an_encoding_it_is_plain_attention():
+    attention = fill(timm.layers.Attention(24, 3, qkv_bias=True))
+    module = RPEAttention(24, 3)
+    module.load_state_dict(attention.state_dict())
+    # Any number of tokens, as there is no grid to form.
+    x = torch.randn(2, 7, 24)
+    torch.testing.assert_close(module(x), attention(x))
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="num_heads must divide dim=24, got 5"):
+        RPEAttention(24, 5)
+    module = RPEAttention(24, 3, CONFIG)
+    with pytest.raises(ValueError, match="is_causal=True has no meaning"):
+        module(torch.randn(1, 10, 24), is_causal=True)
+    with pytest.raises(ValueError, match="12 tokens without 1 skipped ones"):
+        module(torch.randn(1, 12, 24))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_compute_the_same_and_have_a_grid_of_their_own(clone):
+    module = fill(RPEAttention(24, 3, CONFIG, (2, 5))).eval()
+    x = torch.randn(2, 11, 24)
+    expected, twin = module(x), clone(module)
+    assert torch.equal(twin(x), expected)
+    twin.grid = (5, 2)
+    assert not torch.allclose(twin(x), expected)
+    assert torch.equal(module(x), expected)

@@ -1,0 +1,78 @@
+"""torch.compile in one graph, with static and dynamic shapes, and torch.export."""
+
+import pytest
+import timm
+import torch
+
+from irpe_core import RPEAttention, RPEConfig, add_irpe
+from tests.recipes import fill
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+def check_compiled(module, inputs: list[torch.Tensor], **options) -> None:
+    """Compiled values and gradients equal the eager ones for every input in turn."""
+    compiled = torch.compile(module, fullgraph=True, **options)
+    for x in inputs:
+        results = []
+        for run in (module, compiled):
+            leaf = x.clone().requires_grad_()
+            out = run(leaf)
+            gradients = torch.autograd.grad(out.square().sum(), [leaf, *module.parameters()])
+            results.append((out, *gradients))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "dynamic"),
+    [("product", False), ("product", True), ("product", None), ("cross", None)],
+)
+def test_attention_compiles_into_one_graph_for_any_square(method, dynamic):
+    config = RPEConfig(method=method, skip=1, rpe_on="qkv")
+    module = fill(RPEAttention(12, 2, config))
+    inputs = [torch.randn(2, side * side + 1, 12) for side in (3, 5)]
+    check_compiled(module, inputs, backend="aot_eager", dynamic=dynamic)
+
+
+@pytest.mark.parametrize(("mode", "shared"), [("bias", True), ("ctx", False)])
+def test_attention_compiles_into_one_graph_on_a_rectangle(mode, shared):
+    config = RPEConfig(mode=mode, shared_head=shared, rpe_on="qk")
+    module = fill(RPEAttention(12, 2, config, (3, 5)))
+    check_compiled(module, [torch.randn(n, 15, 12) for n in (1, 3)], backend="aot_eager")
+
+
+def test_a_model_compiles_into_one_graph_and_follows_its_images():
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        depth=2,
+        embed_dim=12,
+        num_heads=2,
+        dynamic_img_size=True,
+    )
+    fill(add_irpe(model, "rpe-1.9-product-ctx-1-k"))
+    inputs = [torch.randn(2, 3, height, width) for height, width in ((32, 48), (48, 32))]
+    check_compiled(model, inputs, backend="aot_eager")
+    assert [block.attn.grid for block in model.blocks] == [(3, 2), (3, 2)]
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_attention_exports(strict):
+    module = fill(RPEAttention(12, 2, RPEConfig(method="cross", skip=1, rpe_on="qkv"), (3, 5)))
+    x = torch.randn(2, 16, 12)
+    batch = torch.export.Dim("batch", min=1, max=8)
+    exported = torch.export.export(module.eval(), (x,), dynamic_shapes=({0: batch},), strict=strict)
+    for n in (2, 5):
+        x = torch.randn(n, 16, 12)
+        torch.testing.assert_close(exported.module()(x), module(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_attention_compiles_by_inductor(dynamic):
+    module = fill(RPEAttention(12, 2, RPEConfig(skip=1, rpe_on="qkv")))
+    inputs = [torch.randn(2, side * side + 1, 12) for side in (3, 5)]
+    check_compiled(module, inputs, dynamic=dynamic)
