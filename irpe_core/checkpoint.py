@@ -7,6 +7,7 @@ A checkpoint is a dict whose `model` entry is a state dict. The originals also h
 
 import argparse
 import pickle
+import re
 import urllib.error
 from pathlib import Path
 from urllib.parse import urlparse
@@ -36,18 +37,21 @@ def load_checkpoint(source: str | Path) -> dict:
     """
     path = _fetch(str(source)) if str(source).startswith(("http://", "https://")) else Path(source)
     if not path.is_file():
-        raise CheckpointError(f"checkpoint {str(path)!r} does not exist")
+        state = "is not a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"checkpoint {str(path)!r} {state}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "WeightsUnpickler" in str(error):
+    except PermissionError as error:
+        raise CheckpointError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
+    # A damaged file makes the unpickler fail in any way it likes, IndexError included.
+    except Exception as error:
+        foreign = re.search(r"unsupported global:? (?:global )?(\S+)", str(error), re.IGNORECASE)
+        if foreign and isinstance(error, pickle.UnpicklingError):
             raise CheckpointError(
-                f"checkpoint {str(path)!r} holds objects other than tensors and plain values, "
-                "which could run code and are not loaded"
+                f"checkpoint {str(path)!r} holds objects other than tensors and plain values "
+                f"({foreign[1]}), which could run code and are not loaded"
             ) from error
-        raise CheckpointError(f"{str(path)!r} is not a torch checkpoint") from error
-    except (RuntimeError, EOFError, OSError, UnicodeDecodeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{str(path)!r} is truncated or not a torch checkpoint") from error
     return _normalise(checkpoint, path)
 
@@ -86,9 +90,9 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     missing = [key for key in own if key not in state_dict]
     unexpected = [key for key in state_dict if key not in own]
     wrong = [
-        f"{key} is {tuple(value.shape)}, the model's is {tuple(own[key].shape)}"
+        f"{key} is {_shape(value)}, the model's is {_shape(own[key])}"
         for key, value in state_dict.items()
-        if key in own and value.shape != own[key].shape
+        if key in own and _shape(value) != _shape(own[key])
     ]
     if missing or unexpected or wrong:
         problems = [("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong)]
@@ -97,6 +101,10 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
         )
         raise CheckpointError(f"the checkpoint does not fit {type(model).__name__}: {listed}")
     model.load_state_dict(state_dict)
+
+
+def _shape(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else "no tensor"
 
 
 def _abridge(items: list[str], most: int = 3) -> str:

@@ -1,0 +1,202 @@
+"""Reading checkpoints: ours and the originals', and never running what a stranger put in."""
+
+import argparse
+import os
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from irpe_core import CheckpointError, load_checkpoint, load_weights
+
+STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
+
+
+class Payload:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def saved(path: Path, checkpoint: object, **options) -> Path:
+    torch.save(checkpoint, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_the_originals_files_load_with_their_namespace_as_a_dict(tmp_path, zipped):
+    args = argparse.Namespace(lr=5e-4, model="deit", opt_betas=None, sizes=[1, 2])
+    checkpoint = {"model": STATE, "epoch": 299, "args": args, "optimizer": {"state": {}}}
+    path = saved(tmp_path / "a.pth", checkpoint, _use_new_zipfile_serialization=zipped)
+    for source in (path, str(path)):
+        loaded = load_checkpoint(source)
+        assert torch.equal(loaded["model"]["weight"], STATE["weight"])
+        assert loaded["epoch"] == 299
+        assert loaded["args"] == vars(args)
+
+
+def test_a_bare_state_dict_becomes_the_model_entry(tmp_path):
+    loaded = load_checkpoint(saved(tmp_path / "a.pth", STATE))
+    assert set(loaded) == {"model"}
+    assert torch.equal(loaded["model"]["bias"], STATE["bias"])
+
+
+@pytest.mark.parametrize("where", ["args", "model", "whole", "inside-namespace"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, where, zipped):
+    marker = tmp_path / "was-run"
+    payload = Payload(marker)
+    checkpoint = {
+        "args": {"model": STATE, "args": payload},
+        "model": {"model": payload},
+        "whole": payload,
+        "inside-namespace": {"model": STATE, "args": argparse.Namespace(device=payload)},
+    }[where]
+    path = saved(tmp_path / "a.pth", checkpoint, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        CheckpointError, match=r"a\.pth' holds objects other than .*system.* not loaded$"
+    ):
+        load_checkpoint(path)
+    assert not marker.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_plain_pickle_is_refused_and_not_run(tmp_path):
+    marker = tmp_path / "was-run"
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "a.pth").write_bytes(pickle.dumps(Payload(marker), protocol))
+        with pytest.raises(CheckpointError):
+            load_checkpoint(tmp_path / "a.pth")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.5, 0.99, -1])
+def test_a_truncated_file_is_said_to_be_truncated(tmp_path, share, zipped):
+    path = saved(tmp_path / "a.pth", {"model": STATE}, _use_new_zipfile_serialization=zipped)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))] if share >= 0 else data[:-1])
+    with pytest.raises(CheckpointError, match=r"a\.pth' is truncated or not a torch checkpoint$"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"hello, world\n" * 20,
+        b"<!DOCTYPE html><html>404</html>",
+        b"\0" * 999,
+        b"\x80\x02",
+        b"(lp0\n.",
+    ],
+    ids=["text", "web-page", "zeros", "magic-only", "pickle-of-a-list"],
+)
+def test_a_file_of_another_kind_is_no_checkpoint(tmp_path, data):
+    (tmp_path / "a.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"not a torch checkpoint$|holds no weights"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_any_damage_is_a_checkpoint_error_or_harmless(tmp_path, zipped):
+    path = saved(tmp_path / "a.pth", {"model": STATE}, _use_new_zipfile_serialization=zipped)
+    data, refused = path.read_bytes(), 0
+    for seed in range(150):
+        draw, damaged = random.Random(seed), bytearray(data)
+        for _ in range(draw.randint(1, 20)):
+            damaged[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load_checkpoint(path)
+        except CheckpointError:
+            refused += 1
+    assert refused > 10
+
+
+@pytest.mark.parametrize(
+    "content", [{}, [STATE], {"model": STATE["bias"], "epoch": 1}, {"epoch": 1}, STATE["bias"]]
+)
+def test_a_file_without_weights_is_said_to_hold_none(tmp_path, content):
+    path = saved(tmp_path / "a.pth", content)
+    with pytest.raises(CheckpointError, match=r"a\.pth' holds no weights.*'model' is needed"):
+        load_checkpoint(path)
+
+
+def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
+    with pytest.raises(CheckpointError, match=r"none\.pth' does not exist"):
+        load_checkpoint(tmp_path / "none.pth")
+    with pytest.raises(CheckpointError, match="is not a file"):
+        load_checkpoint(tmp_path)
+
+
+def test_an_unreadable_file_is_not_called_truncated(tmp_path, monkeypatch):
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = saved(tmp_path / "a.pth", STATE)
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*Permission denied"):
+        load_checkpoint(path)
+
+
+def test_an_address_is_downloaded_once(tmp_path, monkeypatch):
+    downloads: list[str] = []
+
+    def download(url: str, target: str) -> None:
+        downloads.append(url)
+        saved(Path(target), {"model": STATE})
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    url = "https://example.com/zoo/deit.pth"
+    for _ in range(2):
+        assert torch.equal(load_checkpoint(url)["model"]["bias"], STATE["bias"])
+    assert downloads == [url]
+
+
+def test_a_failed_download_is_a_checkpoint_error(tmp_path, monkeypatch):
+    def fail(url: str, target: str) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    with pytest.raises(CheckpointError, match=r"cannot download https://.*no route to host"):
+        load_checkpoint("https://example.com/deit.pth")
+
+
+def test_weights_are_loaded_strictly_or_not_at_all():
+    model = nn.Linear(3, 2)
+    load_weights(model, STATE)
+    assert torch.equal(model.weight, STATE["weight"])
+    wrong = {
+        "missing": {"weight": torch.zeros(2, 3)},
+        "unexpected": {**STATE, "weight": torch.zeros(2, 3), "extra": torch.ones(1)},
+        "shape": {"weight": torch.zeros(2, 4), "bias": torch.zeros(2)},
+        "kind": {"weight": torch.zeros(2, 3), "bias": 1.0},
+    }
+    messages = {
+        "missing": "does not fit Linear: 1 missing: bias",
+        "unexpected": "1 unexpected: extra",
+        "shape": r"1 wrongly shaped: weight is \(2, 4\), the model's is \(2, 3\)",
+        "kind": r"1 wrongly shaped: bias is no tensor, the model's is \(2,\)",
+    }
+    for kind, state in wrong.items():
+        with pytest.raises(CheckpointError, match=messages[kind]):
+            load_weights(model, state)
+        assert torch.equal(model.weight, STATE["weight"])
+        assert torch.equal(model.bias, STATE["bias"])
+
+
+def test_long_lists_of_keys_are_abridged():
+    with pytest.raises(
+        CheckpointError, match=r"8 missing: 0\.weight, 0\.bias, 1\.weight and 5 more"
+    ):
+        load_weights(nn.Sequential(*[nn.Linear(1, 1) for _ in range(4)]), {})
