@@ -1,0 +1,55 @@
+"""What every trainer needs and no trainer is: it knows neither models nor data sets.
+
+Configuration, processes, seeds, the loop, checkpoints, logs, and how to stop. A trainer's `main()`
+puts these together and reads like its recipe.
+"""
+
+from engine.checkpoint import CheckpointDir, atomic_save, check_writable
+from engine.cli import run
+from engine.config import Config, dump, parse_config
+from engine.distributed import World, all_gather_object, init_distributed
+from engine.errors import UsageError, UserError
+from engine.logging import RunLog, setup_logging
+from engine.loop import LoopOptions, TrainState, train_epoch
+from engine.meters import Meters, Throughput, peak_memory_mb
+from engine.nonfinite import NonFiniteLossError
+from engine.optim import DTYPES, autocast, make_scaler
+from engine.provenance import provenance
+from engine.seeding import derive_seed, seed_all
+from engine.signals import Stopped, StopRequest, shield_worker
+from engine.tensors import copy_to, unwrap
+
+__all__ = [
+    "Config",
+    "parse_config",
+    "dump",
+    "provenance",
+    "run",
+    "UserError",
+    "UsageError",
+    "World",
+    "init_distributed",
+    "all_gather_object",
+    "derive_seed",
+    "seed_all",
+    "LoopOptions",
+    "TrainState",
+    "train_epoch",
+    "DTYPES",
+    "autocast",
+    "make_scaler",
+    "copy_to",
+    "unwrap",
+    "Meters",
+    "Throughput",
+    "peak_memory_mb",
+    "CheckpointDir",
+    "atomic_save",
+    "check_writable",
+    "RunLog",
+    "setup_logging",
+    "StopRequest",
+    "Stopped",
+    "shield_worker",
+    "NonFiniteLossError",
+]

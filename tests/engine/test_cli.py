@@ -1,0 +1,95 @@
+"""The frame of a command: one line and the right exit code for what is the user's to mend."""
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from engine import Stopped, UsageError, UserError, cli, provenance
+from tests.engine.launch import start
+
+
+class BrokenDataError(Exception):
+    """An error of a package that does not know engine."""
+
+
+class Broken(Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> None:
+        raise BrokenDataError(f"image {index}: cannot be read")
+
+
+def leave(error: BaseException | None, *expected: type[Exception]) -> int:
+    def main() -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, *expected)
+    return stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (None, 0, ""),
+        (UserError("no\n  space  left"), 1, "error: no space left\n"),
+        (UsageError("no such flag"), 2, "error: no such flag\n"),
+        (BrokenDataError("bad image"), 1, "error: bad image\n"),
+        (BrokenDataError(), 1, "error: BrokenDataError\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (Stopped(143), 143, ""),
+        (SystemExit(2), 2, ""),
+    ],
+    ids=["none", "user", "usage", "expected", "wordless", "interrupt", "stopped", "exit"],
+)
+def test_what_leaves_main_becomes_one_line_and_a_code(capsys, error, code, line):
+    assert leave(error, BrokenDataError) == code
+    assert capsys.readouterr().err == line
+
+
+def test_an_unexpected_error_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 / 0)
+    with pytest.raises(BrokenDataError):
+        cli.run(lambda: next(iter(Broken())))
+
+
+def test_an_error_of_a_loader_worker_is_its_sentence_alone(capsys):
+    batches = iter(DataLoader(Broken(), num_workers=1))
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: next(batches), BrokenDataError)
+    batches._shutdown_workers()  # left to the garbage collector, torch waits five seconds for them
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: image 0: cannot be read\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "line"),
+    [
+        (["--batch-sise", "3"], 2, "error: unknown flag --batch-sise: did you mean --batch-size?"),
+        (["--poison-at", "17"], 1, "error: the loss is nan at epoch 0, step 6: the batch itself"),
+    ],
+    ids=["usage", "failure"],
+)
+def test_a_command_ends_with_exactly_one_line_on_stderr(flags, code, line):
+    run = start("tests.engine.toy", *flags)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert err.count("\n") == 1, err
+    assert err.startswith(line)
+
+
+def test_an_error_in_two_processes_is_a_line_of_each(pair):
+    assert pair.codes == [1, 1]
+    for rank in range(2):
+        last = pair.stderr[rank].splitlines()[-1]
+        assert last == f"error [rank {rank}]: both leave"
+        assert "Traceback" not in pair.stderr[rank]
+
+
+def test_provenance_names_versions_and_no_host():
+    found = provenance()
+    assert set(found) == {"git", "python", "torch", "cuda"}
+    assert found["torch"]
+    assert found["git"] is None or len(found["git"].removesuffix("-dirty")) == 40

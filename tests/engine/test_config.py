@@ -1,0 +1,262 @@
+"""Configuration: what is read, what beats what, and one line for every mistake."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field, ValidationError, model_validator
+
+from engine import Config, dump, parse_config
+
+
+class Data(Config):
+    """Data."""
+
+    data_path: str = ""
+    """Where the images lie: 100% of them."""
+    input_size: Annotated[int, Field(gt=0)] | tuple[int, int] = 224
+    """Side, or height and width."""
+
+
+class Optimisation(Config):
+    """Optimisation."""
+
+    lr: float = Field(5e-4, gt=0)
+    """Learning rate."""
+    opt_betas: tuple[float, float] | None = None
+    """Betas."""
+    clip_grad: float | None = None
+    """Largest norm."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision."""
+    model_ema: bool = True
+    """Whether to average weights."""
+    scales: tuple[int, ...] = (1, 2)
+    """Any number of scales."""
+    batch_size: int = Field(64, gt=0)
+    """Images per process."""
+
+
+class Run(Data, Optimisation):
+    """Run."""
+
+    batch_size: int = Field(32, gt=0)
+    """Images, fewer."""
+    seed: int = 0
+    """Seed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Run":
+        if self.seed == 13 and self.model_ema:
+            raise ValueError("seed 13 and model_ema cannot be given together")
+        return self
+
+
+def parse(*argv: str) -> Run:
+    return parse_config(Run, argv, prog="run", description="A run.")
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str | bytes) -> str:
+        path = tmp_path / "some.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def complaint(capsys: pytest.CaptureFixture[str]):
+    def complaint(*argv: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            parse(*argv)
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2
+        assert out == ""
+        assert err.endswith("\n")
+        assert err.count("\n") == 1, err
+        assert err.startswith("error: ")
+        return err
+
+    return complaint
+
+
+def test_flag_beats_file_beats_default(write):
+    path = write("lr: 0.25\nbatch_size: 7\n")
+    config = parse("--config", path, "--batch-size", "9")
+    assert (config.lr, config.batch_size, config.seed) == (0.25, 9, 0)
+
+
+def test_a_flag_that_repeats_the_default_still_beats_the_file(write):
+    assert parse("--config", write("batch_size: 7"), "--batch-size", "32").batch_size == 32
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--batch_size"], ids=["dash", "underscore"])
+@pytest.mark.parametrize("equals", [True, False], ids=["equals", "space"])
+def test_dash_and_underscore_are_alike_in_flags(flag, equals):
+    assert parse(*([f"{flag}=5"] if equals else [flag, "5"])).batch_size == 5
+
+
+@pytest.mark.parametrize("key", ["batch-size", "batch_size"], ids=["dash", "underscore"])
+def test_dash_and_underscore_are_alike_in_files(write, key):
+    assert parse("--config", write(f"{key}: 5")).batch_size == 5
+
+
+@pytest.mark.parametrize("flag", ["--no-model-ema", "--no_model_ema"], ids=["dash", "underscore"])
+def test_a_boolean_is_switched_off_by_its_no_flag(flag):
+    assert parse().model_ema
+    assert not parse(flag).model_ema
+
+
+def test_a_boolean_flag_beats_a_boolean_in_the_file(write):
+    assert not parse("--config", write("model_ema: off")).model_ema
+    assert parse("--config", write("model_ema: off"), "--model-ema").model_ema
+
+
+@pytest.mark.parametrize("word", ["none", "None", "null"])
+def test_none_means_none_for_optional_fields(write, word):
+    path = write(f"clip_grad: {word}\nopt_betas: {word}")
+    config = parse("--config", path)
+    assert (config.clip_grad, config.opt_betas) == (None, None)
+    config = parse("--config", write("clip_grad: 1\nopt_betas: [0, 1]"), "--clip-grad", word)
+    assert (config.clip_grad, config.opt_betas) == (None, (0.0, 1.0))
+    assert parse("--config", path, "--opt-betas", word).opt_betas is None
+
+
+def test_tuples_take_several_values(write):
+    assert parse("--opt-betas", "0.9", "0.95").opt_betas == (0.9, 0.95)
+    assert parse("--config", write("opt_betas: [0.9, 0.95]")).opt_betas == (0.9, 0.95)
+    assert parse("--scales", "4").scales == (4,)
+    assert parse("--scales", "4", "5", "6", "--seed", "1").scales == (4, 5, 6)
+
+
+def test_a_value_or_a_tuple_is_told_by_the_number_of_words():
+    assert parse("--input-size", "96").input_size == 96
+    assert parse("--input-size", "96", "160").input_size == (96, 160)
+
+
+@pytest.mark.parametrize("source", ["file", "flag"])
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001"])
+def test_every_spelling_of_a_number_is_read(write, source, text):
+    argv = ["--lr", text] if source == "flag" else ["--config", write(f"lr: {text}")]
+    assert parse(*argv).lr == 1e-4
+
+
+@pytest.mark.parametrize("text", ["", "# only a header\n"], ids=["nothing", "comment"])
+def test_a_file_without_differences_is_the_default(write, text):
+    assert parse("--config", write(text)) == Run()
+
+
+def test_dump_is_plain_and_fills_the_same_configuration_again():
+    config = parse("--opt-betas", "0.9", "0.95", "--input-size", "96", "160")
+    plain = dump(config)
+    assert plain["opt_betas"] == [0.9, 0.95]
+    assert {type(value) for value in plain.values()} <= {int, float, bool, str, list, type(None)}
+    assert Run(**plain) == config
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        parse().seed = 3
+
+
+def test_help_lists_every_field_once_by_group_with_docstring_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    positions = [text.index(title) for title in ("Run:", "Data:", "Optimisation:")]
+    assert positions == sorted(positions)
+    for name in Run.model_fields:
+        flag = "--" + name.replace("_", "-")
+        assert text.count(f"  {flag}") == 1
+        assert "_" not in flag
+    assert "Where the images lie: 100% of them. (default: empty)" in text
+    assert "Images, fewer. (default: 32)" in text
+    assert text.index("--batch-size") > positions[2]  # where it was defined first
+    assert "{float32,bfloat16}" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--batch-sise", "3"], "unknown flag --batch-sise: did you mean --batch-size?"),
+        (["--batch_sise=3"], "unknown flag --batch_sise: did you mean --batch-size?"),
+        (["--zzz"], "unknown flag --zzz (--help lists all)"),
+        (["--batch", "3"], "unknown flag --batch: did you mean --batch-size?"),
+        (["ImageNet"], "unexpected argument 'ImageNet'"),
+        (["--lr"], "--lr: expected one argument"),
+        (["--lr", "fast"], "--lr is 'fast' but should be a number"),
+        (["--lr", "0"], "--lr is '0' but should be greater than 0"),
+        (["--lr", "nan"], "--lr is 'nan' but should be a finite number"),
+        (["--seed", "1.5"], "--seed is '1.5' but should be an integer"),
+        (["--clip-grad", "x"], "--clip-grad is 'x' but should be a number or none"),
+        (["--dtype", "fp16"], "--dtype is 'fp16' but should be 'float32' or 'bfloat16'"),
+        (
+            ["--opt-betas", "0.9"],
+            "--opt-betas is ['0.9'] but should be 2 values (each a number) or none",
+        ),
+        (["--input-size", "-5"], "--input-size is '-5' but should be greater than 0"),
+        (
+            ["--input-size", "x"],
+            "--input-size is 'x' but should be an integer or 2 values (each an integer)",
+        ),
+        (["--seed", "13"], "seed 13 and model_ema cannot be given together"),
+        (["--seed", "x", "--lr", "y"], "--lr is 'y' but should be a number; --seed is 'x' but"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: No such file or directory"),
+        (["--config", "/"], "--config /: Is a directory"),
+        (["--config", "a", "--config", "b"], "--config is given 2 times"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_flag_is_one_line_that_says_what_is_allowed(complaint, argv, said):
+    assert said in complaint(*argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lr: 1\nbatch_sise: 3", "some.yaml, line 2: batch_sise is not an option: did you mean"),
+        ("optim: {lr: 1}", "line 1: optim is not an option"),
+        ("? [1]\n: 2", "is not an option"),
+        ("batch_size: 0", "some.yaml, line 1: batch_size is 0 but should be greater than 0"),
+        ("lr: fast", "lr is 'fast' but should be a number"),
+        ("lr:", "lr is null but should be a number"),
+        ("seed: yes", "seed is true but should be an integer (YAML reads on, off, yes and no as"),
+        ("data_path: off", "data_path is false but should be text in quotes (YAML reads on, off"),
+        ("dtype: on", "dtype is true but should be float32 or bfloat16 (YAML reads on, off"),
+        ("data_path: 5", "data_path is 5 but should be text in quotes"),
+        ("- lr\n- seed", "some.yaml: should hold `option: value` lines"),
+        ("lr: 1\nlr: 2", "some.yaml, line 2: lr is given twice"),
+        ("batch-size: 1\nbatch_size: 1", "some.yaml, line 2: batch_size is given twice"),
+        ("lr: [1\nseed: 2", "some.yaml, line 2: not valid YAML"),
+        ("lr: !!python/object/apply:os.getpid []", "not valid YAML"),
+        (b"\xff\xfe\x00lr", "some.yaml: not a text file"),
+    ],
+    ids=[
+        "unknown key", "nested group", "key is no word", "out of range", "bad value", "empty value",
+        "boolean as integer", "boolean as text", "boolean as choice", "number as text",
+        "not a mapping", "twice", "twice in two spellings", "syntax", "python tag", "binary",
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_one_line_that_names_file_key_and_value(complaint, write, text, said):
+    assert said in complaint("--config", write(text))
+
+
+def test_a_mistake_in_several_processes_names_the_rank(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(SystemExit):
+        parse("--lr", "fast")
+    assert capsys.readouterr().err.startswith("error [rank 3]: --lr is 'fast'")
+
+
+def test_a_required_field_is_asked_for(capsys):
+    class Strict(Config):
+        weights: str
+        """What to load."""
+
+    with pytest.raises(SystemExit):
+        parse_config(Strict, [], prog="strict")
+    assert capsys.readouterr().err == "error: --weights is required\n"

@@ -1,0 +1,139 @@
+"""Processes: found in the launcher's environment, one device each, collectives that agree."""
+
+import pytest
+import torch
+
+from engine import UsageError, distributed, init_distributed
+from engine.distributed import launched_as
+
+LAUNCHERS = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID",
+    "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_JOB_ID",
+)  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch):
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+    def environment(**values: object) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
+
+    return environment
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch):
+    def gpus(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return gpus
+
+
+SLURM = {"SLURM_PROCID": 5, "SLURM_LOCALID": 1, "SLURM_STEP_NUM_TASKS": 8}
+
+
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        ({}, (0, 0, 1)),
+        ({"RANK": 9, "LOCAL_RANK": 1, "WORLD_SIZE": 16}, (9, 1, 16)),
+        (SLURM, (5, 1, 8)),
+        (SLURM | {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2}, (0, 0, 2)),
+        ({"SLURM_PROCID": 0, "SLURM_NTASKS": 8}, (0, 0, 1)),
+    ],
+    ids=["nothing", "torchrun", "srun", "torchrun within srun", "batch script that is no step"],
+)
+def test_the_launcher_is_recognised(environment, values, place):
+    environment(**values)
+    assert launched_as() == place
+
+
+def test_a_single_process_has_no_group_and_every_collective_is_the_identity(environment):
+    world = init_distributed("cpu")
+    assert (world.rank, world.local_rank, world.world_size, world.is_main) == (0, 0, 1, True)
+    assert world.device == torch.device("cpu")
+    assert not torch.distributed.is_initialized()
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.all_reduce_sum(torch.tensor(3.0)) == 3
+    assert distributed.max_over_processes(-4) == -4
+    assert distributed.broadcast_object("x") == "x"
+    assert [distributed.any_process(flag) for flag in (True, False)] == [True, False]
+    assert distributed.any_process(torch.tensor(True))
+    distributed.barrier()
+    distributed.shutdown()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:0", "cuda:x", "mps", ""])
+def test_an_unknown_device_is_one_sentence(environment, gpus, device):
+    gpus(2)
+    with pytest.raises(UsageError, match=r"should be auto, cpu, cuda or cuda:N"):
+        init_distributed(device)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_cuda_without_a_gpu_is_one_sentence(environment, gpus, device):
+    gpus(0)
+    with pytest.raises(UsageError, match=r"GPU 0 is wanted but torch sees 0; .*--device cpu"):
+        init_distributed(device)
+
+
+def test_auto_takes_what_is_there(environment, gpus, monkeypatch):
+    gpus(0)
+    assert init_distributed("auto").device.type == "cpu"
+    gpus(2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert init_distributed("auto").device == torch.device("cuda", 0)
+    assert init_distributed("cuda:1").device == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
+def test_more_processes_than_gpus_are_one_sentence(environment, gpus):
+    gpus(2)
+    environment(RANK=2, LOCAL_RANK=2, WORLD_SIZE=4)
+    with pytest.raises(UsageError, match="GPU 2 is wanted but torch sees 2"):
+        init_distributed("cuda")
+
+
+def test_one_gpu_for_several_processes_is_one_sentence(environment, gpus):
+    gpus(2)
+    environment(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2)
+    with pytest.raises(UsageError, match="cuda:1 names one GPU but there are 2 processes"):
+        init_distributed("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("values", "address"),
+    [
+        ({"SLURM_JOB_ID": 123456}, "tcp://127.0.0.1:23456"),
+        ({"MASTER_ADDR": "node1", "MASTER_PORT": 77, "SLURM_STEP_NUM_NODES": 2}, "tcp://node1:77"),
+    ],
+    ids=["one node", "two nodes"],
+)
+def test_slurm_processes_meet_at_the_master(environment, monkeypatch, values, address):
+    environment(**SLURM, **values)
+    asked = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **o: asked.update(o))
+    init_distributed("cpu")
+    assert asked == {"backend": "gloo", "init_method": address, "rank": 5, "world_size": 8}
+
+
+def test_slurm_nodes_without_a_master_are_one_sentence(environment):
+    environment(**SLURM, SLURM_STEP_NUM_NODES=2)
+    with pytest.raises(UsageError, match="export MASTER_ADDR"):
+        init_distributed("cpu")
+
+
+def test_collectives_agree_in_both_processes(pair):
+    for rank, answers in enumerate(pair.answers):
+        got = answers["collectives"]
+        assert got["place"] == [rank, 2, rank == 0]
+        assert got["sum"] == [2.0, 1.0]
+        assert got["max"] == 10
+        assert got["any"] == [True, False, True]
+        assert got["object"] == {"from": 0}
+        assert got["objects"] == [{"from": 0}, {"from": 1}]
