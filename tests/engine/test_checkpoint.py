@@ -34,10 +34,12 @@ def test_a_saved_object_comes_back_and_leaves_no_temporary_file(tmp_path):
     assert names(tmp_path) == ["a.pth"]
 
 
-@pytest.mark.parametrize("where", ["replace", "fsync"])
-def test_a_crash_before_the_renaming_leaves_the_old_file_whole(tmp_path, monkeypatch, where):
+@pytest.mark.parametrize(
+    ("owner", "where"), [(os, "fsync"), (Path, "replace")], ids=["fsync", "replace"]
+)
+def test_a_crash_before_the_renaming_leaves_the_old_file_whole(tmp_path, monkeypatch, owner, where):
     atomic_save({"n": 1}, tmp_path / "a.pth")
-    monkeypatch.setattr(os, where, crash)
+    monkeypatch.setattr(owner, where, crash)
     with pytest.raises(Crash):
         atomic_save({"n": 2}, tmp_path / "a.pth")
     assert read(tmp_path / "a.pth") == 1
@@ -62,9 +64,9 @@ def test_a_process_killed_while_writing_leaves_the_old_file_whole(tmp_path):
 
 def test_the_file_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
     calls = []
-    fsync, replace = os.fsync, os.replace
+    fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda number: (calls.append("fsync"), fsync(number)))
-    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    monkeypatch.setattr(Path, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
     atomic_save({"n": 1}, tmp_path / "a.pth")
     assert calls == ["fsync", "replace", "fsync"]
 
@@ -128,7 +130,7 @@ def test_files_are_copied_where_there_are_no_hard_links(tmp_path, monkeypatch):
     def refuse(*args: object, **options: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
     CheckpointDir(tmp_path, keep=1).save({"n": 1}, is_best=True, epoch=0)
     assert [read(path) for path in tmp_path.iterdir()] == [1, 1, 1]
     assert len({path.stat().st_ino for path in tmp_path.iterdir()}) == 3
@@ -137,14 +139,14 @@ def test_files_are_copied_where_there_are_no_hard_links(tmp_path, monkeypatch):
 def test_a_crash_between_best_and_last_leaves_no_last_that_misses_its_best(tmp_path, monkeypatch):
     checkpoints = CheckpointDir(tmp_path)
     checkpoints.save({"n": 1}, is_best=True)
-    replace = os.replace
+    replace = Path.replace
 
     def crash_at_last(source: Path, target: Path) -> None:
-        if Path(target).name == "checkpoint.pth":
+        if target.name == "checkpoint.pth":
             raise Crash
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", crash_at_last)
+    monkeypatch.setattr(Path, "replace", crash_at_last)
     with pytest.raises(Crash):
         checkpoints.save({"n": 2}, is_best=True)
     assert read(tmp_path / "checkpoint.pth") == 1
