@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from irpe_core import BucketCache, RPEConfig, bucket_ids, build_rpe, encoding
+from irpe_core import BucketCache, RPEConfig, bucket_ids, buckets, build_rpe, encoding
 
 PRODUCT = RPEConfig(skip=1)
 LIKE = torch.empty(0)
@@ -130,6 +130,20 @@ def test_compiled_code_leaves_nothing_behind(cache, dynamic):
         assert len(cache) == 0
         torch.testing.assert_close(traced, rpe(x, height, width))
         cache.clear()
+
+
+def test_a_table_that_two_threads_compute_at_once_is_counted_once(monkeypatch):
+    cache, compute, overtaken = BucketCache(), buckets._bucket_table, []
+
+    def overtake(*arguments: object) -> torch.Tensor:
+        if not overtaken:
+            overtaken.append(True)
+            cache.get(PRODUCT, 3, 3, 0, LIKE)
+        return compute(*arguments)
+
+    monkeypatch.setattr(buckets, "_bucket_table", overtake)
+    cache.get(PRODUCT, 3, 3, 0, LIKE)
+    assert (len(cache), cache.nbytes) == (1, nbytes(3, 3))
 
 
 def test_threads_get_right_tables_and_the_count_of_bytes_stays_true():

@@ -60,6 +60,13 @@ def test_it_takes_over_layers_mode_dtype_and_device_and_draws_no_random_numbers(
     assert {p.device.type for p in ours.parameters()} == {"meta"}
 
 
+def test_it_takes_over_a_scale_of_its_own():
+    attention = fill(timm.layers.Attention(24, 3, qkv_bias=True))
+    attention.scale, attention.fused_attn = 0.9, False
+    ours, x = RPEAttention.from_attention(attention, CONFIG), torch.randn(2, 10, 24)
+    torch.testing.assert_close(ours(x), attention(x))
+
+
 def test_parameters_have_timms_names_and_the_published_ones():
     names = {name for name, _ in timm.layers.Attention(24, 3, qkv_bias=True).named_parameters()}
     names |= {f"rpe_{letter}.lookup_table_weight" for letter in "qkv"}
