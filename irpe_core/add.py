@@ -12,8 +12,8 @@ class _GridFollower:
     """Forward hook on a patch embedding: tells every attention the grid of the current images.
 
     A block passes its attention nothing but tokens, and a model may change its image size at any
-    time (`set_input_size`, `dynamic_img_size`). The grid is that of the latest images: with gradient
-    checkpointing, go backward before images of another shape come forward.
+    time (`set_input_size`, `dynamic_img_size`). The grid is that of the latest images: with
+    gradient checkpointing, go backward before images of another shape come forward.
     """
 
     def __init__(self, attentions: list[RPEAttention]) -> None:
