@@ -10,7 +10,7 @@ import timm
 from pydantic import Field, field_validator, model_validator
 from timm.optim import list_optimizers
 
-from engine.config import Config, parse_config
+from engine import Config, RunConfig, parse_config
 from irpe_core import parse_rpe_spec
 
 __all__ = ["ClassificationConfig", "parse_args"]
@@ -90,10 +90,6 @@ class DataConfig(Config):
     """Level of iNaturalist's labels."""
     load_tar: bool = False
     """Read train.tar and val.tar in place instead of folders."""
-    batch_size: int = Field(64, ge=1)
-    """Images per process and step."""
-    num_workers: int = Field(10, ge=0)
-    """Loading processes per training process."""
     pin_mem: bool = True
     """Pin loaded batches for faster copies to a GPU."""
     repeated_aug: bool = True
@@ -192,8 +188,6 @@ class OptimConfig(Config):
     """Limit of the noise, relative."""
     lr_noise_std: float = Field(1.0, ge=0)
     """Standard deviation of the noise."""
-    accumulate_steps: int = Field(1, ge=1)
-    """Batches whose gradients are added up for one optimizer step."""
     model_ema: bool = True
     """Keep an exponential moving average of the weights, and evaluate it too."""
     model_ema_decay: float = Field(0.99996, ge=0, lt=1)
@@ -224,45 +218,17 @@ class DistillConfig(Config):
     """Temperature of soft distillation."""
 
 
-class RunConfig(Config):
-    """Run"""
-
-    epochs: int = Field(300, ge=1)
-    """Passes over the data."""
-    start_epoch: int = Field(0, ge=0)
-    """First epoch; --resume sets it."""
-    output_dir: str = ""
-    """Where checkpoints and logs go; empty for none."""
-    resume: str = ""
-    """Checkpoint to go on from, a path or an address."""
-    auto_resume: bool = False
-    """Go on from the newest checkpoint in output_dir, if there is one."""
-    eval: bool = False
-    """Only evaluate."""
-    seed: int = Field(0, ge=0)
-    """Everything random follows from it."""
-    device: str = "auto"
-    """auto, cuda, cuda:N or cpu."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of autocast; auto is float16 with loss scaling on a GPU, as in DeiT, float32 elsewhere."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
-    checkpoint_steps: int | None = Field(None, ge=1)
-    """Also write a checkpoint every so many optimizer steps; none only after every epoch."""
-    keep_checkpoints: int = Field(1, ge=0)
-    """How many checkpoint_<epoch>.pth to keep beside the last and the best."""
-    print_freq: int = Field(10, ge=1)
-    """Optimizer steps between two lines of output."""
-    world_size: int = Field(1, ge=1)
-    """Set by torchrun; a larger value given here must equal what torchrun started."""
-    dist_url: str = "env://"
-    """How the processes find each other."""
-
-
 class ClassificationConfig(
     ModelConfig, DataConfig, AugmentConfig, OptimConfig, DistillConfig, RunConfig
 ):
     """DeiT with iRPE: training and evaluation."""
+
+    batch_size: int = Field(64, ge=1)
+    """Images per process and step."""
+    num_workers: int = Field(10, ge=0)
+    """Loading processes per training process."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of autocast; auto is float16 with loss scaling on a GPU, as in DeiT, float32 elsewhere."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ClassificationConfig":
@@ -270,8 +236,6 @@ class ClassificationConfig(
             raise ValueError("resume and pretrained exclude each other: both give the weights")
         if self.finetune and self.pretrained:
             raise ValueError("finetune and pretrained exclude each other: both give the weights")
-        if self.auto_resume and not self.output_dir:
-            raise ValueError("auto_resume needs output_dir, where it looks for checkpoints")
         if self.distillation_type != "none":
             if not self.teacher_path:
                 raise ValueError("distillation_type needs teacher_path, the teacher's checkpoint")

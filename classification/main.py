@@ -6,41 +6,36 @@ from pathlib import Path
 
 import timm
 import torch
-import yaml
 from timm.scheduler import create_scheduler
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-import rpe_ops
 from classification.build import create_ema, create_model, create_optimizer, create_step_fn
 from classification.config import ClassificationConfig, parse_args
 from classification.data import build_split, eval_loader, train_loader
 from classification.evaluate import evaluate
 from datasets import DataError
 from engine import (
-    DTYPES,
     CheckpointDir,
     LoopOptions,
-    RunLog,
-    StopRequest,
     TrainState,
     UsageError,
-    UserError,
     World,
-    check_writable,
+    checkpoint_to_resume,
     dump,
-    init_distributed,
+    fit,
+    images_per_step,
     make_scaler,
     provenance,
+    resolve_dtype,
+    restore,
     run,
-    setup_logging,
-    train_epoch,
+    start_run,
     unwrap,
 )
-from irpe_core import CheckpointError, load_checkpoint
+from irpe_core import CheckpointError, load_checkpoint, resolve_implementation
 
 __all__ = ["main"]
 
@@ -50,12 +45,10 @@ logger = logging.getLogger("classification")
 def main(argv: list[str] | None = None) -> None:
     """Run what the flags say: a training, or with `--eval` an evaluation."""
     config = parse_args(argv)
-    world = init_distributed(config.device)
-    output_dir = check_writable(config.output_dir) if config.output_dir else None
-    setup_logging(output_dir, world.rank)
-    _check_world_size(config, world)
-    checkpoint = _checkpoint_to_resume(config, output_dir)
-    _describe_run(config, world, output_dir)
+    world, output_dir = start_run(config, timm=timm.__version__)
+    logger.info("rpe_ops implementation: %s", resolve_implementation("auto", world.device))
+    source = checkpoint_to_resume(config)
+    checkpoint = load_checkpoint(source) if source else None
     if config.eval:
         evaluate_only(config, world, checkpoint, output_dir)
     else:
@@ -83,14 +76,13 @@ def train(
         ids = [world.device.index] if world.device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=ids)
 
-    dtype = resolve_dtype(config, world)
-    steps = len(train_batches) // config.accumulate_steps
+    dtype = _dtype(config, world)
     state = TrainState(model, optimizer, make_scaler(world.device, dtype), config.start_epoch)
     if checkpoint is not None:
-        _restore(state, scheduler, checkpoint, _images_per_step(config, world))
+        restore(state, scheduler, checkpoint, images_per_step(config, world))
     options = LoopOptions(
         device=world.device,
-        steps=steps,
+        steps=len(train_batches) // config.accumulate_steps,
         batch_size=config.batch_size,
         seed=config.seed,
         dtype=dtype,
@@ -110,8 +102,9 @@ def train(
                 "model_ema": ema.module.state_dict() if ema else None,
                 "args": dump(config),
                 "classes": list(train_data.classes),
-                "images_per_step": _images_per_step(config, world),
-                "provenance": provenance(),
+                "images_per_step": images_per_step(config, world),
+                "provenance": provenance()
+                | {"rpe_ops": resolve_implementation("auto", world.device)},
             }
             files.save(content, is_best=is_best, epoch=epoch)
 
@@ -119,35 +112,19 @@ def train(
         if ema is not None:
             ema.update(unwrap(model))
 
-    done = state.epoch * steps + state.step
-    with StopRequest() as stop, RunLog(output_dir, start_step=done) as log:
-        while state.epoch < config.epochs:
-            epoch = state.epoch
-            train_batches.sampler.set_epoch(
-                epoch, start=state.step * config.batch_size * config.accumulate_steps
-            )
-            figures = train_epoch(
-                step_fn,
-                train_batches,
-                state,
-                options,
-                stop=stop,
-                log=log,
-                on_step=update_ema,
-                save=save,
-            )
-            test = evaluate_all(config, unwrap(model), ema, val_batches, world)
-            scheduler.step(epoch, test["acc1"])
-            is_best = test["acc1"] > state.best
-            state.best = max(state.best, test["acc1"])
-            state.finish_epoch()
-            record = {"epoch": epoch, "n_parameters": n_parameters}
-            record |= {f"train_{name}": value for name, value in figures.items()}
-            record |= {f"test_{name}": value for name, value in test.items()}
-            log.write_epoch(record, state.epoch * steps)
-            save(is_best=is_best, epoch=epoch)
-            logger.info("epoch %d: %s  (best %.3f)", epoch, _in_words(test), state.best)
-            stop.check(save)
+    fit(
+        step_fn,
+        train_batches,
+        state,
+        options,
+        epochs=config.epochs,
+        evaluate=lambda: evaluate_all(config, unwrap(model), ema, val_batches, world),
+        best_by="acc1",
+        step_schedule=scheduler.step,
+        save=save,
+        facts={"n_parameters": n_parameters},
+        on_step=update_ema,
+    )
     _warn_of_bad_images(train_data, val_data)
 
 
@@ -164,7 +141,8 @@ def evaluate_only(
     if config.compile:
         model.compile()
     test = evaluate_all(config, model, ema, eval_loader(val_data, config, world), world)
-    logger.info("%d images: %s", len(val_data), _in_words(test))
+    figures = "  ".join(f"{name} {value:.6g}" for name, value in test.items())
+    logger.info("%d images: %s", len(val_data), figures)
     if output_dir is not None and world.is_main:
         record = {f"test_{name}": value for name, value in test.items()}
         (output_dir / "eval.json").write_text(json.dumps(record) + "\n")
@@ -182,85 +160,17 @@ def evaluate_all(
     models = {"": model}
     if ema is not None:
         models["ema_"] = ema.module.to(world.device)
-    dtype = resolve_dtype(config, world)
+    dtype = _dtype(config, world)
     figures = evaluate(models, loader, world.device, dtype, shared=config.dist_eval)
     if ema is not None and config.model_ema_force_cpu:
         ema.module.to("cpu")
     return figures
 
 
-def resolve_dtype(config: ClassificationConfig, world: World) -> torch.dtype:
-    """`auto` is float16 on a GPU, as DeiT trains, and float32 elsewhere."""
-    if config.dtype == "auto":
-        return torch.float16 if world.device.type == "cuda" else torch.float32
-    return DTYPES[config.dtype]
-
-
-def _images_per_step(config: ClassificationConfig, world: World) -> int:
-    return config.batch_size * config.accumulate_steps * world.world_size
-
-
-def _check_world_size(config: ClassificationConfig, world: World) -> None:
-    if config.world_size not in (1, world.world_size):
-        raise UsageError(
-            f"--world_size is {config.world_size} but {world.world_size} processes were started: "
-            "leave it to torchrun"
-        )
-
-
-def _checkpoint_to_resume(config: ClassificationConfig, output_dir: Path | None) -> dict | None:
-    """The checkpoint to go on from; an explicit one beats the newest in `output_dir`."""
-    newest = None
-    if config.auto_resume and not config.resume:
-        newest = CheckpointDir(output_dir).latest()
-    source = config.resume or newest
-    if not source:
-        return None
-    logger.info("resuming from %s", source)
-    return load_checkpoint(source)
-
-
-def _restore(
-    state: TrainState, scheduler: Scheduler, checkpoint: dict, images_per_step: int
-) -> None:
-    """Bring optimizer, schedule and position back; the weights are loaded already.
-
-    Raises:
-        UserError: The checkpoint holds weights alone, or is from the middle of an epoch whose
-            steps were of another size.
-    """
-    missing = [name for name in ("optimizer", "lr_scheduler", "epoch") if name not in checkpoint]
-    if missing:
-        raise UserError(
-            f"the checkpoint has no {', '.join(missing)} to resume training with: "
-            "use --finetune to start from its weights, or --eval"
-        )
-    before = checkpoint.get("images_per_step", images_per_step)
-    if checkpoint.get("step") and before != images_per_step:
-        raise UserError(
-            f"the checkpoint is from the middle of an epoch at {before} images a step, now it is "
-            f"{images_per_step}: resume with the same batch size and number of processes"
-        )
-    state.load_state_dict(checkpoint)
-    scheduler.load_state_dict(checkpoint["lr_scheduler"])
-
-
-def _describe_run(config: ClassificationConfig, world: World, output_dir: Path | None) -> None:
-    """Log what runs, and save the resolved configuration as `config.yaml`."""
-    implementations = rpe_ops.available_implementations(world.device)
-    chosen = next(name for name, reason in implementations.items() if not reason)
-    origin = provenance() | {"timm": timm.__version__, "rpe_ops": chosen}
-    logger.info("%s, %d process(es), %s", world.device, world.world_size, origin)
-    if output_dir is not None and world.is_main and not config.eval:
-        text = yaml.safe_dump(dump(config), sort_keys=False)
-        (output_dir / "config.yaml").write_text(f"# {json.dumps(origin)}\n{text}")
-
-
-def _in_words(figures: dict[str, float]) -> str:
-    text = "top-1 {acc1:.3f}, top-5 {acc5:.3f}, loss {loss:.6f}".format(**figures)
-    if "ema_acc1" in figures:
-        text += "; EMA top-1 {ema_acc1:.3f}, top-5 {ema_acc5:.3f}".format(**figures)
-    return text
+def _dtype(config: ClassificationConfig, world: World) -> torch.dtype:
+    """Of autocast: DeiT was trained in float16 on GPUs."""
+    gpu = world.device.type == "cuda"
+    return resolve_dtype(config.dtype, auto=torch.float16 if gpu else torch.float32)
 
 
 def _warn_of_bad_images(*datasets) -> None:

@@ -9,6 +9,7 @@ from engine.cli import run
 from engine.config import Config, dump, parse_config
 from engine.distributed import World, all_gather_object, init_distributed
 from engine.errors import UsageError, UserError
+from engine.fit import fit
 from engine.logging import RunLog, setup_logging
 from engine.loop import LoopOptions, TrainState, train_epoch
 from engine.meters import Meters, Throughput, peak_memory_mb
@@ -17,6 +18,14 @@ from engine.optim import DTYPES, autocast, make_scaler
 from engine.provenance import provenance
 from engine.seeding import derive_seed, seed_all
 from engine.signals import Stopped, StopRequest, shield_worker
+from engine.startup import (
+    RunConfig,
+    checkpoint_to_resume,
+    images_per_step,
+    resolve_dtype,
+    restore,
+    start_run,
+)
 from engine.tensors import copy_to, unwrap
 
 __all__ = [
@@ -24,6 +33,12 @@ __all__ = [
     "parse_config",
     "dump",
     "provenance",
+    "RunConfig",
+    "start_run",
+    "checkpoint_to_resume",
+    "restore",
+    "images_per_step",
+    "resolve_dtype",
     "run",
     "UserError",
     "UsageError",
@@ -35,6 +50,7 @@ __all__ = [
     "LoopOptions",
     "TrainState",
     "train_epoch",
+    "fit",
     "DTYPES",
     "autocast",
     "make_scaler",

@@ -18,6 +18,7 @@ from irpe_core.config import (
 from irpe_core.encoding import BiasRPE, ContextualRPE, CrossRPE, ValueRPE, build_rpe
 from irpe_core.functional import rpe_attention
 from irpe_core.modules import RPEAttention
+from rpe_ops import resolve as resolve_implementation
 
 __all__ = [
     "METHODS",
@@ -37,6 +38,7 @@ __all__ = [
     "rpe_attention",
     "RPEAttention",
     "add_irpe",
+    "resolve_implementation",
     "CheckpointError",
     "load_checkpoint",
     "load_weights",

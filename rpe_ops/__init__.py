@@ -6,6 +6,13 @@ other's backward. Needs nothing but torch.
 """
 
 from rpe_ops.api import bucket_sum, gather
-from rpe_ops.implementations import IMPLEMENTATIONS, available_implementations, can_run
+from rpe_ops.implementations import IMPLEMENTATIONS, available_implementations, can_run, resolve
 
-__all__ = ["gather", "bucket_sum", "IMPLEMENTATIONS", "available_implementations", "can_run"]
+__all__ = [
+    "gather",
+    "bucket_sum",
+    "IMPLEMENTATIONS",
+    "available_implementations",
+    "can_run",
+    "resolve",
+]

@@ -24,7 +24,7 @@ killed_and_resumed() {
         --output_dir "$out/absolute_irpe" --print_freq 1 --checkpoint_steps 5 \
         > "$out/absolute_irpe_killed.txt" 2>&1 &
     local pid=$!
-    until [ "$(wc -l < "$out/absolute_irpe/log.txt" 2> /dev/null || echo 0)" -ge 3 ]; do
+    until [ "$(cat "$out/absolute_irpe/log.txt" 2> /dev/null | wc -l)" -ge 3 ]; do
         kill -0 "$pid" 2> /dev/null || { cat "$out/absolute_irpe_killed.txt"; exit 1; }
         sleep 0.2
     done

@@ -15,8 +15,8 @@ ARROWS = {
     "irpe_core": {"rpe_ops"},
     "engine": set(),
     "datasets": set(),
-    "classification": {"rpe_ops", "irpe_core", "engine", "datasets"},
-    "detection": {"rpe_ops", "irpe_core", "engine", "datasets"},
+    "classification": {"irpe_core", "engine", "datasets"},
+    "detection": {"irpe_core", "engine", "datasets"},
 }
 OURS = {*ARROWS, "scripts", "tests", "configs"}
 PACKAGES = [name for name in ARROWS if (ROOT / name).is_dir()]
