@@ -46,7 +46,6 @@ def main(argv: list[str] | None = None) -> None:
     """Run what the flags say: a training, or with `--eval` an evaluation."""
     config = parse_args(argv)
     world, output_dir = start_run(config, timm=timm.__version__)
-    logger.info("rpe_ops implementation: %s", resolve_implementation("auto", world.device))
     source = checkpoint_to_resume(config)
     checkpoint = load_checkpoint(source) if source else None
     if config.eval:
@@ -92,6 +91,8 @@ def train(
         checkpoint_steps=config.checkpoint_steps or 0,
         output_dir=output_dir,
     )
+    implementation = resolve_implementation("auto", world.device)
+    logger.info("rpe_ops implementation: %s", implementation)
     step_fn = create_step_fn(config, model, len(train_data.classes), world.device)
     files = CheckpointDir(output_dir, config.keep_checkpoints) if output_dir else None
 
