@@ -1,0 +1,3 @@
+"""DETR with iRPE: model, losses, trainer, evaluation."""
+
+__all__: list[str] = []

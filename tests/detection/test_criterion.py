@@ -1,0 +1,187 @@
+"""The set criterion: recorded losses and gradients, counts over processes, masks, mistakes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from detection import criterion as module
+from detection.criterion import SetCriterion
+from detection.matcher import HungarianMatcher
+from tests.detection.synthetic import outputs, recorded, recorded_targets, targets
+from tests.recipes import golden_json
+
+RECORDED = golden_json("matching")["criterion"]
+BASIC = ("labels", "boxes", "cardinality")
+
+
+def criterion(losses=BASIC, classes: int = 5, eos_coef: float = 0.1) -> SetCriterion:
+    return SetCriterion(classes, HungarianMatcher(), {}, eos_coef, losses)
+
+
+@pytest.mark.parametrize("eos_coef", [0.1, 1.0])
+def test_recorded_losses_and_gradients(eos_coef):
+    expected = RECORDED[f"eos{eos_coef}"]
+    logits = recorded("crit/logits").requires_grad_()
+    coordinates = recorded("crit/boxes").requires_grad_()
+    layers = [{"pred_logits": x, "pred_boxes": y} for x, y in zip(logits, coordinates, strict=True)]
+    judge = criterion(classes=91, eos_coef=eos_coef)
+    figures = judge(layers[-1] | {"aux_outputs": layers[:-1]}, recorded_targets("crit", 3))
+
+    assert list(figures) == list(expected["losses"])
+    found = {name: value.item() for name, value in figures.items()}
+    assert found == pytest.approx(expected["losses"], rel=1e-6, abs=1e-6)
+    total = sum(weight * figures[name] for name, weight in expected["weight_dict"].items())
+    assert total.item() == pytest.approx(expected["total"], rel=1e-6)
+
+    total.backward()
+    for tensor, norms in ((logits, "gl_norm"), (coordinates, "gb_norm")):
+        found = [gradient.norm().item() for gradient in tensor.grad]
+        assert found == pytest.approx(expected[norms], rel=1e-5)
+    if eos_coef == 0.1:
+        torch.testing.assert_close(coordinates.grad, recorded("crit/grad_boxes"))
+        torch.testing.assert_close(logits.grad[-1], recorded("crit/grad_logits_last"))
+
+
+def test_the_recorded_giou_loss_and_its_gradient():
+    a = recorded("giou/a_cxcywh")[:15].double().requires_grad_()
+    b = recorded("giou/b_cxcywh").double()
+    matches = [(torch.arange(15), torch.arange(15))]
+    made = {"pred_boxes": a[None]}
+    loss = criterion()._loss_boxes(made, [{"boxes": b}], matches, torch.tensor(1.0))["loss_giou"]
+    assert loss.item() == pytest.approx(golden_json("matching")["giou_diag_loss_sum"], abs=1e-12)
+    loss.backward()
+    torch.testing.assert_close(a.grad, recorded("giou/diag_loss_grad_f64"))
+
+
+def test_every_layer_is_matched_by_itself():
+    made, wanted = outputs(2, layers=2), targets(3, 2)
+    together = criterion()(made, wanted)
+    for i, layer in enumerate(made["aux_outputs"]):
+        alone = criterion()(layer, wanted)
+        for name in ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error"):
+            torch.testing.assert_close(together[f"{name}_{i}"], alone[name])
+    assert [name for name in together if name.startswith("class_error")] == ["class_error"]
+
+
+def test_a_batch_without_objects_still_teaches_that_there_are_none():
+    made = outputs(2, layers=1)
+    figures = criterion()(made, targets(0, 0))
+    assert figures["loss_bbox"] == figures["loss_giou"] == 0
+    assert figures["class_error"] == 100  # as published
+    sum(figures.values()).backward()
+    assert made["pred_logits"].grad.abs().sum() > 0
+    assert made["pred_boxes"].grad.abs().sum() == 0
+
+
+def test_box_losses_are_divided_by_the_objects_per_process(monkeypatch):
+    monkeypatch.setattr(module, "world_size", lambda: 4)
+    monkeypatch.setattr(module, "all_reduce_sum", lambda count: count + 15)
+    made, wanted, judge = outputs(2), targets(3, 2), criterion()
+    shared = judge(made, wanted)
+    alone = judge.eval()(made, wanted)
+    for name in ("loss_bbox", "loss_giou"):
+        torch.testing.assert_close(shared[name] * (5 + 15) / 4, alone[name] * 5)
+    torch.testing.assert_close(shared["loss_ce"], alone["loss_ce"])
+
+
+def test_an_evaluation_waits_for_no_other_process(monkeypatch):
+    monkeypatch.setattr(module, "all_reduce_sum", None)
+    criterion().eval()(outputs(1), targets(2))
+
+
+def test_less_than_one_object_per_process_counts_as_one(monkeypatch):
+    monkeypatch.setattr(module, "world_size", lambda: 8)
+    made, wanted = outputs(1), targets(1)
+    torch.testing.assert_close(
+        criterion()(made, wanted)["loss_bbox"], criterion().eval()(made, wanted)["loss_bbox"]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_outputs_in_half_precision_are_judged_in_float32(dtype):
+    made, wanted = outputs(2), targets(3, 2)
+    halved = {name: value.to(dtype) for name, value in made.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        figures = criterion()(halved, wanted)
+    expected = criterion()({name: value.float() for name, value in halved.items()}, wanted)
+    assert all(value.dtype == torch.float32 for value in figures.values())
+    torch.testing.assert_close(figures, expected)
+
+
+@pytest.mark.parametrize("name", ["pred_logits", "pred_boxes"])
+def test_outputs_that_are_not_numbers_give_a_loss_that_is_none(name):
+    made = outputs(2)
+    with torch.no_grad():
+        made[name][0] = float("nan")
+    figures = criterion()(made, targets(3, 2))
+    bad = {key for key, value in figures.items() if not value.isfinite()}
+    assert bad == ({"loss_ce"} if name == "pred_logits" else {"loss_bbox", "loss_giou"})
+
+
+@pytest.mark.parametrize("label", [-1, 5, 90])
+def test_a_label_that_is_no_class_is_refused(label):
+    wanted = targets(3, 2)
+    wanted[1]["labels"][0] = label
+    with pytest.raises(ValueError, match=rf"labels hold {label} but should be in \[0, 5\)"):
+        criterion()(outputs(2), wanted)
+
+
+def test_an_unknown_loss_is_refused():
+    with pytest.raises(ValueError, match="losses has 'keypoints' but should hold some of labels"):
+        criterion(("labels", "keypoints"))
+
+
+def test_the_criterion_adds_nothing_to_a_checkpoint():
+    assert not criterion().state_dict()
+
+
+def with_masks(*counts: int) -> tuple[dict, list[dict]]:
+    """Outputs at a quarter of the padded size 24×20, and masks of images of unequal sizes."""
+    made = outputs(len(counts), layers=1)
+    made["pred_masks"] = torch.randn(len(counts), 7, 6, 5, requires_grad=True)
+    wanted = targets(*counts)
+    for target, size in zip(wanted, [(24, 13), (17, 20), (9, 9)], strict=False):
+        target["masks"] = torch.rand(len(target["labels"]), *size) > 0.5
+    return made, wanted
+
+
+def test_mask_losses_are_focal_and_dice_of_the_matched_pairs():
+    made, wanted = with_masks(3, 2)
+    judge = criterion((*BASIC, "masks"))
+    figures = judge(made, wanted)
+    focal = dice = 0.0
+    for i, (queries, objects) in enumerate(judge.matcher(made, wanted)):
+        for query, number in zip(queries, objects, strict=True):
+            logits = F.interpolate(
+                made["pred_masks"][i, query][None, None], (24, 20), None, "bilinear"
+            )
+            p = logits[0, 0].sigmoid()
+            mask = torch.zeros(24, 20)
+            height, width = wanted[i]["masks"].shape[1:]
+            mask[:height, :width] = wanted[i]["masks"][number]
+            hit = torch.where(mask > 0, p, 1 - p)
+            alpha = torch.where(mask > 0, 0.25, 0.75)
+            focal += (-alpha * (1 - hit) ** 2 * hit.log()).mean() / 5
+            dice += (1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)) / 5
+    torch.testing.assert_close(figures["loss_mask"], focal)
+    torch.testing.assert_close(figures["loss_dice"], dice)
+    assert [name for name in figures if "mask" in name or "dice" in name] == [
+        "loss_mask",
+        "loss_dice",
+    ]
+
+
+def test_masks_of_a_batch_without_objects_cost_nothing():
+    made, wanted = with_masks(0, 0)
+    figures = criterion((*BASIC, "masks"))(made, wanted)
+    assert figures["loss_mask"] == figures["loss_dice"] == 0
+    sum(figures.values()).backward()
+    assert made["pred_masks"].grad.abs().sum() == 0
+
+
+def test_perfect_predictions_cost_nothing_but_the_class():
+    wanted = targets(3)
+    made = {"pred_logits": torch.randn(1, 3, 6), "pred_boxes": wanted[0]["boxes"].flip(0)[None]}
+    figures = SetCriterion(5, HungarianMatcher(0, 5, 2), {}, 0.1, BASIC)(made, wanted)
+    assert figures["loss_bbox"] == 0
+    assert figures["loss_giou"].abs() < 1e-6

@@ -1,0 +1,94 @@
+"""The matcher: recorded assignments, the best of all assignments, and predictions gone wrong."""
+
+import itertools
+
+import pytest
+import torch
+
+from detection.boxes import cxcywh_to_xyxy, pairwise_giou
+from detection.matcher import HungarianMatcher
+from tests.detection.synthetic import outputs, recorded, recorded_targets, targets
+from tests.recipes import golden_json
+
+CASES = golden_json("matching")["matcher"]
+
+
+@pytest.mark.parametrize("weights", list(CASES["basic"]["indices"]))
+@pytest.mark.parametrize("case", list(CASES))
+def test_recorded_assignments_are_met_exactly(case, weights):
+    made = {n: recorded(f"matcher/{case}/{n}") for n in ("pred_logits", "pred_boxes")}
+    matcher = HungarianMatcher(*(int(part) for part in weights.strip("()").split(",")))
+    matches = matcher(made, recorded_targets(f"matcher/{case}", len(CASES[case]["sizes"])))
+    assert all(side.dtype == torch.int64 for match in matches for side in match)
+    found = [[side.tolist() for side in match] for match in matches]
+    assert found == CASES[case]["indices"][weights]
+
+
+def test_the_recorded_layer_with_its_ties_is_met_exactly():
+    made = {
+        "pred_logits": recorded("crit/logits")[-1],
+        "pred_boxes": recorded("crit/boxes")[-1],
+    }
+    matches = HungarianMatcher()(made, recorded_targets("crit", 3))
+    found = [[side.tolist() for side in match] for match in matches]
+    assert found == golden_json("matching")["criterion"]["eos0.1"]["indices_last"]
+
+
+def test_no_other_assignment_costs_less():
+    made, wanted = outputs(1, queries=5), targets(3)
+    costs = {"cost_class": 1.5, "cost_bbox": 3.0, "cost_giou": 0.7}
+    probability = made["pred_logits"][0].softmax(-1)
+    distance = (made["pred_boxes"][0][:, None] - wanted[0]["boxes"]).abs().sum(-1)
+    overlap = pairwise_giou(
+        cxcywh_to_xyxy(made["pred_boxes"][0]), cxcywh_to_xyxy(wanted[0]["boxes"])
+    )
+    cost = 3.0 * distance - 1.5 * probability[:, wanted[0]["labels"]] - 0.7 * overlap
+    cheapest = min(
+        cost[list(queries), range(3)].sum() for queries in itertools.permutations(range(5), 3)
+    )
+    queries, objects = HungarianMatcher(**costs)(made, wanted)[0]
+    assert queries.tolist() == sorted(queries.tolist())
+    torch.testing.assert_close(cost[queries, objects].sum(), cheapest)
+
+
+def test_more_objects_than_queries_leaves_some_unmatched():
+    queries, objects = HungarianMatcher()(outputs(1, queries=3), targets(8))[0]
+    assert queries.tolist() == [0, 1, 2]
+    assert len(set(objects.tolist())) == 3
+
+
+def test_a_batch_without_any_object_matches_nothing():
+    matches = HungarianMatcher()(outputs(2), targets(0, 0))
+    assert [len(side) for match in matches for side in match] == [0, 0, 0, 0]
+
+
+def test_an_image_is_matched_the_same_in_any_batch():
+    made, wanted = outputs(3), targets(4, 2, 5)
+    together = HungarianMatcher()(made, wanted)
+    for i, match in enumerate(together):
+        alone = HungarianMatcher()({n: v[i : i + 1] for n, v in made.items()}, wanted[i : i + 1])
+        assert all(torch.equal(a, b) for a, b in zip(match, alone[0], strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["pred_logits", "pred_boxes"])
+def test_predictions_that_are_not_finite_are_matched_all_the_same(name, value):
+    made, wanted = outputs(2), targets(3, 2)
+    with torch.no_grad():
+        made[name][0] = value
+        made[name][1, 0] = value
+    matches = HungarianMatcher()(made, wanted)
+    assert [len(match[0]) for match in matches] == [3, 2]
+    assert 0 not in matches[1][0]
+
+
+def test_a_negative_width_is_refused():
+    made, wanted = outputs(1), targets(2)
+    wanted[0]["boxes"][1, 2] = -0.5
+    with pytest.raises(ValueError, match=r"boxes2\[1\] is .* but should be"):
+        HungarianMatcher()(made, wanted)
+
+
+def test_costs_that_are_all_0_are_refused():
+    with pytest.raises(ValueError, match="cost_class, cost_bbox and cost_giou are all 0"):
+        HungarianMatcher(0, 0, 0)
