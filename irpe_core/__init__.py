@@ -1,7 +1,7 @@
 """Image relative position encoding (iRPE, ICCV 2021) for any attention.
 
-Build an encoding with `get_rpe_config` and `build_rpe`, attend with `rpe_attention` or
-`RPEAttention`, or give it to a timm vision transformer with `add_irpe`.
+Build an encoding with `get_rpe_config` and `build_rpe`, attend with `rpe_attention`,
+`RPEAttention` or `RPEMultiheadAttention`, or give it to a timm vision transformer with `add_irpe`.
 """
 
 from irpe_core.add import add_irpe
@@ -18,6 +18,7 @@ from irpe_core.config import (
 from irpe_core.encoding import BiasRPE, ContextualRPE, CrossRPE, ValueRPE, build_rpe
 from irpe_core.functional import rpe_attention
 from irpe_core.modules import RPEAttention
+from irpe_core.multihead import RPEMultiheadAttention
 from rpe_ops import resolve as resolve_implementation
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "build_rpe",
     "rpe_attention",
     "RPEAttention",
+    "RPEMultiheadAttention",
     "add_irpe",
     "resolve_implementation",
     "CheckpointError",

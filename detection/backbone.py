@@ -1,0 +1,162 @@
+"""The network that turns images into a feature map: a ResNet of torchvision, or a small one.
+
+The published detectors have ImageNet weights, frozen batch norms, and train `layer2` to `layer4`;
+the stem and `layer1` stay as they were. Source: DETR (Carion et al., ECCV 2020), section 4.
+What differs: ordinary batch norms, stride 16 and other weights, for training from scratch on small
+images.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops import FrozenBatchNorm2d
+
+from irpe_core import load_checkpoint, load_weights
+
+__all__ = ["BACKBONES", "Backbone", "build_backbone"]
+
+_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+BACKBONES = (*_RESNETS, "small")
+_SMALL_CHANNELS = (16, 32, 64, 128)
+# Where a level ends: each but the first two starts by halving the resolution.
+_LEVELS = ("relu", "layer1", "layer2", "layer3", "layer4")
+_FROZEN_WITH_WEIGHTS = ("conv1", "bn1", "layer1")
+
+
+class Backbone(nn.Module):
+    """Runs the stages of `body` one after another.
+
+    Args:
+        body: Named stages; a level of features ends at `relu` and at each `layerN`.
+        channels: Of every level, finest first.
+    """
+
+    def __init__(self, body: nn.Sequential, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.body = body
+        self.channels = channels
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Set the mode; the batch norms of a wholly frozen backbone never see new statistics."""
+        return super().train(mode and any(p.requires_grad for p in self.parameters()))
+
+    def forward(self, images: Tensor, *, levels: int = 1) -> list[Tensor]:
+        """Extract features.
+
+        Args:
+            images: `(B, 3, H, W)`.
+            levels: Number of levels wanted, counted from the coarsest.
+
+        Returns:
+            `(B, channels, h, w)` for each, finest first.
+        """
+        wanted = [name for name, _ in self.body.named_children() if name in _LEVELS][-levels:]
+        features = []
+        x = images
+        for name, stage in self.body.named_children():
+            x = stage(x)
+            if name in wanted:
+                features.append(x)
+        return features
+
+
+def build_backbone(config: Any, *, load: bool = True) -> Backbone:
+    """The backbone of a detection configuration.
+
+    Args:
+        config: With `backbone`, `backbone_norm`, `backbone_stride`, `backbone_weights`, `dilation`
+            and `lr_backbone`.
+        load: Load the weights; without it only what is trained follows from them, for a model
+            whose weights come from a checkpoint.
+
+    Raises:
+        ValueError: Options that are unknown or do not go together.
+        CheckpointError: Weights that cannot be read or do not fit.
+    """
+    _check_options(config)
+    norm = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}[config.backbone_norm]
+    build = _build_small if config.backbone == "small" else _build_resnet
+    backbone = build(config, norm)
+    if load and config.backbone_weights != "none":
+        _load(backbone.body, config)
+    _freeze(backbone, config)
+    return backbone
+
+
+def _check_options(config: Any) -> None:
+    allowed = {
+        "backbone": BACKBONES,
+        "backbone_norm": ("frozen", "batch"),
+        "backbone_stride": (16, 32),
+    }
+    for name, values in allowed.items():
+        if getattr(config, name) not in values:
+            listed = ", ".join(map(str, values))
+            raise ValueError(f"{name} must be one of {listed}, got {getattr(config, name)!r}")
+    if config.dilation and config.backbone in ("resnet18", "resnet34", "small"):
+        raise ValueError(f"dilation needs backbone resnet50 or resnet101, got {config.backbone!r}")
+    if config.dilation and config.backbone_stride == 16:
+        raise ValueError("dilation makes stride 16 out of layer4, which backbone_stride=16 removes")
+    if config.backbone == "small" and config.backbone_weights == "imagenet":
+        raise ValueError("backbone 'small' has no ImageNet weights: set backbone_weights to none")
+
+
+def _build_resnet(config: Any, norm: Callable[[int], nn.Module]) -> Backbone:
+    net: ResNet = torchvision.models.get_model(
+        config.backbone,
+        weights=None,
+        norm_layer=norm,
+        replace_stride_with_dilation=[False, False, config.dilation],
+    )
+    last = "layer4" if config.backbone_stride == 32 else "layer3"
+    names = [name for name, _ in net.named_children()]
+    stages = names[: names.index(last) + 1]
+    widths = [64 * 2**i * net.layer1[0].expansion for i in range(4)]
+    body = nn.Sequential(OrderedDict((name, getattr(net, name)) for name in stages))
+    return Backbone(body, (64, *widths[: sum(name in _LEVELS for name in stages) - 1]))
+
+
+def _build_small(config: Any, norm: Callable[[int], nn.Module]) -> Backbone:
+    """A convolution and three basic blocks, each halving the resolution: stride 16 in all."""
+    conv = partial(nn.Conv2d, stride=2, bias=False)
+    stem = _SMALL_CHANNELS[0]
+    stages = OrderedDict(conv1=conv(3, stem, 3, padding=1), bn1=norm(stem), relu=nn.ReLU())
+    for number, (before, after) in enumerate(pairwise(_SMALL_CHANNELS), 1):
+        shortcut = nn.Sequential(conv(before, after, 1), norm(after))
+        stages[f"layer{number}"] = BasicBlock(before, after, 2, shortcut, norm_layer=norm)
+    body = nn.Sequential(stages)
+    for module in body.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return Backbone(body, _SMALL_CHANNELS)
+
+
+def _load(body: nn.Sequential, config: Any) -> None:
+    """Load an ImageNet classifier, without its head and the stages that were cut off."""
+    source = config.backbone_weights
+    if source == "imagenet":
+        source = torchvision.models.get_model_weights(config.backbone).IMAGENET1K_V1.url
+    stages = dict(body.named_children())
+    counters = "num_batches_tracked"
+    weights = {
+        name: value
+        for name, value in load_checkpoint(source)["model"].items()
+        if name.split(".")[0] in stages and not name.endswith(counters)
+    }
+    weights |= {name: v for name, v in body.state_dict().items() if name.endswith(counters)}
+    load_weights(body, weights)
+
+
+def _freeze(backbone: Backbone, config: Any) -> None:
+    """Nothing learns at a rate of 0; what ImageNet taught the first stages is kept."""
+    if config.lr_backbone <= 0:
+        backbone.requires_grad_(False)
+    elif config.backbone_weights != "none" and config.backbone_norm == "frozen":
+        for name in _FROZEN_WITH_WEIGHTS:
+            getattr(backbone.body, name).requires_grad_(False)

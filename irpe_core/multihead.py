@@ -1,0 +1,208 @@
+"""`nn.MultiheadAttention` with relative position encoding, under torch's own parameter names.
+
+    q, k, v = the three projections, cut into heads
+    out     = out_proj(rpe_attention(q, k, v))
+
+Source: iRPE (Wu et al., ICCV 2021), whose DETR has it in the encoder. Without an encoding it is
+torch's module, to the last bit. With one, two things differ: the grid of the tokens must be known
+(`hw=`), and a query that may attend nowhere yields zeros, never NaN.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from irpe_core.config import RPEConfig
+from irpe_core.encoding import build_rpe
+from irpe_core.functional import _add_mask, _attention_weights, _logit_bias, rpe_attention
+
+__all__ = ["RPEMultiheadAttention"]
+
+
+class RPEMultiheadAttention(nn.MultiheadAttention):
+    """Multi-head attention with relative position encoding on queries, keys or values.
+
+    Args:
+        embed_dim: Channels of the tokens.
+        num_heads: Heads; must divide `embed_dim`.
+        dropout: Probability of dropping an attention weight in training.
+        bias: Whether the projections have biases.
+        batch_first: Tokens are `(B, L, C)` instead of `(L, B, C)`.
+        rpe: The encoding; None for plain attention.
+        device: Where the parameters are.
+        dtype: Of the parameters.
+
+    Raises:
+        ValueError: `num_heads` does not divide `embed_dim`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        batch_first: bool = False,
+        rpe: RPEConfig | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads must divide embed_dim={embed_dim}, got {num_heads}")
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout=dropout,
+            bias=bias,
+            batch_first=batch_first,
+            device=device,
+            dtype=dtype,
+        )
+        self.rpe_q, self.rpe_k, self.rpe_v = (
+            encoding and encoding.to(device=device, dtype=dtype)
+            for encoding in build_rpe(rpe, self.head_dim, num_heads)
+        )
+        if rpe is not None:
+            # nn.TransformerEncoderLayer, in evaluation, feeds the weights of an attention of equal
+            # widths to a kernel of its own, which would leave the encodings out.
+            self._qkv_same_embed_dim = False
+
+    @property
+    def has_rpe(self) -> bool:
+        """Whether there is an encoding on any of queries, keys and values."""
+        return not (self.rpe_q is None and self.rpe_k is None and self.rpe_v is None)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        hw: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; arguments and masks as in `nn.MultiheadAttention`, with the grid beside them.
+
+        Args:
+            query: `(L, B, C)`, `(B, L, C)` with `batch_first`, or `(L, C)`.
+            key: Like `query`; the same tokens when there is an encoding.
+            value: Like `key`.
+            key_padding_mask: `(B, L)`, boolean with True on padding, or added to the logits.
+            need_weights: Also return the attention weights; slower.
+            attn_mask: `(L, L)` or `(B * num_heads, L, L)`, boolean with True where attention is
+                not allowed, or added to the logits after the encodings.
+            average_attn_weights: Return the mean of the weights over the heads.
+            is_causal: A hint that `attn_mask` is causal.
+            hw: Height and width of the grid behind `rpe.skip` tokens, which lie row by row; None
+                for a square. Without an encoding it has no effect.
+
+        Returns:
+            The output, shaped like `query`, and the weights `(B, L, L)`, `(B, num_heads, L, L)`
+            when not averaged, or None.
+
+        Raises:
+            ValueError: The tokens do not form the grid, queries and keys differ in number, or a
+                mask has the wrong shape or dtype.
+        """
+        if not self.has_rpe:
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal=True is a hint about attn_mask, which is None")
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (x[None] for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        q, k, v = self._project(query, key, value)
+        allowed = self._merge_masks(key_padding_mask, attn_mask, *q.shape[:3], q.dtype)
+        out, weights = self._attend(q, k, v, allowed, hw or (None, None), need_weights)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        if not batched:
+            return out[0], None if weights is None else weights[0]
+        return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def _project(self, *inputs: Tensor) -> list[Tensor]:
+        """Queries, keys and values `(B, H, L, d)`."""
+        weights = self.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return [
+            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip(inputs, weights, biases, strict=True)
+        ]
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        hw: tuple[int | None, int | None],
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output `(B, H, L, d)`, and the weights `(B, H, L, L)` when needed."""
+        dropout_p = self.dropout if self.training else 0.0
+        encodings = (self.rpe_q, self.rpe_k, self.rpe_v)
+        if not need_weights:
+            out = rpe_attention(
+                q, k, v, *encodings, height=hw[0], width=hw[1], attn_mask=mask, dropout_p=dropout_p
+            )
+            return out, None
+        scale = self.head_dim**-0.5
+        bias = _add_mask(_logit_bias(q, k, *encodings[:2], *hw, scale), mask, q.dtype)
+        attn_BHQK = _attention_weights(q * scale, k, bias, has_mask=mask is not None)
+        attn_BHQK = F.dropout(attn_BHQK, dropout_p, training=dropout_p > 0)
+        out = attn_BHQK @ v
+        return out if self.rpe_v is None else out + self.rpe_v(attn_BHQK, *hw), attn_BHQK
+
+    @staticmethod
+    def _merge_masks(
+        padding: Tensor | None,
+        attn_mask: Tensor | None,
+        batch: int,
+        heads: int,
+        length: int,
+        dtype: torch.dtype,
+    ) -> Tensor | None:
+        """Both masks as one that `rpe_attention` takes, where True means allowed."""
+        masks = []
+        if padding is not None:
+            _check_shape("key_padding_mask", padding, (batch, length))
+            masks.append(padding[:, None, None, :])
+        if attn_mask is not None and attn_mask.dim() == 3:
+            _check_shape("attn_mask", attn_mask, (batch * heads, length, length))
+            masks.append(attn_mask.unflatten(0, (batch, heads)))
+        elif attn_mask is not None:
+            _check_shape("attn_mask", attn_mask, (length, length))
+            masks.append(attn_mask)
+        if not masks:
+            return None
+        if all(mask.dtype == torch.bool for mask in masks):
+            return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
+        return sum(
+            torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+            if mask.dtype == torch.bool
+            else mask
+            for mask in masks
+        )
+
+
+def _check_shape(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {tuple(mask.shape)}")
