@@ -1,49 +1,41 @@
-"""Members of an uncompressed tar, read in place by any number of forked or spawned workers.
+"""Members of a tar or a zip, read in place by any number of forked or spawned workers.
 
 An archive object holds an index (see `archive_index`) and, per process, one descriptor. Reads go
 through `pread`, which takes its own offset: processes that share a descriptor's file position
-after a fork, as with `seek` and `read`, get each other's bytes.
+after a fork, as with `seek` and `read` (and with `zipfile`), get each other's bytes.
 """
 
-import logging
 import os
-import posixpath
-import tarfile
+import struct
 import weakref
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from datasets.archive_index import open_index, signature_of
+from datasets.archive_index import ArchiveIndex, open_index, signature_of
+from datasets.archive_scan import ZIP_HEADER_SIZE, scan_tar, scan_zip
 from datasets.errors import CorruptImageError, DataError
 
-logger = logging.getLogger(__name__)
-
-_COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\x00": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-}
+_ZIP_MAGIC = b"PK\x03\x04"
 
 
-class TarArchive:
-    """An uncompressed tar as a read-only mapping from member name to content.
+class Archive(ABC):
+    """Base: a read-only mapping from member name to content, over one file.
 
     Names are normalized (`./a/b.jpg` is `a/b.jpg`) and sorted. Directories and symbolic links are
-    left out, hard links give the content they link to, and of several members with one name the
-    last counts, as with `tar -x`. Pickles without its descriptor.
+    left out, and of several members with one name the last counts. Pickles without its descriptor.
 
     Args:
         path: The archive.
-
-    Raises:
-        DataError: The archive is missing, compressed, truncated or not a tar.
+        index: Where its members lie.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._index = open_index(self.path, _scan_tar)
+    def __init__(self, path: Path, index: ArchiveIndex) -> None:
+        self.path = path
+        self._index = index
         self._descriptor: int | None = None
         self._owner: int | None = None
 
@@ -59,6 +51,7 @@ class TarArchive:
         """Returns the content of a member.
 
         Raises:
+            CorruptImageError: The member cannot be read.
             DataError: There is no such member, or the archive changed since it was opened.
         """
         position = self._index.find(member)
@@ -66,20 +59,23 @@ class TarArchive:
             raise DataError(f"{self.path} has no member {member!r}")
         return self.read_at(position)
 
+    @abstractmethod
     def read_at(self, position: int) -> bytes:
         """Returns the content of the member at `position` of `names`."""
-        size = int(self._index.sizes[position])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": None, "_owner": None}
+
+    def _pread(self, size: int, offset: int, position: int) -> bytes:
+        """Reads `size` bytes of the archive for the member at `position`."""
         try:
-            data = os.pread(self._open(), size, int(self._index.offsets[position]))
+            data = os.pread(self._open(), size, offset)
         except OSError as error:
             name = self.names[position]
             raise CorruptImageError(f"{self.path}: cannot read {name}: {error.strerror}") from error
         if len(data) != size:
             raise DataError(f"{self.path} became shorter while it was in use")
         return data
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None, "_owner": None}
 
     def _open(self) -> int:
         """Returns this process's own descriptor, opening it at the first read."""
@@ -97,55 +93,60 @@ class TarArchive:
         return descriptor
 
 
-def _scan_tar(path: Path) -> dict[str, tuple[int, int]]:
-    """Visits every header of a tar once.
+class TarArchive(Archive):
+    """An uncompressed tar; hard links give the content they link to.
+
+    Args:
+        path: The archive.
 
     Raises:
-        DataError: The file is compressed, truncated, damaged or not a tar.
+        DataError: The archive is missing, compressed, truncated or not a tar.
     """
-    try:
-        with path.open("rb") as file:
-            _reject_compressed(file, path)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                members = _collect(tar, path)
-                end = tar.offset
-            # tarfile takes a damaged or half header for the end. A whole archive ends with zeros.
-            file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise DataError(f"{path} is truncated or damaged at byte {end}")
-    except tarfile.TarError as error:
-        raise DataError(f"{path} is truncated, damaged or not a tar archive: {error}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    return members
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = Path(path)
+        super().__init__(path, open_index(path, scan_tar))
+
+    def read_at(self, position: int) -> bytes:
+        """Returns the content of the member at `position` of `names`."""
+        size = int(self._index.sizes[position])
+        return self._pread(size, int(self._index.offsets[position]), position)
 
 
-def _collect(tar: tarfile.TarFile, path: Path) -> dict[str, tuple[int, int]]:
-    members: dict[str, tuple[int, int]] = {}
-    left_out = 0
-    while (member := tar.next()) is not None:
-        name = posixpath.normpath(member.name)
-        if member.issparse():
-            raise DataError(f"{path}: {name} is stored in pieces: write the tar without --sparse")
-        if member.isreg():
-            members[name] = (member.offset_data, member.size)
-        elif member.islnk():
-            target = posixpath.normpath(member.linkname)
-            if target not in members:
-                raise DataError(f"{path}: {name} links to {target}, which is not in the archive")
-            members[name] = members[target]
-        elif member.issym():
-            left_out += 1
-        # tarfile remembers every member it has seen: gigabytes for a million of them.
-        tar.members.clear()
-    if left_out:
-        logger.warning("%s: %d symbolic links left out", path, left_out)
-    return members
+class ZipArchive(Archive):
+    """A zip whose members are stored as they are, as COCO's, or packed by deflate.
 
+    Checksums are not compared: a damaged image shows when it is decoded.
 
-def _reject_compressed(file: BinaryIO, path: Path) -> None:
-    head = file.read(8)
-    file.seek(0)
-    for magic, kind in _COMPRESSED.items():
-        if head.startswith(magic):
-            raise DataError(f"{path} is compressed ({kind}); it is read in place: decompress it")
+    Args:
+        path: The archive.
+
+    Raises:
+        DataError: The archive is missing, truncated, encrypted, packed otherwise, or not a zip.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = Path(path)
+        super().__init__(path, open_index(path, scan_zip))
+
+    def read_at(self, position: int) -> bytes:
+        """Returns the content of the member at `position` of `names`, unpacked."""
+        offset = int(self._index.offsets[position])
+        header = self._pread(ZIP_HEADER_SIZE, offset, position)
+        method, name_size, extra_size = struct.unpack("<8xH16xHH", header)
+        if not header.startswith(_ZIP_MAGIC):
+            raise self._damaged(position, "its header is not where the directory says")
+        data = self._pread(
+            int(self._index.sizes[position]),
+            offset + ZIP_HEADER_SIZE + name_size + extra_size,
+            position,
+        )
+        if method == zipfile.ZIP_STORED:
+            return data
+        try:
+            return zlib.decompress(data, -zlib.MAX_WBITS)
+        except zlib.error as error:
+            raise self._damaged(position, str(error)) from error
+
+    def _damaged(self, position: int, reason: str) -> CorruptImageError:
+        return CorruptImageError(f"{self.path}: {self.names[position]} is damaged: {reason}")

@@ -30,13 +30,13 @@ def noise(count: int) -> dict[str, bytes]:
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The archives that were scanned so far."""
     seen: list[Path] = []
-    scan = archives._scan_tar
+    scan = archives.scan_tar
 
     def counting(path: Path) -> dict[str, tuple[int, int]]:
         seen.append(path)
         return scan(path)
 
-    monkeypatch.setattr(archives, "_scan_tar", counting)
+    monkeypatch.setattr(archives, "scan_tar", counting)
     return seen
 
 
