@@ -12,16 +12,20 @@ import io
 import os
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from datasets.errors import DataError
+from datasets.trees import write_once
 
 _VALIDATION_SIZE = 359
-_NOTE = "digits.txt"
+_NOTE_NAME = "digits.txt"
+_NOTE = (
+    "scikit-learn's 1,797 handwritten digits (UCI, Alpaydin and Kaynak 1998), 8 x 8 pixels;\n"
+    "1,438 to train and 359 to validate, classes balanced, writers mixed.\n"
+)
 
 
 def write_digits(root: str | os.PathLike[str]) -> Path:
@@ -39,32 +43,7 @@ def write_digits(root: str | os.PathLike[str]) -> Path:
     Raises:
         DataError: The folder holds something else or cannot be written.
     """
-    root = Path(root).resolve()
-    # Occupied first, then whether by the digits: another process may finish in between.
-    occupied = root.exists() and (not root.is_dir() or any(root.iterdir()))
-    if (root / _NOTE).is_file():
-        return root
-    if occupied:
-        raise DataError(f"{root} holds other files: the digits need a new or empty folder")
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
-            tree = Path(scratch) / "tree"
-            tree.mkdir()
-            _write_splits(tree)
-            _move(tree, root)
-    except OSError as error:
-        raise DataError(f"cannot write the digits to {root}: {error.strerror}") from error
-    return root
-
-
-def _move(tree: Path, root: Path) -> None:
-    try:
-        tree.rename(root)
-    except OSError:
-        # Another process was first: its digits are the same.
-        if not (root / _NOTE).is_file():
-            raise
+    return write_once(Path(root), "digits", (_NOTE_NAME, _NOTE), _write_splits)
 
 
 def _write_splits(tree: Path) -> None:
@@ -87,10 +66,6 @@ def _write_splits(tree: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         _write_tar(tree / f"{split}.tar", files)
-    (tree / _NOTE).write_text(
-        "scikit-learn's 1,797 handwritten digits (UCI, Alpaydin and Kaynak 1998), 8 x 8 pixels;\n"
-        "1,438 to train and 359 to validate, classes balanced, writers mixed.\n"
-    )
 
 
 def _png(ink: np.ndarray) -> bytes:
