@@ -4,11 +4,19 @@
     sampler = RepeatedAugSampler(len(train), rank=rank, world_size=world_size, seed=seed)
     loader = DataLoader(SeededDataset(train), sampler=sampler, batch_size=128)
 
-The embedded data is apart, in `datasets.embedded`: `write_digits(root)`.
+    train = build_coco("train", path, transforms=build_coco_transforms("train"))
+    sampler = DistributedShuffleSampler(len(train), rank=rank, world_size=world_size, seed=seed)
+    data = SeededDataset(ResilientDataset(train))
+    loader = DataLoader(data, sampler=sampler, batch_size=2, collate_fn=collate)
+
+The embedded data is apart: `datasets.embedded.write_digits(root)` and, digits in scenes to be
+detected, `datasets.scenes.write_scenes(root)`.
 """
 
-from datasets.archives import TarArchive
+from datasets.archives import TarArchive, ZipArchive
 from datasets.build import build_dataset
+from datasets.coco import CocoImages, build_coco
+from datasets.coco_transforms import build_coco_transforms, collate
 from datasets.errors import CorruptImageError, DataError
 from datasets.imagenet import FolderImages, TarImages, build_imagenet
 from datasets.inaturalist import INaturalistImages
@@ -33,7 +41,12 @@ __all__ = [
     "RepeatedAugSampler",
     "DistributedShuffleSampler",
     "EvalSampler",
+    "build_coco",
+    "build_coco_transforms",
+    "CocoImages",
+    "collate",
     "TarArchive",
+    "ZipArchive",
     "DataError",
     "CorruptImageError",
 ]

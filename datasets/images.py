@@ -32,11 +32,14 @@ _DECODING_ERRORS = (
 
 
 class ImageDataset(Sized, Protocol):
-    """Any map-style data set of (image, class number) that knows the names of its classes."""
+    """Any map-style data set of (image, target) that knows the names of its classes.
+
+    The target is a class number, or for detection a dictionary of tensors.
+    """
 
     classes: Sequence[str]
 
-    def __getitem__(self, index: int) -> tuple[Any, int]: ...
+    def __getitem__(self, index: int) -> tuple[Any, Any]: ...
 
 
 def is_image_name(name: str) -> bool:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _SEEN, _BAD = 0, 1
 
 
-class ResilientDataset(Dataset[tuple[Any, int]]):
+class ResilientDataset(Dataset[tuple[Any, Any]]):
     """Replaces images that raise `CorruptImageError`.
 
     The counts of images seen and images bad live in shared memory, so that a process and the
@@ -61,7 +61,7 @@ class ResilientDataset(Dataset[tuple[Any, int]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Returns the sample at `index`, or at the next index that can be read.
 
         Raises:

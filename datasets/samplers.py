@@ -169,14 +169,14 @@ class EvalSampler(SeededSampler):
         return self._indices()
 
 
-class SeededDataset(Dataset[tuple[Any, int]]):
+class SeededDataset(Dataset[tuple[Any, Any]]):
     """Draws a sample with python's, numpy's and torch's (CPU) random generators seeded for it.
 
     The generators get their former state back afterwards, so that the number of workers, 0
     included, changes nothing for anybody else.
 
     Args:
-        dataset: Any map-style data set of (image, class number).
+        dataset: Any map-style data set of (image, target).
     """
 
     def __init__(self, dataset: ImageDataset) -> None:
@@ -190,7 +190,7 @@ class SeededDataset(Dataset[tuple[Any, int]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, pair: tuple[int, int]) -> tuple[Any, int]:
+    def __getitem__(self, pair: tuple[int, int]) -> tuple[Any, Any]:
         """Returns sample `index` as drawn with `seed`, for the pair (index, seed) of a sampler."""
         index, seed = pair
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()

@@ -1,0 +1,228 @@
+"""DETR's image transforms (Carion et al. 2020, section 4 and appendix A.4), and its batches.
+
+Training: a flip, then the short side resized to one of 480 ... 800, the long side at most 1333; or,
+half of the time, first to 400, 500 or 600 and cropped at random to 384 ... 600 a side. Evaluation:
+short side 800, long side at most 1333. Images are PIL until they are normalized; pixels go through
+torchvision, boxes are plain tensors. The random numbers are drawn in another order than DETR's.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torchvision.ops import box_convert
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+Target = dict[str, Tensor]
+Sample = tuple[Image.Image, Target]
+
+_SCALES = tuple(range(480, 801, 32))
+_CROP_SCALES = (400, 500, 600)
+_CROP_SIDES = (384, 600)
+_EVAL_SIZE = 800
+_MAX_SIZE = 1333
+_PER_OBJECT = ("boxes", "labels", "area", "iscrowd", "masks")
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Resizes and normalizes.
+
+    Attributes:
+        size: Short side, pixels.
+        max_size: The long side's most, pixels.
+    """
+
+    size: int
+    max_size: int
+
+    def __call__(self, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
+        return normalize(*resize_short_side(image, target, self.size, self.max_size))
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Flips, resizes or crops at random, and normalizes.
+
+    Attributes:
+        scales: Short sides to choose from, pixels.
+        max_size: The long side's most, pixels.
+        crop_scales: Short sides to choose from before a crop.
+        crop_sides: Least and most side of a crop.
+    """
+
+    scales: tuple[int, ...]
+    max_size: int
+    crop_scales: tuple[int, ...]
+    crop_sides: tuple[int, int]
+
+    def __call__(self, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
+        if random.random() < 0.5:
+            image, target = flip(image, target)
+        if random.random() < 0.5:
+            image, target = resize_short_side(image, target, random.choice(self.crop_scales))
+            image, target = self._crop(image, target)
+        scale = random.choice(self.scales)
+        return normalize(*resize_short_side(image, target, scale, self.max_size))
+
+    def _crop(self, image: Image.Image, target: Target) -> Sample:
+        least, most = self.crop_sides
+        width = random.randint(min(least, image.width), min(most, image.width))
+        height = random.randint(min(least, image.height), min(most, image.height))
+        top = random.randint(0, image.height - height)
+        left = random.randint(0, image.width - width)
+        return crop(image, target, top, left, height, width)
+
+
+def build_coco_transforms(
+    split: Literal["train", "val"],
+    *,
+    max_size: int = _MAX_SIZE,
+    scales: Sequence[int] = _SCALES,
+    eval_size: int = _EVAL_SIZE,
+    augment: Literal["recipe", "none"] = "recipe",
+    image_size: int | None = None,
+) -> Callable[[Image.Image, Target], tuple[Tensor, Target]]:
+    """Builds the transform of (PIL RGB image, target) to (normalized float (3, h, w), target).
+
+    Args:
+        split: `train`, or `val` for evaluation.
+        max_size: The long side's most, pixels.
+        scales: Short sides that training chooses from.
+        eval_size: Short side for evaluation.
+        augment: `recipe`, DETR's; `none`, the evaluation's transform for training too.
+        image_size: Short side for evaluation, in place of `eval_size`; all other sizes of the
+            recipe shrink or grow with it. For data of small images.
+
+    Raises:
+        ValueError: An argument is not one of the allowed values.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be train or val, not {split!r}")
+    if augment not in ("recipe", "none"):
+        raise ValueError(f"augment must be recipe or none, not {augment!r}")
+    factor = 1.0
+    if image_size is not None:
+        if image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, not {image_size}")
+        factor, eval_size = image_size / eval_size, image_size
+        max_size, scales = round(max_size * factor), [round(scale * factor) for scale in scales]
+    sizes = {"max_size": max_size, "eval_size": eval_size, "scales": min(scales, default=0)}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1 pixel, not {size}")
+    if split == "val" or augment == "none":
+        return EvalTransform(eval_size, max_size)
+    return TrainTransform(
+        scales=tuple(scales),
+        max_size=max_size,
+        crop_scales=tuple(max(1, round(scale * factor)) for scale in _CROP_SCALES),
+        crop_sides=(max(1, round(_CROP_SIDES[0] * factor)), max(1, round(_CROP_SIDES[1] * factor))),
+    )
+
+
+def collate(samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor, list[Any]]:
+    """Pads images at the right and the bottom to the largest height and width among them.
+
+    Args:
+        samples: B pairs of an image (3, h, w) and a target.
+
+    Returns:
+        Images (B, 3, H, W), zero where padded; mask (B, H, W) bool, True where padded; targets.
+    """
+    images, targets = zip(*samples, strict=True)
+    height = max(image.shape[1] for image in images)
+    width = max(image.shape[2] for image in images)
+    batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+    mask = torch.ones(len(images), height, width, dtype=torch.bool)
+    for i, image in enumerate(images):
+        batch[i, :, : image.shape[1], : image.shape[2]] = image
+        mask[i, : image.shape[1], : image.shape[2]] = False
+    return batch, mask, list(targets)
+
+
+def short_side_size(
+    height: int, width: int, size: int, max_size: int | None = None
+) -> tuple[int, int]:
+    """The (height, width) of an image resized to a short side, the aspect ratio kept.
+
+    Args:
+        height: Pixels.
+        width: Pixels.
+        size: Short side asked for.
+        max_size: Where the long side would exceed it, the short side is made smaller; None for no
+            bound.
+    """
+    short, long = min(height, width), max(height, width)
+    if max_size is not None and long / short * size > max_size:
+        size = max(1, round(max_size * short / long))
+    return (size, size * width // height) if height < width else (size * height // width, size)
+
+
+def resize_short_side(
+    image: Image.Image, target: Target, size: int, max_size: int | None = None
+) -> Sample:
+    """Resizes to a short side, as `short_side_size` has it."""
+    return resize(image, target, *short_side_size(image.height, image.width, size, max_size))
+
+
+def resize(image: Image.Image, target: Target, height: int, width: int) -> Sample:
+    """Resizes an image (bilinear), its masks (nearest), boxes and areas."""
+    x, y = width / image.width, height / image.height
+    target = target | {
+        "boxes": target["boxes"] * torch.tensor([x, y, x, y]),
+        "area": target["area"] * (x * y),
+        "size": torch.tensor([height, width]),
+    }
+    if (height, width) == (image.height, image.width):
+        return image, target
+    if "masks" in target:
+        target["masks"] = F.resize(
+            target["masks"], [height, width], interpolation=InterpolationMode.NEAREST
+        )
+    return F.resize(image, [height, width]), target
+
+
+def crop(
+    image: Image.Image, target: Target, top: int, left: int, height: int, width: int
+) -> Sample:
+    """Cuts out a rectangle; objects whose box has no area left are dropped."""
+    boxes = target["boxes"] - torch.tensor([left, top, left, top])
+    boxes[:, 0::2].clamp_(min=0, max=width)
+    boxes[:, 1::2].clamp_(min=0, max=height)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    target = target | {
+        "boxes": boxes,
+        "area": sides.prod(dim=1),
+        "size": torch.tensor([height, width]),
+    }
+    if "masks" in target:
+        target["masks"] = F.crop(target["masks"], top, left, height, width)
+    kept = (sides > 0).all(dim=1)
+    target |= {name: target[name][kept] for name in _PER_OBJECT if name in target}
+    return F.crop(image, top, left, height, width), target
+
+
+def flip(image: Image.Image, target: Target) -> Sample:
+    """Mirrors left and right."""
+    x0, y0, x1, y1 = target["boxes"].unbind(dim=1)
+    boxes = torch.stack([image.width - x1, y0, image.width - x0, y1], dim=1)
+    target = target | {"boxes": boxes}
+    if "masks" in target:
+        target["masks"] = F.horizontal_flip(target["masks"])
+    return F.horizontal_flip(image), target
+
+
+def normalize(image: Image.Image, target: Target) -> tuple[Tensor, Target]:
+    """Makes a tensor of ImageNet's mean and deviation, and boxes cx, cy, w, h as shares of it."""
+    tensor = F.to_dtype(F.to_image(image), torch.float32, scale=True).as_subclass(Tensor)
+    tensor = F.normalize(tensor, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    boxes = box_convert(target["boxes"], "xyxy", "cxcywh")
+    boxes = boxes / torch.tensor([image.width, image.height, image.width, image.height])
+    return tensor, target | {"boxes": boxes}
