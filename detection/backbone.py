@@ -10,19 +10,17 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
+from detection.config import DetectionConfig
 from irpe_core import load_checkpoint, load_weights
 
-__all__ = ["BACKBONES", "Backbone", "build_backbone"]
+__all__ = ["Backbone", "build_backbone"]
 
-_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
-BACKBONES = (*_RESNETS, "small")
 _SMALL_CHANNELS = (16, 32, 64, 128)
 # Where a level ends: each but the first two starts by halving the resolution.
 _LEVELS = ("relu", "layer1", "layer2", "layer3", "layer4")
@@ -66,17 +64,16 @@ class Backbone(nn.Module):
         return features
 
 
-def build_backbone(config: Any, *, load: bool = True) -> Backbone:
+def build_backbone(config: DetectionConfig, *, load: bool = True) -> Backbone:
     """The backbone of a detection configuration.
 
     Args:
-        config: With `backbone`, `backbone_norm`, `backbone_stride`, `backbone_weights`, `dilation`
-            and `lr_backbone`.
+        config: Its group Backbone, and `lr_backbone`.
         load: Load the weights; without it only what is trained follows from them, for a model
             whose weights come from a checkpoint.
 
     Raises:
-        ValueError: Options that are unknown or do not go together.
+        ValueError: Options that do not go together.
         CheckpointError: Weights that cannot be read or do not fit.
     """
     _check_options(config)
@@ -89,16 +86,7 @@ def build_backbone(config: Any, *, load: bool = True) -> Backbone:
     return backbone
 
 
-def _check_options(config: Any) -> None:
-    allowed = {
-        "backbone": BACKBONES,
-        "backbone_norm": ("frozen", "batch"),
-        "backbone_stride": (16, 32),
-    }
-    for name, values in allowed.items():
-        if getattr(config, name) not in values:
-            listed = ", ".join(map(str, values))
-            raise ValueError(f"{name} must be one of {listed}, got {getattr(config, name)!r}")
+def _check_options(config: DetectionConfig) -> None:
     if config.dilation and config.backbone in ("resnet18", "resnet34", "small"):
         raise ValueError(f"dilation needs backbone resnet50 or resnet101, got {config.backbone!r}")
     if config.dilation and config.backbone_stride == 16:
@@ -107,7 +95,7 @@ def _check_options(config: Any) -> None:
         raise ValueError("backbone 'small' has no ImageNet weights: set backbone_weights to none")
 
 
-def _build_resnet(config: Any, norm: Callable[[int], nn.Module]) -> Backbone:
+def _build_resnet(config: DetectionConfig, norm: Callable[[int], nn.Module]) -> Backbone:
     net: ResNet = torchvision.models.get_model(
         config.backbone,
         weights=None,
@@ -122,7 +110,7 @@ def _build_resnet(config: Any, norm: Callable[[int], nn.Module]) -> Backbone:
     return Backbone(body, (64, *widths[: sum(name in _LEVELS for name in stages) - 1]))
 
 
-def _build_small(config: Any, norm: Callable[[int], nn.Module]) -> Backbone:
+def _build_small(config: DetectionConfig, norm: Callable[[int], nn.Module]) -> Backbone:
     """A convolution and three basic blocks, each halving the resolution: stride 16 in all."""
     conv = partial(nn.Conv2d, stride=2, bias=False)
     stem = _SMALL_CHANNELS[0]
@@ -137,7 +125,7 @@ def _build_small(config: Any, norm: Callable[[int], nn.Module]) -> Backbone:
     return Backbone(body, _SMALL_CHANNELS)
 
 
-def _load(body: nn.Sequential, config: Any) -> None:
+def _load(body: nn.Sequential, config: DetectionConfig) -> None:
     """Load an ImageNet classifier, without its head and the stages that were cut off."""
     source = config.backbone_weights
     if source == "imagenet":
@@ -153,7 +141,7 @@ def _load(body: nn.Sequential, config: Any) -> None:
     load_weights(body, weights)
 
 
-def _freeze(backbone: Backbone, config: Any) -> None:
+def _freeze(backbone: Backbone, config: DetectionConfig) -> None:
     """Nothing learns at a rate of 0; what ImageNet taught the first stages is kept."""
     if config.lr_backbone <= 0:
         backbone.requires_grad_(False)

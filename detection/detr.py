@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detection.backbone import Backbone, build_backbone
+from detection.config import DetectionConfig
 from detection.criterion import SetCriterion
 from detection.matcher import HungarianMatcher
 from detection.position_encoding import build_position_encoding
@@ -138,19 +139,19 @@ class DETR(nn.Module):
 
 
 def build_model(
-    config: Any, *, load: bool = True
+    config: DetectionConfig, *, load: bool = True
 ) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
     """Model, losses and post-processing of a detection configuration, on the CPU.
 
     Args:
-        config: A `DetectionConfig`.
+        config: The configuration.
         load: As for `build_network`.
 
     Returns:
         `(model, criterion, postprocessors)`; the post-processors are `bbox` and with masks `segm`.
 
     Raises:
-        ValueError: Options that are malformed or do not go together.
+        ValueError: Options that do not go together.
         CheckpointError: Weights that cannot be read or do not fit.
     """
     matcher = HungarianMatcher(config.set_cost_class, config.set_cost_bbox, config.set_cost_giou)
@@ -175,22 +176,18 @@ def build_model(
     return build_network(config, load=load), criterion, postprocessors
 
 
-def build_network(config: Any, *, load: bool = True) -> nn.Module:
+def build_network(config: DetectionConfig, *, load: bool = True) -> nn.Module:
     """The network of a detection configuration: `DETR`, or with `masks` `DETRSegmentation`.
 
     Args:
-        config: A `DetectionConfig`.
+        config: The configuration.
         load: Load the weights of the backbone and of `frozen_weights`; without it they are left
             random, for a model whose weights come from a checkpoint.
 
     Raises:
-        ValueError: Options that are malformed or do not go together.
+        ValueError: Options that do not go together.
         CheckpointError: Weights that cannot be read or do not fit.
     """
-    if config.hidden_dim % config.nheads:
-        raise ValueError(f"nheads must divide hidden_dim={config.hidden_dim}, got {config.nheads}")
-    if config.frozen_weights and not config.masks:
-        raise ValueError("frozen_weights trains masks on a finished detector: add masks")
     detr = DETR(
         build_backbone(config, load=load),
         build_position_encoding(config.position_embedding, config.hidden_dim),
@@ -215,5 +212,5 @@ def build_network(config: Any, *, load: bool = True) -> nn.Module:
     return DETRSegmentation(detr, freeze_detr=bool(config.frozen_weights))
 
 
-def _num_classes(config: Any) -> int:
+def _num_classes(config: DetectionConfig) -> int:
     return COCO_CLASSES if config.num_classes is None else config.num_classes

@@ -106,8 +106,8 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             when not averaged, or None.
 
         Raises:
-            ValueError: The tokens do not form the grid, queries and keys differ in number, or a
-                mask has the wrong shape or dtype.
+            ValueError: The tokens do not form the grid, query and key differ in shape, or a mask
+                has the wrong shape or dtype.
         """
         if not self.has_rpe:
             return super().forward(
@@ -122,6 +122,11 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             )
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True is a hint about attn_mask, which is None")
+        if query.shape != key.shape:
+            raise ValueError(
+                "query and key must be the same tokens for relative positions, "
+                f"got {tuple(query.shape)} and {tuple(key.shape)}"
+            )
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x[None] for x in (query, key, value))
