@@ -1,0 +1,87 @@
+"""Data sets and loaders of a run, from its configuration."""
+
+from collections.abc import Mapping
+
+from torch.utils.data import DataLoader
+
+from datasets import (
+    DistributedShuffleSampler,
+    EvalSampler,
+    ResilientDataset,
+    SeededDataset,
+    build_coco,
+    build_coco_transforms,
+    collate,
+)
+from detection.config import DetectionConfig
+from engine import UsageError, World, shield_worker
+
+__all__ = ["build_split", "train_loader", "eval_loader"]
+
+
+def build_split(
+    config: DetectionConfig, split: str, label_map: Mapping[int, int] | None = None
+) -> ResilientDataset:
+    """Open `train` or `val` with its transform; `label_map` is that of training, for `val`.
+
+    Raises:
+        DataError: Images or annotations are missing or damaged, or have a category that training
+            lacks.
+    """
+    images, annotations = config.own_data[:2] if split == "train" else config.own_data[2:]
+    dataset = build_coco(
+        split,
+        config.coco_path,
+        images=images,
+        annotations=annotations,
+        transforms=build_coco_transforms(
+            split, augment=config.augment, image_size=config.image_size
+        ),
+        with_masks=config.masks,
+        label_map=label_map,
+    )
+    return ResilientDataset(dataset, max_bad_fraction=config.max_bad_fraction)
+
+
+def train_loader(dataset: ResilientDataset, config: DetectionConfig, world: World) -> DataLoader:
+    """Batches of this process; `loader.sampler.set_epoch(epoch, start)` chooses the epoch.
+
+    Raises:
+        UsageError: The data does not fill one step of every process.
+    """
+    sampler = DistributedShuffleSampler(
+        len(dataset), rank=world.rank, world_size=world.world_size, seed=config.seed
+    )
+    if len(sampler) < config.batch_size * config.accumulate_steps:
+        raise UsageError(
+            f"batch_size {config.batch_size} x accumulate_steps {config.accumulate_steps} is more "
+            f"than the {len(sampler)} images that each of {world.world_size} processes has"
+        )
+    return _loader(dataset, sampler, config, world, drop_last=True)
+
+
+def eval_loader(dataset: ResilientDataset, config: DetectionConfig, world: World) -> DataLoader:
+    """Batches of this process, without padding the data."""
+    sampler = EvalSampler(
+        len(dataset),
+        batch_size=config.batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+    )
+    return _loader(dataset, sampler, config, world, drop_last=False)
+
+
+def _loader(
+    dataset: ResilientDataset, sampler, config: DetectionConfig, world: World, *, drop_last: bool
+) -> DataLoader:
+    return DataLoader(
+        SeededDataset(dataset),
+        batch_size=config.batch_size,
+        sampler=sampler,
+        drop_last=drop_last,
+        collate_fn=collate,
+        num_workers=config.num_workers,
+        pin_memory=world.device.type == "cuda",
+        persistent_workers=config.num_workers > 0,
+        worker_init_fn=shield_worker,
+    )
