@@ -110,9 +110,10 @@ def _collect_zip(archive: zipfile.ZipFile, path: Path) -> Members:
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             kind = zipfile.compressor_names.get(member.compress_type, member.compress_type)
             raise DataError(f"{path}: {name} is packed by {kind}: only store and deflate are read")
-        if member.header_offset + ZIP_HEADER_SIZE + member.compress_size > end:
+        start = member.header_offset
+        if not 0 <= start <= end - ZIP_HEADER_SIZE - member.compress_size:
             raise DataError(f"{path} is damaged: {name} does not lie inside the file")
-        members[name] = (member.header_offset, member.compress_size)
+        members[name] = (start, member.compress_size)
     _tell_left_out(left_out, path)
     return members
 

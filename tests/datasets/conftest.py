@@ -1,7 +1,8 @@
-"""Small trees of real images, as folders and as tars."""
+"""Small trees of real images, as folders, as tars and as zips."""
 
 import io
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def _write_tar(path: Path, files: dict[str, bytes], **options: int) -> Path:
     return path
 
 
+def _write_zip(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
 def _write_folder(root: Path, files: dict[str, bytes]) -> Path:
     for name, content in files.items():
         path = root / name
@@ -53,6 +62,12 @@ def png() -> Callable[[int], bytes]:
 def write_tar() -> Callable[..., Path]:
     """Writes {name: content} as a tar."""
     return _write_tar
+
+
+@pytest.fixture(scope="session")
+def write_zip() -> Callable[..., Path]:
+    """Writes {name: content} as a zip."""
+    return _write_zip
 
 
 @pytest.fixture

@@ -1,0 +1,200 @@
+"""A zip read in place: right bytes in forked and spawned workers at once, damage that is told."""
+
+import multiprocessing
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from datasets import CorruptImageError, DataError, ZipArchive, archives
+
+WriteZip = Callable[..., Path]
+
+
+def noise(count: int) -> dict[str, bytes]:
+    """Members of many sizes, up to a few pages; every one different."""
+    draw = np.random.RandomState(0)
+    return {f"{i % 5}/{i:04d}.bin": draw.bytes(1 + draw.randint(9000)) for i in range(count)}
+
+
+def read_all(archive: ZipArchive, seed: int, rounds: int) -> dict[str, bytes]:
+    """Reads every member, in an order of one's own."""
+    names = list(archive.names)
+    for _ in range(rounds):
+        np.random.RandomState(seed).shuffle(names)
+        content = {name: archive.read(name) for name in names}
+    return content
+
+
+def answer(archive: ZipArchive, seed: int, barrier: Any, answers: Any) -> None:
+    """A worker: waits for the others, then reads everything."""
+    barrier.wait(120)
+    answers.put(read_all(archive, seed, rounds=40))
+
+
+@pytest.mark.parametrize(
+    "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"]
+)
+def test_members_are_found_by_name(method: int, write_zip: WriteZip, tmp_path: Path) -> None:
+    files = {"b.bin": b"b" * 9999, "./a/../c.bin": b"c", "empty": b"", "f/" + 99 * "ü": b"long"}
+    archive = ZipArchive(write_zip(tmp_path / "x.zip", files, method))
+    assert list(archive.names) == ["b.bin", "c.bin", "empty", "f/" + 99 * "ü"]
+    assert len(archive) == 4
+    assert [archive.read_at(i) for i in range(4)] == [b"b" * 9999, b"c", b"", b"long"]
+    assert archive.read("c.bin") == b"c"
+    with pytest.raises(DataError, match=r"x\.zip has no member 'a\.bin'"):
+        archive.read("a.bin")
+
+
+def test_a_zip_of_another_tool_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    with path.open("wb") as file:
+        file.write(b"#!/bin/sh, as of a self-extracting archive\n")
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("folder/", b"")
+            link = zipfile.ZipInfo("link")
+            link.external_attr = 0o120777 << 16
+            archive.writestr(link, "folder/a")
+            # Extra fields of the local header alone; sizes that follow the content.
+            extra = zipfile.ZipInfo("folder/a")
+            extra.extra = b"UT\x05\x00\x01" + bytes(4)
+            with archive.open(extra, "w", force_zip64=True) as member:
+                member.write(b"first")
+            with pytest.warns(UserWarning, match="Duplicate"):
+                archive.writestr("folder/a", b"second!")
+            archive.writestr("folder/b", b"packed " * 99, zipfile.ZIP_DEFLATED)
+    archive = ZipArchive(path)
+    assert list(archive.names) == ["folder/a", "folder/b"]
+    assert archive.read("folder/a") == b"second!"
+    assert archive.read("folder/b") == b"packed " * 99
+
+
+def test_sizes_that_follow_the_content_are_taken_from_the_directory(tmp_path: Path) -> None:
+    class Pipe:
+        """Cannot seek, so the local headers are written before the sizes are known."""
+
+        def __init__(self, file: Any) -> None:
+            self.write, self.flush = file.write, file.flush
+
+    files = noise(9)
+    with (tmp_path / "x.zip").open("wb") as file, zipfile.ZipFile(Pipe(file), "w") as archive:
+        for i, (name, content) in enumerate(files.items()):
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED if i % 2 else zipfile.ZIP_STORED)
+    assert read_all(ZipArchive(tmp_path / "x.zip"), 0, 1) == files
+
+
+def test_the_directory_is_read_once(
+    write_zip: WriteZip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_zip(tmp_path / "train2017.zip", noise(7))
+    ZipArchive(path)
+    monkeypatch.setattr(archives, "scan_zip", None)
+    assert read_all(ZipArchive(path), 0, 1) == noise(7)
+    assert (tmp_path / "train2017.zip.index.npz").is_file()
+
+
+def test_four_forked_and_four_spawned_workers_at_once_get_every_byte_right(
+    write_zip: WriteZip, tmp_path: Path
+) -> None:
+    files = noise(101)
+    archive = ZipArchive(write_zip(tmp_path / "train.zip", files))
+    # Opened in the parent first, which is what breaks readers that share a file position.
+    assert read_all(archive, 0, 1) == files
+    spawn, fork = multiprocessing.get_context("spawn"), multiprocessing.get_context("fork")
+    barrier, answers = spawn.Barrier(9), spawn.SimpleQueue()
+    workers = [
+        context.Process(target=answer, args=(archive, seed, barrier, answers), daemon=True)
+        for seed, context in enumerate([spawn] * 4 + [fork] * 4)
+    ]
+    for worker in workers:
+        worker.start()
+    barrier.wait(120)
+    here = read_all(archive, 8, rounds=40)
+    contents = [answers.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert all(content == files for content in [here, *contents])
+
+
+def test_a_copy_has_its_own_descriptor(write_zip: WriteZip, tmp_path: Path) -> None:
+    archive = ZipArchive(write_zip(tmp_path / "train.zip", noise(5)))
+    archive.read_at(0)
+    twin = pickle.loads(pickle.dumps(archive))
+    del archive
+    assert read_all(twin, 0, 1) == noise(5)
+
+
+def test_an_archive_replaced_while_in_use_is_refused_by_workers_started_later(
+    write_zip: WriteZip, tmp_path: Path
+) -> None:
+    path = write_zip(tmp_path / "train.zip", noise(5))
+    archive = ZipArchive(path)
+    first = archive.read_at(0)
+    write_zip(tmp_path / "new.zip", noise(9)).replace(path)
+    assert archive.read_at(0) == first
+    with pytest.raises(DataError, match="changed while it was in use"):
+        pickle.loads(pickle.dumps(archive)).read_at(0)
+
+
+def _encrypted(content: bytes) -> bytes:
+    """Sets the flag in the directory's first entry."""
+    at = content.index(b"PK\x01\x02") + 8
+    return content[:at] + bytes([content[at] | 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda content: content[:-1], "truncated"),
+        (lambda content: content[:-60], "truncated"),
+        (lambda content: content[:2000], "truncated"),
+        (lambda content: content[1500:], "damaged"),
+        (lambda content: b"", "not a zip"),
+        (lambda content: b"just text, " * 200, "not a zip"),
+        (_encrypted, "a is encrypted"),
+    ],
+    ids=["last_byte", "in_directory", "in_content", "headless", "empty", "text", "encrypted"],
+)
+def test_a_damaged_archive_is_told_in_one_sentence(
+    damage: Callable[[bytes], bytes], told: str, write_zip: WriteZip, tmp_path: Path
+) -> None:
+    path = write_zip(tmp_path / "train.zip", {name: bytes(1000) for name in "abcd"})
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=told) as caught:
+        ZipArchive(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_packing_is_told(write_zip: WriteZip, tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "train.zip", {"a": bytes(99)}, zipfile.ZIP_BZIP2)
+    with pytest.raises(DataError, match=r"train\.zip: a is packed by bzip2: only store and deflat"):
+        ZipArchive(path)
+
+
+@pytest.mark.parametrize("damage", ["header", "content"])
+def test_one_damaged_member_does_not_spoil_the_others(
+    damage: str, write_zip: WriteZip, tmp_path: Path
+) -> None:
+    files = {name: os.urandom(99) for name in "abc"}
+    path = write_zip(tmp_path / "train.zip", files, zipfile.ZIP_DEFLATED)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"PK\x03\x04", 1)
+    if damage == "content":
+        at += 30 + len("b")
+    content[at : at + 4] = b"\xff" * 4
+    path.write_bytes(content)
+    archive = ZipArchive(path)
+    assert (archive.read("a"), archive.read("c")) == (files["a"], files["c"])
+    with pytest.raises(CorruptImageError, match=r"train\.zip: b is damaged"):
+        archive.read("b")
+
+
+def test_a_missing_archive_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no archive at .*train\.zip"):
+        ZipArchive(tmp_path / "train.zip")
