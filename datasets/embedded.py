@@ -46,21 +46,26 @@ def write_digits(root: str | os.PathLike[str]) -> Path:
     return write_once(Path(root), "digits", (_NOTE_NAME, _NOTE), _write_splits)
 
 
-def _write_splits(tree: Path) -> None:
+def split_digits() -> dict[str, list[tuple[int, int, np.ndarray]]]:
+    """Returns `train` and `val`: (number, digit, ink (8, 8) uint8 in 0..255), by number."""
     # Imported here: scikit-learn takes a second, and only this function needs it.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
-    numbers = np.arange(len(labels))
+    inks = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     train, val = train_test_split(
-        numbers, test_size=_VALIDATION_SIZE, stratify=labels, random_state=0
+        np.arange(len(labels)), test_size=_VALIDATION_SIZE, stratify=labels, random_state=0
     )
-    for split, chosen in (("train", train), ("val", val)):
-        files = {
-            f"{labels[number]}/{number:04d}.png": _png(images[number].reshape(8, 8))
-            for number in sorted(chosen)
-        }
+    return {
+        split: [(number, int(labels[number]), inks[number]) for number in sorted(chosen.tolist())]
+        for split, chosen in (("train", train), ("val", val))
+    }
+
+
+def _write_splits(tree: Path) -> None:
+    for split, digits in split_digits().items():
+        files = {f"{digit}/{number:04d}.png": _png(ink) for number, digit, ink in digits}
         for name, content in files.items():
             path = tree / split / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,9 +74,9 @@ def _write_splits(tree: Path) -> None:
 
 
 def _png(ink: np.ndarray) -> bytes:
-    """Encodes ink (8, 8) in 0..16 as an 8-bit gray PNG."""
+    """Encodes ink (8, 8) as an 8-bit gray PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(np.round(ink * (255 / 16)).astype(np.uint8)).save(buffer, format="PNG")
+    Image.fromarray(ink).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -1,0 +1,100 @@
+"""Drawing one scene of handwritten digits, with the tight box and the mask of each."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+DIGIT_SIDES = (18, 36)
+_MOST_DIGITS = 4
+_MOST_TRIES = 50
+_INK = 0.25
+
+Box = tuple[int, int, int, int]
+Glyph = tuple[int, int, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One image and its objects.
+
+    Attributes:
+        pixels: (size, size, 3) uint8.
+        boxes: n boxes (x, y, width, height) in pixels.
+        digits: n digits.
+        masks: n bool masks (size, size).
+    """
+
+    pixels: np.ndarray
+    boxes: list[Box]
+    digits: list[int]
+    masks: list[np.ndarray]
+
+
+def draw_scene(glyphs: list[Glyph], size: int, draw: np.random.Generator) -> Scene:
+    """Draws one scene.
+
+    Args:
+        glyphs: (number, digit, ink (8, 8) uint8) to choose from.
+        size: Side of the canvas, pixels.
+        draw: Source of all that is random.
+    """
+    canvas = _background(size, draw)
+    taken = np.zeros((size, size), dtype=bool)
+    boxes, digits, masks = [], [], []
+    for _ in range(draw.integers(1, _MOST_DIGITS + 1)):
+        _, digit, glyph = glyphs[draw.integers(len(glyphs))]
+        side = int(draw.integers(DIGIT_SIDES[0], DIGIT_SIDES[1] + 1))
+        color = draw.uniform(0.4, 1, 3)
+        ink = _enlarge(glyph, (side, side))
+        left, top, width, height = _tight_box(ink > _INK)
+        place = _find_place(taken, width, height, draw)
+        if place is None:
+            continue
+        x, y = place
+        full = np.zeros((size, size))
+        _paste(full, ink, x - left, y - top)
+        canvas += full[..., None] * (color / color.max() - canvas)
+        taken[y : y + height, x : x + width] = True
+        boxes.append((x, y, width, height))
+        digits.append(digit)
+        masks.append(full > _INK)
+    return Scene((canvas.clip(0, 1) * 255).round().astype(np.uint8), boxes, digits, masks)
+
+
+def _background(size: int, draw: np.random.Generator) -> np.ndarray:
+    """Soft dark colors and noise, (size, size, 3) in about 0..0.5."""
+    grid = draw.uniform(0, 0.35, (4, 4, 3))
+    soft = _enlarge((grid * 255).round().astype(np.uint8), (size, size))
+    return soft + draw.normal(0, 0.06, soft.shape)
+
+
+def _enlarge(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes uint8 pixels (bicubic) to (width, height); float in 0..1."""
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)) / 255
+
+
+def _tight_box(mask: np.ndarray) -> Box:
+    """The smallest (x, y, width, height) around what is True."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    x, y = int(columns[0]), int(rows[0])
+    return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
+
+
+def _find_place(
+    taken: np.ndarray, width: int, height: int, draw: np.random.Generator
+) -> tuple[int, int] | None:
+    """A corner (x, y) where a box is inside and a pixel away from all others, if one is found."""
+    size = len(taken)
+    for _ in range(_MOST_TRIES):
+        x, y = int(draw.integers(size - width + 1)), int(draw.integers(size - height + 1))
+        if not taken[max(0, y - 1) : y + height + 1, max(0, x - 1) : x + width + 1].any():
+            return x, y
+    return None
+
+
+def _paste(canvas: np.ndarray, ink: np.ndarray, x: int, y: int) -> None:
+    """Writes `ink` with its corner at (x, y); what would lie outside is faint, and left out."""
+    left, top = max(0, -x), max(0, -y)
+    part = ink[top : len(canvas) - y, left : len(canvas) - x]
+    canvas[y + top : y + top + part.shape[0], x + left : x + left + part.shape[1]] = part
