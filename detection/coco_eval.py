@@ -1,0 +1,203 @@
+"""COCO's twelve figures by pycocotools, for detections that several processes have computed.
+
+Detections are kept per image, gathered once at the end, and counted once per image in the order of
+the image ids; so the figures depend neither on the number of processes nor on the data's order.
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_masks
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from engine.distributed import all_gather_object, broadcast_object, is_main
+
+__all__ = ["FIGURES", "CocoEvaluator", "format_figures"]
+
+FIGURES = (
+    "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
+)  # fmt: skip
+"""In pycocotools' order: average precision and recall, by overlap, size and detections allowed."""
+
+_IOU_TYPES = ("bbox", "segm")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Detections:
+    """Of one image: n categories, scores `(n,)`, boxes `(n, 4)` (x, y, w, h), masks as RLE."""
+
+    categories: list[int]
+    scores: np.ndarray
+    boxes: np.ndarray
+    masks: list[dict[str, Any]] | None
+
+
+class CocoEvaluator:
+    """Collects detections of this process's images, and evaluates those of all processes.
+
+    Args:
+        coco_gt: The annotations; they are left as they are. Missing `iscrowd` means no crowd,
+            missing `area` that of the box.
+        iou_types: Of `bbox` and `segm`.
+        label_to_category: Category id of each of the model's labels; detections of other labels
+            are dropped. None where labels are category ids.
+
+    Raises:
+        ValueError: An `iou_types` is not known.
+    """
+
+    def __init__(
+        self,
+        coco_gt: COCO,
+        iou_types: Sequence[str] = ("bbox",),
+        label_to_category: Mapping[int, int] | None = None,
+    ) -> None:
+        if unknown := [name for name in iou_types if name not in _IOU_TYPES]:
+            raise ValueError(f"iou_types has {unknown[0]!r} but should hold some of bbox, segm")
+        self.iou_types = tuple(iou_types)
+        self._truth = _own_truth(coco_gt)
+        self._categories = label_to_category
+        self._detections: dict[int, _Detections] = {}
+
+    def reset(self) -> None:
+        """Forgets all detections."""
+        self._detections.clear()
+
+    def update(self, predictions: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Takes in detections; an image that came before is not counted again.
+
+        Args:
+            predictions: Image id → `scores` `(n,)`, `labels` `(n,)`, `boxes` `(n, 4)` as
+                (x1, y1, x2, y2) in pixels of the original image, and for `segm` `masks`
+                `(n, H, W)`. An image without detections belongs here too.
+
+        Raises:
+            ValueError: An image is not in the annotations, or masks are missing.
+        """
+        for image_id, prediction in predictions.items():
+            if image_id not in self._truth.imgs:
+                raise ValueError(f"image_id {image_id} is not among the images of the annotations")
+            if "segm" in self.iou_types and "masks" not in prediction:
+                raise ValueError("predictions have no masks, which iou_types segm needs")
+            if image_id not in self._detections:
+                self._detections[image_id] = self._compact(prediction)
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Evaluates the detections of all processes, which all have to call.
+
+        Returns:
+            For each of `iou_types` the twelve `FIGURES` in [0, 1]; -1 where there is nothing to
+            find, as for objects of a size that the data does not have.
+
+        Raises:
+            ValueError: No process has seen an image.
+        """
+        merged: dict[int, _Detections] = {}
+        for detections in all_gather_object(self._detections):
+            merged = detections | merged
+        if not merged:
+            raise ValueError("there are no images to evaluate")
+        if not is_main():
+            return broadcast_object(None)
+        if len(merged) < len(self._truth.imgs):
+            logger.warning(
+                "evaluated %d of the %d annotated images", len(merged), len(self._truth.imgs)
+            )
+        return broadcast_object({name: self._evaluate(name, merged) for name in self.iou_types})
+
+    def _compact(self, prediction: Mapping[str, Tensor]) -> _Detections:
+        labels = prediction["labels"].cpu().numpy()
+        scores = prediction["scores"].double().cpu().numpy()
+        boxes = prediction["boxes"].double().cpu().numpy()
+        # COCOeval takes a box of nan for a hit on every object.
+        kept = np.isfinite(scores) & np.isfinite(boxes).all(1)
+        if self._categories is not None:
+            kept &= np.isin(labels, list(self._categories))
+            categories = [self._categories[label] for label in labels[kept].tolist()]
+        else:
+            categories = labels[kept].tolist()
+        corners = boxes[kept]
+        return _Detections(
+            categories=categories,
+            scores=scores[kept],
+            boxes=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
+            masks=_encode(prediction["masks"], kept) if "segm" in self.iou_types else None,
+        )
+
+    def _evaluate(self, iou_type: str, merged: dict[int, _Detections]) -> dict[str, float]:
+        image_ids = sorted(merged)
+        found = [
+            entry
+            for image_id in image_ids
+            for entry in _entries(image_id, merged[image_id], iou_type)
+        ]
+        for number, entry in enumerate(found, start=1):
+            entry["id"] = number
+        detections = _coco(self._truth.dataset | {"annotations": found})
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation = COCOeval(self._truth, detections, iou_type)
+            evaluation.params.imgIds = image_ids
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return dict(zip(FIGURES, evaluation.stats.tolist(), strict=True))
+
+
+def format_figures(figures: Mapping[str, float]) -> str:
+    """Writes the twelve figures in two lines, precision and recall."""
+    parts = [f"{name} {figures[name]:.4f}" for name in FIGURES]
+    return "\n".join(["  ".join(parts[:6]), "  ".join(parts[6:])])
+
+
+def _entries(image_id: int, found: _Detections, iou_type: str) -> Iterator[dict[str, Any]]:
+    """The detections of an image as pycocotools wants annotations, but for their `id`."""
+    rows = zip(found.categories, found.scores.tolist(), found.boxes.tolist(), strict=True)
+    for i, (category, score, box) in enumerate(rows):
+        entry = {
+            "image_id": image_id,
+            "category_id": category,
+            "score": score,
+            "bbox": box,
+            "area": box[2] * box[3],
+            "iscrowd": 0,
+        }
+        if iou_type == "segm":
+            mask = found.masks[i]
+            entry |= {"segmentation": mask, "area": float(coco_masks.area(mask))}
+        yield entry
+
+
+def _encode(masks: Tensor, kept: np.ndarray) -> list[dict[str, Any]]:
+    """`(n, H, W)` as run lengths, those that are kept."""
+    columns_first = masks.cpu().numpy()[kept].astype(np.uint8).transpose(1, 2, 0)
+    return coco_masks.encode(np.asfortranarray(columns_first))
+
+
+def _own_truth(coco_gt: COCO) -> COCO:
+    """The annotations with all that COCOeval reads, in dicts that it may write into.
+
+    They are numbered from 1, since COCOeval takes an object with the id 0 for one not found.
+    """
+    annotations = []
+    for number, annotation in enumerate(coco_gt.dataset["annotations"], start=1):
+        area = annotation["bbox"][2] * annotation["bbox"][3]
+        defaults = {"iscrowd": 0, "area": area}
+        annotations.append(defaults | annotation | {"id": number})
+    return _coco(coco_gt.dataset | {"annotations": annotations})
+
+
+def _coco(dataset: dict[str, Any]) -> COCO:
+    coco = COCO()
+    coco.dataset = dataset
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco

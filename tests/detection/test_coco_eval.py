@@ -1,0 +1,266 @@
+"""The COCO evaluator: known figures, several processes, orders, gaps, odd annotations."""
+
+import copy
+import io
+import json
+import logging
+from contextlib import redirect_stdout
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detection.coco_eval import FIGURES, CocoEvaluator, format_figures
+from tests.detection.threads import as_processes
+
+SIDE = 200
+
+
+def coco(annotations: list[dict], images: int = 3, categories: tuple[int, ...] = (3, 7)) -> COCO:
+    """Annotations of images 10, 20, …; only what the test gives, `id` included."""
+    made = COCO()
+    made.dataset = {
+        "images": [
+            {"id": 10 * (i + 1), "width": SIDE, "height": SIDE, "file_name": f"{i}.jpg"}
+            for i in range(images)
+        ],
+        "categories": [{"id": c, "name": str(c)} for c in categories],
+        "annotations": annotations,
+    }
+    with redirect_stdout(io.StringIO()):
+        made.createIndex()
+    return made
+
+
+def annotation(number: int, image: int, category: int, box: list[float], **more) -> dict:
+    """An object with its box (x, y, w, h) as polygon too."""
+    x, y, w, h = box
+    polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+    return {
+        "id": number, "image_id": image, "category_id": category, "bbox": box, "area": w * h,
+        "iscrowd": 0, "segmentation": [polygon], **more,
+    }  # fmt: skip
+
+
+def detections(*rows: tuple[int, float, list[float]]) -> dict[str, torch.Tensor]:
+    """Label, score and box (x, y, w, h) of each, with the box filled as mask."""
+    boxes = torch.tensor([row[2] for row in rows]).view(-1, 4)
+    corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+    masks = torch.zeros(len(rows), SIDE, SIDE, dtype=torch.bool)
+    for mask, (x1, y1, x2, y2) in zip(masks, corners.int().tolist(), strict=True):
+        mask[y1:y2, x1:x2] = True
+    return {
+        "scores": torch.tensor([row[1] for row in rows]),
+        "labels": torch.tensor([row[0] for row in rows], dtype=torch.int64),
+        "boxes": corners,
+        "masks": masks,
+    }
+
+
+# pycocotools divides by a little more than it counts.
+ALL_FOUND = pytest.approx(dict.fromkeys(FIGURES, 1.0))
+SMALL, MEDIUM, LARGE = [5.0, 5, 20, 20], [40.0, 40, 60, 60], [50.0, 60, 120, 120]
+OBJECTS = [
+    annotation(1, 10, 3, SMALL),
+    annotation(2, 10, 7, LARGE),
+    annotation(3, 20, 3, MEDIUM),
+]
+RIGHT = {
+    10: detections((3, 0.9, SMALL), (7, 0.8, LARGE)),
+    20: detections((3, 0.7, MEDIUM)),
+    30: detections(),
+}
+
+
+def evaluate(truth: COCO, predictions: dict, *iou_types: str, **options) -> dict:
+    evaluator = CocoEvaluator(truth, iou_types or ("bbox",), **options)
+    evaluator.update(predictions)
+    return evaluator.figures()
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_perfect_detections_score_1(iou_type):
+    figures = evaluate(coco(OBJECTS), RIGHT, iou_type)
+    assert list(figures) == [iou_type]
+    assert figures[iou_type] == ALL_FOUND
+
+
+def test_what_is_missed_displaced_or_of_the_wrong_class_costs_as_it_should():
+    found = {
+        # IoU 15·20 / 500 = 0.6 of the small one; the large one has the wrong class.
+        10: detections((3, 0.9, [10.0, 5, 20, 20]), (3, 0.8, LARGE)),
+        20: detections((3, 0.7, MEDIUM)),
+        30: detections(),
+    }
+    figures = evaluate(coco(OBJECTS), found)["bbox"]
+    # Category 7 is never found. Of 3, up to IoU 0.6 all is found, one wrong in between.
+    thirds = (51 * 1 + 50 * 2 / 3) / 101
+    assert figures["AP50"] == pytest.approx(thirds / 2)
+    # Above, the medium one is found as third guess; recall 0.5.
+    assert figures["AP75"] == pytest.approx(51 / 101 / 3 / 2)
+    assert figures["AP"] == pytest.approx((3 * thirds + 7 * 51 / 101 / 3) / 10 / 2)
+    assert figures["AR100"] == pytest.approx((3 * 1.0 + 7 * 0.5) / 10 / 2)
+    assert (figures["APl"], figures["APm"]) == (0, pytest.approx(1))
+
+
+def test_a_crowd_is_neither_missed_nor_does_it_punish_those_inside():
+    # The lower right quarter, run lengths by columns.
+    rle = {"size": [SIDE, SIDE], "counts": [20100, *[100, 100] * 99, 100]}
+    many = annotation(9, 20, 3, [100.0, 100, 100, 100], iscrowd=1, segmentation=rle)
+    inside = detections((3, 0.99, [110.0, 110, 20, 20]), (3, 0.98, [150.0, 150, 30, 30]))
+    medium = detections((3, 0.7, MEDIUM))
+    both = {name: torch.cat([inside[name], medium[name]]) for name in inside}
+    for iou_type in ("bbox", "segm"):
+        figures = evaluate(coco([*OBJECTS, many]), RIGHT | {20: both}, iou_type)[iou_type]
+        assert figures["AP"] == figures["AR100"] == 1
+
+
+def test_sizes_that_the_data_lacks_and_images_without_objects():
+    figures = evaluate(coco(OBJECTS[:1]), RIGHT)["bbox"]
+    assert figures["APs"] == pytest.approx(1)
+    assert {figures[name] for name in ("APm", "APl", "ARm", "ARl")} == {-1}
+    false_alarm = detections((3, 0.99, SMALL))
+    assert evaluate(coco(OBJECTS), RIGHT | {30: false_alarm})["bbox"]["AP"] < 1
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_no_detections_at_all_score_0(iou_type):
+    nothing = dict.fromkeys((10, 20, 30), detections())
+    figures = evaluate(coco(OBJECTS), nothing, iou_type)[iou_type]
+    assert figures == dict.fromkeys(FIGURES, 0.0)
+
+
+def random_case(seed: int = 0, images: int = 12) -> tuple[COCO, dict]:
+    """Objects, and detections near them with chance labels and scores that are often equal."""
+    random = np.random.RandomState(seed)
+    objects, predictions = [], {}
+    for i in range(images):
+        boxes = [[*random.randint(0, 90, 2), *random.randint(10, 110, 2)] for _ in range(i % 5)]
+        boxes = [[float(x) for x in box] for box in boxes]
+        for box in boxes:
+            number = len(objects) + 1
+            objects.append(annotation(number, 10 * (i + 1), int(random.choice([3, 7])), box))
+        near = [[max(0.0, x + float(random.randint(-9, 9))) for x in b] for b in boxes * 2]
+        predictions[10 * (i + 1)] = detections(
+            *((int(random.choice([3, 7])), float(random.randint(5)) / 5, box) for box in near)
+        )
+    return coco(objects, images), predictions
+
+
+def test_figures_are_those_of_pycocotools_fed_by_hand(tmp_path):
+    truth, predictions = random_case()
+    rows = []
+    for image_id, found in predictions.items():
+        columns = zip(found["labels"], found["scores"], found["boxes"].tolist(), strict=True)
+        for label, score, (x1, y1, x2, y2) in columns:
+            box = [x1, y1, x2 - x1, y2 - y1]
+            entry = {"image_id": image_id, "category_id": int(label), "score": float(score)}
+            rows.append(entry | {"bbox": box})
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    with redirect_stdout(io.StringIO()):
+        by_hand = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "bbox")
+        by_hand.evaluate()
+        by_hand.accumulate()
+        by_hand.summarize()
+    expected = dict(zip(FIGURES, by_hand.stats.tolist(), strict=True))
+    assert evaluate(truth, predictions)["bbox"] == expected
+    assert 0.1 < expected["AP"] < 0.9
+
+
+@pytest.mark.parametrize("count", [2, 3, 13], ids=lambda n: f"{n} processes")
+def test_processes_with_shares_in_any_order_agree_with_one_alone(monkeypatch, count):
+    truth, predictions = random_case()
+    alone = evaluate(truth, predictions, "bbox", "segm")
+    order = np.random.RandomState(1).permutation(list(predictions)).tolist()
+    evaluators = [CocoEvaluator(truth, ("bbox", "segm")) for _ in range(count)]
+    for rank, evaluator in enumerate(evaluators):
+        evaluator.update({i: predictions[i] for i in order[rank::count]})
+    evaluators[-1].update({order[0]: predictions[order[0]]})  # one image comes twice
+    figures = as_processes(monkeypatch, count, lambda rank: evaluators[rank].figures())
+    assert figures == [alone] * count
+
+
+def test_an_image_that_comes_twice_counts_once():
+    evaluator = CocoEvaluator(coco(OBJECTS))
+    evaluator.update(RIGHT)
+    evaluator.update({10: detections((7, 0.99, MEDIUM))})
+    assert evaluator.figures()["bbox"]["AP"] == 1
+
+
+def test_reset_forgets_and_evaluating_does_not():
+    evaluator = CocoEvaluator(coco(OBJECTS), ("bbox", "segm"))
+    evaluator.update(RIGHT)
+    assert evaluator.figures() == evaluator.figures()
+    evaluator.reset()
+    evaluator.update(dict.fromkeys((10, 20, 30), detections()))
+    assert evaluator.figures()["segm"]["AP"] == 0
+
+
+def test_images_not_evaluated_are_left_out_and_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        figures = evaluate(coco(OBJECTS), {20: RIGHT[20]})["bbox"]
+    assert figures["AP"] == pytest.approx(1)
+    assert "evaluated 1 of the 3 annotated images" in caplog.text
+
+
+def test_labels_become_categories_and_strange_ones_are_dropped():
+    relabelled = {
+        image_id: found | {"labels": (found["labels"] == 7).long()}
+        for image_id, found in RIGHT.items()
+    }
+    relabelled[30] = detections((4, 0.99, SMALL))
+    figures = evaluate(coco(OBJECTS), relabelled, "bbox", "segm", label_to_category={0: 3, 1: 7})
+    assert figures["bbox"]["AP"] == figures["segm"]["AP"] == 1
+
+
+@pytest.mark.parametrize("missing", ["area", "iscrowd"])
+def test_annotations_may_lack_what_follows_from_the_rest(missing):
+    bare = [{k: v for k, v in entry.items() if k != missing} for entry in OBJECTS]
+    assert evaluate(coco(bare), RIGHT)["bbox"] == ALL_FOUND
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 2), (5, 5, 5)], ids=["from 0", "all the same"])
+def test_ids_of_annotations_do_not_matter(numbers):
+    odd = [entry | {"id": number} for entry, number in zip(OBJECTS, numbers, strict=True)]
+    assert evaluate(coco(odd), RIGHT)["bbox"]["AP"] == 1
+
+
+def test_the_given_annotations_stay_as_they_are():
+    truth = coco(copy.deepcopy(OBJECTS))
+    evaluate(truth, RIGHT, "bbox", "segm")
+    assert truth.dataset["annotations"] == OBJECTS
+
+
+def test_nothing_is_printed(capsys):
+    evaluate(coco(OBJECTS), RIGHT, "bbox", "segm")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["boxes", "scores"])
+def test_detections_that_are_not_finite_find_nothing(name, value):
+    """pycocotools by itself takes boxes of nan for a hit on everything."""
+    broken = {image_id: dict(found) for image_id, found in RIGHT.items()}
+    for found in broken.values():
+        found[name] = torch.full_like(found[name], value)
+    assert evaluate(coco(OBJECTS), broken)["bbox"]["AP"] == 0
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="iou_types has 'keypoints' but should hold"):
+        CocoEvaluator(coco(OBJECTS), ("bbox", "keypoints"))
+    with pytest.raises(ValueError, match="image_id 11 is not among the images"):
+        CocoEvaluator(coco(OBJECTS)).update({11: RIGHT[10]})
+    boxes_only = {k: v for k, v in RIGHT[10].items() if k != "masks"}
+    with pytest.raises(ValueError, match="predictions have no masks, which iou_types segm needs"):
+        CocoEvaluator(coco(OBJECTS), ("segm",)).update({10: boxes_only})
+    with pytest.raises(ValueError, match="there are no images to evaluate"):
+        CocoEvaluator(coco(OBJECTS)).figures()
+
+
+def test_the_twelve_figures_are_written_in_two_lines():
+    text = format_figures(dict(zip(FIGURES, range(12), strict=True)))
+    assert text.splitlines()[0].startswith("AP 0.0000  AP50 1.0000  AP75 2.0000")
+    assert text.splitlines()[1].endswith("ARm 10.0000  ARl 11.0000")
