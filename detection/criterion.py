@@ -110,7 +110,7 @@ class SetCriterion(nn.Module):
         labels = _matched_objects(targets, matches, "labels")
         classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
         classes[at] = labels
-        weights = self.class_weights.to(logits.dtype)
+        weights = self.class_weights.to(logits)
         loss = F.cross_entropy(logits.transpose(1, 2), classes, weights)
         correct = (logits[at].argmax(-1) == labels).sum()
         # An image without objects counts as all wrong, as published.

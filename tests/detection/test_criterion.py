@@ -8,7 +8,7 @@ from detection import criterion as module
 from detection.criterion import SetCriterion
 from detection.matcher import HungarianMatcher
 from tests.detection.synthetic import outputs, recorded, recorded_targets, targets
-from tests.recipes import golden_json
+from tests.recipes import golden, golden_json
 
 RECORDED = golden_json("matching")["criterion"]
 BASIC = ("labels", "boxes", "cardinality")
@@ -40,6 +40,32 @@ def test_recorded_losses_and_gradients(eos_coef):
     if eos_coef == 0.1:
         torch.testing.assert_close(coordinates.grad, recorded("crit/grad_boxes"))
         torch.testing.assert_close(logits.grad[-1], recorded("crit/grad_logits_last"))
+
+
+@pytest.mark.parametrize("tag", ["none", "rpe-2.0-product-ctx-1-k"])
+def test_recorded_losses_of_whole_models(tag):
+    """From the models' recorded outputs: all objects, one image without any, none at all."""
+    arrays, facts = golden("detr"), golden_json("detr")
+    parts = ("pred_logits", "pred_boxes", "aux_logits", "aux_boxes")
+    logits, coordinates, aux_logits, aux_boxes = (
+        torch.from_numpy(arrays[f"{tag}/B/{part}"]) for part in parts
+    )
+    aux = [{"pred_logits": x, "pred_boxes": y} for x, y in zip(aux_logits, aux_boxes, strict=True)]
+    made = {"pred_logits": logits, "pred_boxes": coordinates, "aux_outputs": aux}
+    full = [{n: torch.tensor(v) for n, v in t.items()} for t in facts["inputs"]["targets"]]
+    empty = {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+    judge = criterion(classes=91)
+    for suffix, wanted in {
+        "": full,
+        "_second_empty": [full[0], empty],
+        "_all_empty": [empty, empty],
+    }.items():
+        found = {name: value.item() for name, value in judge(made, wanted).items()}
+        expected = facts["run"][f"{tag}/B"][f"losses{suffix}"]
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    indices = facts["run"][f"{tag}/B"]["indices"]
+    for layer, expected in zip([made, *aux], [indices["last"], *indices["aux"]], strict=True):
+        assert [[side.tolist() for side in pair] for pair in judge.matcher(layer, full)] == expected
 
 
 def test_the_recorded_giou_loss_and_its_gradient():
