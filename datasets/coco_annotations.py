@@ -61,19 +61,22 @@ def read_annotations(path: str | os.PathLike[str], *, with_masks: bool = False) 
 
     Raises:
         DataError: The file is missing or no COCO annotation file; a box is not four finite
-            numbers, a category is unknown, or a segmentation is missing with `with_masks`.
+            numbers, a category is unknown, or with `with_masks` a segmentation or an image's size
+            is missing.
     """
     path = Path(path)
     data = read_json(path)
     try:
         names = {int(entry["id"]): str(entry["name"]) for entry in data["categories"]}
         images = {int(entry["id"]): str(entry["file_name"]) for entry in data["images"]}
+        for kind, listed in (("images", images), ("categories", names)):
+            if not listed:
+                raise DataError(f"{path} lists no {kind}")
+        if with_masks:
+            _check_sizes(path, data["images"])
         rows, objects = _collect(path, data["annotations"], images, names, with_masks)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is no COCO annotation file: {_describe(error)}") from error
-    for kind, listed in (("images", images), ("categories", names)):
-        if not listed:
-            raise DataError(f"{path} lists no {kind}")
 
     order = np.argsort(rows, kind="stable")
     objects = [objects[place] for place in order]
@@ -124,6 +127,13 @@ def label_map_of(category_names: Mapping[int, str]) -> dict[int, int]:
     if set(category_names) == _COCO_IDS:
         return {number: number for number in range(91)}
     return dict(enumerate(sorted(category_names)))
+
+
+def _check_sizes(path: Path, images: Sequence[Mapping[str, Any]]) -> None:
+    """pycocotools draws the true masks by the sizes that the file gives."""
+    for entry in images:
+        if "height" not in entry or "width" not in entry:
+            raise DataError(f"{path}: image {entry['id']} has no height and width: masks need them")
 
 
 def _collect(

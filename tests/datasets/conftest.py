@@ -1,14 +1,18 @@
 """Small trees of real images, as folders, as tars and as zips."""
 
 import io
+import json
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.datasets.coco_files import FILES, data
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +85,42 @@ def tree() -> dict[str, bytes]:
     """Three classes with 7 images in all, in no particular order."""
     names = ("b/2.png", "b/10.png", "a/x.png", "c-d/1.png", "c-d/0.png", "a/y.png", "a/w.png")
     return {name: _png(seed) for seed, name in enumerate(names)}
+
+
+@pytest.fixture
+def write_annotations(tmp_path: Path) -> Callable[..., Path]:
+    """Writes an annotation file."""
+
+    def write(content: dict[str, Any]) -> Path:
+        path = tmp_path / "instances.json"
+        path.write_text(json.dumps(content))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def pictures(
+    png: Callable[[int], bytes], tmp_path: Path, write_folder: Callable[..., Path]
+) -> Path:
+    """The images of `coco_files` as a folder."""
+    return write_folder(tmp_path / "pictures", {name: png(key) for key, name in FILES.items()})
+
+
+@pytest.fixture
+def coco_path(
+    png: Callable[[int], bytes],
+    tmp_path: Path,
+    write_zip: Callable[..., Path],
+    write_folder: Callable[..., Path],
+) -> Path:
+    """Training images in a folder, validation images in a zip."""
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        path = root / "annotations" / f"instances_{split}2017.json"
+        path.write_text(json.dumps(data()))
+    files = {name: png(key) for key, name in FILES.items()}
+    write_folder(root / "train2017", files)
+    write_zip(root / "val2017.zip", {f"val2017/{name}": files[name] for name in files})
+    return root

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from datasets import CorruptImageError, DataError, ZipArchive, archives
+from tests.datasets.zip_reader import answer, answer_forked, read_all
 
 WriteZip = Callable[..., Path]
 
@@ -20,21 +21,6 @@ def noise(count: int) -> dict[str, bytes]:
     """Members of many sizes, up to a few pages; every one different."""
     draw = np.random.RandomState(0)
     return {f"{i % 5}/{i:04d}.bin": draw.bytes(1 + draw.randint(9000)) for i in range(count)}
-
-
-def read_all(archive: ZipArchive, seed: int, rounds: int) -> dict[str, bytes]:
-    """Reads every member, in an order of one's own."""
-    names = list(archive.names)
-    for _ in range(rounds):
-        np.random.RandomState(seed).shuffle(names)
-        content = {name: archive.read(name) for name in names}
-    return content
-
-
-def answer(archive: ZipArchive, seed: int, barrier: Any, answers: Any) -> None:
-    """A worker: waits for the others, then reads everything."""
-    barrier.wait(120)
-    answers.put(read_all(archive, seed, rounds=40))
 
 
 @pytest.mark.parametrize(
@@ -108,8 +94,10 @@ def test_four_forked_and_four_spawned_workers_at_once_get_every_byte_right(
     spawn, fork = multiprocessing.get_context("spawn"), multiprocessing.get_context("fork")
     barrier, answers = spawn.Barrier(9), spawn.SimpleQueue()
     workers = [
-        context.Process(target=answer, args=(archive, seed, barrier, answers), daemon=True)
-        for seed, context in enumerate([spawn] * 4 + [fork] * 4)
+        context.Process(target=target, args=(source, seed, barrier, answers), daemon=True)
+        for seed, (context, target, source) in enumerate(
+            [(spawn, answer, pickle.dumps(archive))] * 4 + [(fork, answer_forked, archive)] * 4
+        )
     ]
     for worker in workers:
         worker.start()
