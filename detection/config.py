@@ -23,12 +23,19 @@ class BackboneConfig(Config):
     """imagenet (torchvision's), none, or the path of a state dict."""
     backbone_norm: Literal["frozen", "batch"] = "frozen"
     """Frozen batch norm, or an ordinary one for training from scratch."""
-    backbone_stride: Literal[16, 32] = 32
-    """Pixels of a feature; 16 leaves out the last stage."""
+    backbone_stride: int = 32
+    """Pixels of a feature, 32 or 16; 16 leaves out the last stage."""
     dilation: bool = False
     """Dilation instead of stride in the last stage (DC5)."""
     position_embedding: Literal["sine", "learned"] = "sine"
     """Absolute encoding of the feature map."""
+
+    @field_validator("backbone_stride")
+    @classmethod
+    def _known_stride(cls, stride: int) -> int:
+        if stride not in (16, 32):
+            raise ValueError("should be 16 or 32")
+        return stride
 
 
 class TransformerConfig(Config):
@@ -94,8 +101,8 @@ class LossConfig(Config):
 class DataConfig(Config):
     """Data"""
 
-    dataset_file: Literal["coco"] = "coco"
-    """Format of the data."""
+    dataset_file: Literal["coco", "scenes"] = "coco"
+    """COCO's layout, or the embedded scenes of digits, written to coco_path at first use."""
     coco_path: str | None = None
     """Folder with annotations/ and train2017, val2017 as folders or .zip files."""
     coco_panoptic_path: None = None
@@ -186,6 +193,8 @@ class DetectionConfig(
             raise ValueError("finetune and resume exclude each other: both give the weights")
         if self.frozen_weights and not self.masks:
             raise ValueError("frozen_weights needs masks: it freezes the detector under them")
+        if self.dataset_file == "scenes" and not self.coco_path:
+            raise ValueError("dataset_file scenes needs coco_path, where the scenes are written")
         if self.coco_path and any(self.own_data):
             raise ValueError("coco_path excludes train_images, val_images and their annotations")
         return self

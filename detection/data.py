@@ -13,6 +13,7 @@ from datasets import (
     build_coco_transforms,
     collate,
 )
+from datasets.scenes import write_scenes
 from detection.config import DetectionConfig
 from engine import UsageError, World, shield_worker
 
@@ -28,6 +29,8 @@ def build_split(
         DataError: Images or annotations are missing or damaged, or have a category that training
             lacks.
     """
+    if config.dataset_file == "scenes":
+        write_scenes(config.coco_path)
     images, annotations = config.own_data[:2] if split == "train" else config.own_data[2:]
     dataset = build_coco(
         split,

@@ -182,6 +182,10 @@ def create_parts(
     torch.manual_seed(config.seed)
     if config.num_classes is None:
         config = config.model_copy(update={"num_classes": num_classes})
+    if config.num_classes < num_classes:
+        raise UsageError(
+            f"--num_classes is {config.num_classes} but the data has labels up to {num_classes - 1}"
+        )
     try:
         model, criterion, postprocessors = build_model(config, load=checkpoint is None)
     except CheckpointError:

@@ -1,5 +1,6 @@
 """Settings and fixtures of the whole suite."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -25,3 +26,13 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill_before
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Undo what a command run within a test does to the root logger."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers

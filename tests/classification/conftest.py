@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from classification.main import main
-from datasets import DataError
 from datasets.embedded import write_digits
-from engine import run
-from irpe_core import CheckpointError
+from tests.commands import failure_of
 
 _TINY = (
     "--model deit_tiny_patch16_224 --rpe rpe-1.9-product-ctx-1-qkv --input_size 16 --patch_size 4 "
@@ -42,16 +40,7 @@ def trained(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def failure(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
     """Runs the command and gives its exit code and its one line on stderr."""
-
-    def fail(*argv: str) -> tuple[int, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as leaving:
-            run(lambda: main(list(argv)), DataError, CheckpointError)
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1, lines
-        return leaving.value.code, lines[0]
-
-    return fail
+    return lambda *argv: failure_of(main, argv, capsys)
 
 
 def weights(folder: Path, name: str = "checkpoint.pth") -> dict[str, torch.Tensor]:
