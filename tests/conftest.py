@@ -29,10 +29,10 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """Undo what a command run within a test does to the root logger."""
+def own_logging() -> None:
+    """Undo what a command run by an earlier test or fixture did to the root logger."""
     root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
+    root.setLevel(logging.WARNING)
+    for handler in [handler for handler in root.handlers if hasattr(handler, "set_by_engine")]:
+        root.removeHandler(handler)
+        handler.close()
