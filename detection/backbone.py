@@ -24,7 +24,7 @@ __all__ = ["Backbone", "build_backbone"]
 _SMALL_CHANNELS = (16, 32, 64, 128)
 # Where a level ends: each but the first two starts by halving the resolution.
 _LEVELS = ("relu", "layer1", "layer2", "layer3", "layer4")
-_FROZEN_WITH_WEIGHTS = ("conv1", "bn1", "layer1")
+_FROZEN_WITH_NORM = ("conv1", "bn1", "layer1")
 
 
 class Backbone(nn.Module):
@@ -142,9 +142,9 @@ def _load(body: nn.Sequential, config: DetectionConfig) -> None:
 
 
 def _freeze(backbone: Backbone, config: DetectionConfig) -> None:
-    """Nothing learns at a rate of 0; what ImageNet taught the first stages is kept."""
+    """Nothing learns at a rate of 0; the first stages never do under frozen norms, as published."""
     if config.lr_backbone <= 0:
         backbone.requires_grad_(False)
-    elif config.backbone_weights != "none" and config.backbone_norm == "frozen":
-        for name in _FROZEN_WITH_WEIGHTS:
+    elif config.backbone_norm == "frozen":
+        for name in _FROZEN_WITH_NORM:
             getattr(backbone.body, name).requires_grad_(False)

@@ -187,7 +187,9 @@ def create_parts(
             f"--num_classes is {config.num_classes} but the data has labels up to {num_classes - 1}"
         )
     try:
-        model, criterion, postprocessors = build_model(config, load=checkpoint is None)
+        model, criterion, postprocessors = build_model(
+            config, load=not (checkpoint or config.finetune)
+        )
     except CheckpointError:
         raise
     except ValueError as error:

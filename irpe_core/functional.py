@@ -111,4 +111,6 @@ def _attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, *, has_mask: b
     if not has_mask:
         return logits.softmax(-1)
     nowhere = torch.isneginf(logits).all(-1, keepdim=True)
-    return logits.masked_fill(nowhere, 0.0).softmax(-1).masked_fill(nowhere, 0.0)
+    attn = logits.masked_fill_(nowhere, 0.0).softmax(-1)
+    # Softmax keeps its output for the backward pass: only without one may it be overwritten.
+    return attn.masked_fill(nowhere, 0.0) if attn.requires_grad else attn.masked_fill_(nowhere, 0.0)
