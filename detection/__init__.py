@@ -1,3 +1,20 @@
-"""DETR with iRPE: model, losses, trainer, evaluation."""
+"""DETR with iRPE: model, matching, losses, trainer, COCO evaluation, on plain tensors."""
 
-__all__: list[str] = []
+from detection.config import DetectionConfig, parse_args
+from detection.criterion import SetCriterion
+from detection.detr import DETR, build_model
+from detection.evaluate import evaluate
+from detection.matcher import HungarianMatcher
+from detection.postprocess import PostProcess, PostProcessSegm
+
+__all__ = [
+    "DetectionConfig",
+    "parse_args",
+    "DETR",
+    "build_model",
+    "HungarianMatcher",
+    "SetCriterion",
+    "PostProcess",
+    "PostProcessSegm",
+    "evaluate",
+]

@@ -11,43 +11,45 @@ mkdir -p "$out"
 # Two runs side by side, one thread each: faster on two cores than one run with two threads.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-train() { # name, flags…
-    local name=$1
-    shift
-    python -m classification.main --config configs/classification/digits.yaml \
-        --output_dir "$out/$name" --print_freq 1000 "$@" > "$out/$name.txt" 2>&1
+run() { # trainer, name of the run, flags…
+    python -m "$1.main" --config "configs/$1/digits.yaml" --output_dir "$out/$2" "${@:3}" \
+        >> "$out/$2.txt" 2>&1 || { cat "$out/$2.txt" && exit 1; }
 }
 
-killed_and_resumed() {
-    echo "absolute + iRPE: training, to be killed (SIGKILL) in mid-epoch"
-    python -m classification.main --config configs/classification/digits.yaml \
-        --output_dir "$out/absolute_irpe" --print_freq 1 --checkpoint_steps 5 \
-        > "$out/absolute_irpe_killed.txt" 2>&1 &
-    local pid=$!
-    until [ "$(cat "$out/absolute_irpe/log.txt" 2> /dev/null | wc -l)" -ge 3 ]; do
-        kill -0 "$pid" 2> /dev/null || { cat "$out/absolute_irpe_killed.txt"; exit 1; }
+run_interrupted() { # signal, trainer, name of the run, flags…
+    local log=$out/$3/log.txt
+    # A command of its own, so that the process that gets the signal is the trainer itself.
+    python -m "$2.main" --config "configs/$2/digits.yaml" --output_dir "$out/$3" \
+        --checkpoint_steps 5 "${@:4}" > "$out/$3.txt" 2>&1 &
+    local trainer=$!
+    until [ "$(cat "$log" 2> /dev/null | wc -l)" -ge 2 ]; do
+        kill -0 "$trainer" 2> /dev/null || { cat "$out/$3.txt" && exit 1; }
         sleep 0.2
     done
-    sleep 0.7
-    kill -KILL "$pid"
-    wait "$pid" 2> /dev/null || true
-    echo "absolute + iRPE: killed after $(wc -l < "$out/absolute_irpe/log.txt") epochs; resuming"
-    train absolute_irpe --auto_resume
+    sleep 1
+    kill "-$1" "$trainer"
+    wait "$trainer" 2> /dev/null || true
+    echo "$3: ended by SIG$1 in epoch $(cat "$log" | wc -l); resuming"
+    run "${@:2}" --auto_resume
 }
 
 python -m datasets.embedded data/digits
-echo "Training four models, two at a time; progress is in $out/*.txt"
+python -m datasets.scenes data/scenes
+echo "Training four classifiers and a detector, two at a time; progress is in $out/*.txt"
 {
-    train irpe --no-abs_pos_embed
-    train neither --no-abs_pos_embed --rpe ""
+    run_interrupted TERM detection detection --print_freq 25
+    run classification irpe --no-abs_pos_embed
 } &
-others=$!
-killed_and_resumed
-train absolute --rpe ""
-wait "$others"
+other=$!
+run_interrupted KILL classification absolute_irpe
+run classification absolute --rpe ""
+run classification neither --no-abs_pos_embed --rpe ""
+wait "$other"
 
-echo "Evaluating the checkpoint of absolute + iRPE"
-python -m classification.main --config configs/classification/digits.yaml --eval \
-    --resume "$out/absolute_irpe/checkpoint.pth" --output_dir "$out/evaluation" \
-    | tee "$out/evaluation.txt"
-python -m scripts.quickstart_report "$out"
+echo "Evaluating checkpoints"
+run classification evaluation --eval --resume "$out/absolute_irpe/checkpoint.pth" &
+other=$!
+run detection detection_evaluation --eval --resume "$out/detection/checkpoint.pth"
+wait "$other"
+python -m scripts.quickstart_classification "$out"
+python -m scripts.quickstart_detection "$out"

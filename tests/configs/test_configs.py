@@ -6,9 +6,11 @@ import pytest
 
 from classification.config import parse_args
 from classification.models import PUBLISHED
+from detection.config import parse_args as parse_detection_args
 
-FOLDER = Path(__file__).parents[2] / "configs" / "classification"
-FILES = sorted(FOLDER.glob("*.yaml"))
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted((CONFIGS / "classification").glob("*.yaml"))
+DETECTION = sorted((CONFIGS / "detection").glob("*.yaml"))
 
 
 def test_every_published_model_and_its_baselines_have_a_file():
@@ -23,6 +25,29 @@ def test_file_is_read_and_documents_itself(path):
     if path.stem != "digits":
         assert config.model == path.stem
         assert config.batch_size == 128
-    header = path.read_text().split("\nmodel:")[0]
+    assert_documented(path)
+
+
+@pytest.mark.parametrize("path", DETECTION, ids=lambda path: path.stem)
+def test_detection_file_is_read_and_documents_itself(path):
+    config = parse_detection_args(["--config", str(path)])
+    if path.stem.startswith("rpe-"):
+        spec, epochs, _ = path.stem.split("_")
+        assert (config.enc_rpe2d, config.epochs) == (spec, int(epochs))
+        assert config.lr_drop == {150: 100, 300: 200}[config.epochs]
+    assert_documented(path)
+
+
+def test_every_published_detector_has_a_file():
+    published = {
+        "rpe-1.9-product-ctx-1-k_150_epochs",
+        "rpe-2.0-product-ctx-1-k_150_epochs",
+        "rpe-2.0-product-ctx-1-k_300_epochs",
+    }
+    assert published <= {path.stem for path in DETECTION}
+
+
+def assert_documented(path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("# Row ", "# Expected ", "# Cost ", "# Command ", path.name):
-        assert word in header
+        assert any(word in line for line in header)

@@ -1,0 +1,110 @@
+"""The detection half of the quickstart: pictures, figures and gate.
+
+    python -m scripts.quickstart_detection OUTPUT_DIR
+
+Reads the run in OUTPUT_DIR/detection and its evaluation in OUTPUT_DIR/detection_evaluation, writes
+`predictions.png` and `curves.png` beside the run, prints the COCO figures; exit code 1 where AP50
+is too low or the evaluation differs from training's own.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from detection.coco_eval import format_figures
+from detection.config import parse_args
+from detection.data import build_split
+from detection.detr import build_model
+from irpe_core import load_checkpoint, load_weights
+
+MIN_AP50 = 0.60
+MIN_SCORE = 0.5
+SCENES = 8
+
+
+def draw(axes: Axes, image: Tensor, boxes: Tensor, names: list[str], title: str) -> None:
+    """An image `(3, h, w)` in [0, 1] with boxes `(n, 4)` as x0, y0, x1, y1 in pixels."""
+    axes.imshow(image.permute(1, 2, 0))
+    for (x0, y0, x1, y1), name in zip(boxes.tolist(), names, strict=True):
+        axes.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="yellow"))
+        axes.text(x0, y0 - 1, name, color="yellow", fontsize=7)
+    axes.set_title(title, fontsize=8)
+    axes.axis("off")
+
+
+def draw_predictions(run: Path, path: Path) -> None:
+    """Scenes of the validation set: ground truth above, what the model finds below."""
+    checkpoint = load_checkpoint(run / "checkpoint.pth")
+    config = parse_args(["--config", str(run / "config.yaml")])
+    data = build_split(config, "val", checkpoint["label_to_category"]).dataset
+    config = config.model_copy(update={"num_classes": data.num_classes})
+    model, _, postprocessors = build_model(config, load=False)
+    load_weights(model, checkpoint["model"])
+    model.eval()
+    data.transforms, transform = None, data.transforms
+    figure, axes = plt.subplots(2, SCENES, figsize=(2 * SCENES, 4.4), layout="constrained")
+    for i in range(SCENES):
+        image, truth = data[i]
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) / 255
+        pixels = pixels.reshape(image.height, image.width, 3).permute(2, 0, 1)
+        labels = [data.classes[label] for label in truth["labels"].tolist()]
+        draw(axes[0, i], pixels, truth["boxes"], labels, "ground truth" if i == 0 else "")
+        normalized, _ = transform(image, truth)
+        with torch.inference_mode():
+            outputs = model(normalized[None])
+        (found,) = postprocessors["bbox"](outputs, torch.tensor([[image.height, image.width]]))
+        kept = found["scores"] > MIN_SCORE
+        scored = zip(found["labels"][kept].tolist(), found["scores"][kept].tolist(), strict=True)
+        names = [f"{data.classes[label]} {score:.2f}" for label, score in scored]
+        draw(axes[1, i], pixels, found["boxes"][kept], names, "predicted" if i == 0 else "")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_curves(lines: list[dict], path: Path) -> None:
+    """Loss of training and validation, AP and AP50, by epoch."""
+    epochs = [line["epoch"] + 1 for line in lines]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for name in ("train_loss", "test_loss"):
+        left.plot(epochs, [line.get(name) for line in lines], label=name)
+    for name in ("test_AP", "test_AP50"):
+        right.plot(epochs, [line[name] for line in lines], label=name)
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(folder: Path) -> int:
+    """Draw, print, compare; 0 when the gate is met."""
+    mpl.use("Agg")
+    run = folder / "detection"
+    lines = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
+    evaluated = json.loads((folder / "detection_evaluation" / "eval.json").read_text())
+    draw_predictions(run, run / "predictions.png")
+    draw_curves(lines, run / "curves.png")
+    figures = {name.removeprefix("test_"): value for name, value in evaluated.items()}
+    print(f"\ndetection, 200 validation scenes after {len(lines)} epochs")
+    print(format_figures(figures))
+    print(f"pictures: {run / 'predictions.png'}, {run / 'curves.png'}")
+    failures = []
+    if figures["AP50"] < MIN_AP50:
+        failures.append(f"AP50 is {figures['AP50']:.3f}, not {MIN_AP50}")
+    different = [name for name in evaluated if evaluated[name] != lines[-1][name]]
+    if different:
+        failures.append(f"--eval differs from training in {', '.join(different)}")
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
