@@ -60,20 +60,20 @@ def rpe_attention(
             f"got {q.shape[-2]} queries and {k.shape[-2]} keys"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    bias = _logit_bias(q, k, rpe_q, rpe_k, height, width, scale)
-    bias = _add_mask(bias, attn_mask, q.dtype)
+    bias = logit_bias(q, k, rpe_q, rpe_k, height, width, scale)
+    bias = add_mask(bias, attn_mask, q.dtype)
     # On the CPU torch's attention has no kernel with the gradient of a bias, and the composition it
     # falls back to checks every row for masks.
     if rpe_v is None and (q.is_cuda or not torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=scale)
-    attn_BHQK = _attention_weights(q * scale, k, bias, has_mask=attn_mask is not None)
+    attn_BHQK = attention_weights(q * scale, k, bias, has_mask=attn_mask is not None)
     if dropout_p > 0:
         attn_BHQK = F.dropout(attn_BHQK, dropout_p)
     out = attn_BHQK @ v
     return out if rpe_v is None else out + rpe_v(attn_BHQK, height, width)
 
 
-def _logit_bias(
+def logit_bias(
     q: Tensor,
     k: Tensor,
     rpe_q: nn.Module | None,
@@ -90,7 +90,7 @@ def _logit_bias(
     return bias
 
 
-def _add_mask(bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def add_mask(bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Encodings and mask as one additive bias in the queries' dtype."""
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
@@ -103,7 +103,7 @@ def _add_mask(bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> T
     return None if total is None else total.to(dtype)
 
 
-def _attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, *, has_mask: bool) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, *, has_mask: bool) -> Tensor:
     """`softmax(q kᵀ + bias)`; rows that may attend nowhere are zero, as in torch's attention."""
     logits = q @ k.transpose(-2, -1)
     if bias is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from irpe_core.config import RPEConfig
 from irpe_core.encoding import build_rpe
-from irpe_core.functional import _add_mask, _attention_weights, _logit_bias, rpe_attention
+from irpe_core.functional import add_mask, attention_weights, logit_bias, rpe_attention
 
 __all__ = ["RPEMultiheadAttention"]
 
@@ -170,8 +170,8 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             )
             return out, None
         scale = self.head_dim**-0.5
-        bias = _add_mask(_logit_bias(q, k, *encodings[:2], *hw, scale), mask, q.dtype)
-        attn_BHQK = _attention_weights(q * scale, k, bias, has_mask=mask is not None)
+        bias = add_mask(logit_bias(q, k, *encodings[:2], *hw, scale), mask, q.dtype)
+        attn_BHQK = attention_weights(q * scale, k, bias, has_mask=mask is not None)
         attn_BHQK = F.dropout(attn_BHQK, dropout_p, training=dropout_p > 0)
         out = attn_BHQK @ v
         return out if self.rpe_v is None else out + self.rpe_v(attn_BHQK, *hw), attn_BHQK
