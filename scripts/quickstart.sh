@@ -36,12 +36,10 @@ run_interrupted() { # signal, trainer, name of the run, flags…
 python -m datasets.embedded data/digits
 python -m datasets.scenes data/scenes
 echo "Training four classifiers and a detector, two at a time; progress is in $out/*.txt"
-{
-    run_interrupted TERM detection detection --print_freq 25
-    run classification irpe --no-abs_pos_embed
-} &
+run_interrupted TERM detection detection --print_freq 25 &
 other=$!
 run_interrupted KILL classification absolute_irpe
+run classification irpe --no-abs_pos_embed
 run classification absolute --rpe ""
 run classification neither --no-abs_pos_embed --rpe ""
 wait "$other"
