@@ -87,9 +87,10 @@ def create_optimizer(
     config: ClassificationConfig, model: nn.Module, world_size: int
 ) -> torch.optim.Optimizer:
     """timm's optimizer; biases, norms, position embedding and tokens are not decayed."""
-    return create_optimizer_v2(
-        model, **(optimizer_kwargs(config) | {"lr": scaled_lr(config, world_size)})
-    )
+    options = optimizer_kwargs(config) | {"lr": scaled_lr(config, world_size)}
+    if config.opt in ("adam", "adamw"):
+        options["fused"] = True
+    return create_optimizer_v2(model, **options)
 
 
 def create_step_fn(

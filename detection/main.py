@@ -77,7 +77,7 @@ def train(
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("%d parameters are trained", n_parameters)
     optimizer = torch.optim.AdamW(
-        param_groups(config, model), lr=config.lr, weight_decay=config.weight_decay
+        param_groups(config, model), lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
     if config.compile:
         model.compile()

@@ -20,7 +20,7 @@ run_interrupted() { # signal, trainer, name of the run, flags…
     local log=$out/$3/log.txt
     # A command of its own, so that the process that gets the signal is the trainer itself.
     python -m "$2.main" --config "configs/$2/digits.yaml" --output_dir "$out/$3" \
-        --checkpoint_steps 5 "${@:4}" > "$out/$3.txt" 2>&1 &
+        --checkpoint_steps 20 "${@:4}" > "$out/$3.txt" 2>&1 &
     local trainer=$!
     until [ "$(cat "$log" 2> /dev/null | wc -l)" -ge 2 ]; do
         kill -0 "$trainer" 2> /dev/null || { cat "$out/$3.txt" && exit 1; }
