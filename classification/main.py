@@ -119,6 +119,7 @@ def train(
         state,
         options,
         epochs=config.epochs,
+        eval_interval=config.eval_interval,
         evaluate=lambda: evaluate_all(config, unwrap(model), ema, val_batches, world),
         best_by="acc1",
         step_schedule=scheduler.step,

@@ -139,6 +139,7 @@ def train(
         state,
         options,
         epochs=config.epochs,
+        eval_interval=config.eval_interval,
         evaluate=test,
         best_by="AP",
         step_schedule=after_epoch,

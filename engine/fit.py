@@ -22,6 +22,7 @@ def fit(
     options: LoopOptions,
     *,
     epochs: int,
+    eval_interval: int,
     evaluate: Callable[[], dict[str, float]],
     best_by: str,
     step_schedule: Callable[[int, float], Any],
@@ -37,9 +38,10 @@ def fit(
         state: What is trained.
         options: How.
         epochs: Where to end.
+        eval_interval: Epochs from one evaluation to the next; the last epoch is always evaluated.
         evaluate: Gives the figures of an epoch, in every process alike.
         best_by: Which of them is to be as large as possible.
-        step_schedule: Called with the finished epoch and that figure.
+        step_schedule: Called with the finished epoch and the best such figure so far.
         save: Writes a checkpoint; takes `is_best` and, after an epoch, its number as `epoch`.
         facts: What every line of the log repeats, such as `n_parameters`.
         on_step: As for `train_epoch`.
@@ -57,10 +59,11 @@ def fit(
             trained = train_epoch(
                 step_fn, loader, state, options, stop=stop, log=log, on_step=on_step, save=save
             )
-            tested = evaluate()
-            step_schedule(epoch, tested[best_by])
-            is_best = tested[best_by] > state.best
-            state.best = max(state.best, tested[best_by])
+            due = (epoch + 1) % eval_interval == 0 or epoch + 1 == epochs
+            tested = evaluate() if due else {}
+            is_best = due and tested[best_by] > state.best
+            state.best = max(state.best, tested.get(best_by, state.best))
+            step_schedule(epoch, state.best)
             state.finish_epoch()
             record = {"epoch": epoch, **facts}
             record |= {f"train_{name}": value for name, value in trained.items()}

@@ -36,6 +36,8 @@ class RunConfig(Config):
     """Batches whose gradients are added up for one optimizer step."""
     epochs: int = Field(300, ge=1)
     """Passes over the data."""
+    eval_interval: int = Field(1, ge=1)
+    """Epochs from one evaluation to the next; the last epoch is always evaluated."""
     start_epoch: int = Field(0, ge=0)
     """First epoch; --resume sets it."""
     output_dir: str = ""

@@ -68,13 +68,14 @@ def draw_predictions(run: Path, path: Path) -> None:
 
 
 def draw_curves(lines: list[dict], path: Path) -> None:
-    """Loss of training and validation, AP and AP50, by epoch."""
+    """Loss of training, AP and AP50 of validation, by epoch."""
     epochs = [line["epoch"] + 1 for line in lines]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for name in ("train_loss", "test_loss"):
-        left.plot(epochs, [line.get(name) for line in lines], label=name)
+    left.plot(epochs, [line.get("train_loss") for line in lines], label="train_loss")
+    evaluated = [line for line in lines if "test_AP" in line]
     for name in ("test_AP", "test_AP50"):
-        right.plot(epochs, [line[name] for line in lines], label=name)
+        values = [line[name] for line in evaluated]
+        right.plot([line["epoch"] + 1 for line in evaluated], values, marker="o", label=name)
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.set_ylim(bottom=0)

@@ -141,6 +141,12 @@ def test_single_process_sees_other_images_in_every_epoch_of_repeated_augmentatio
     assert len(seen) > 0.9 * len(data)
 
 
+def test_evaluation_may_be_rarer_and_always_comes_last(flags, tmp_path):
+    run = [*flags, "--epochs", "3", "--eval_interval", "2", "--output_dir", str(tmp_path)]
+    main(run)
+    assert ["test_acc1" in line for line in lines(tmp_path)] == [False, True, True]
+
+
 def test_folder_and_tar_train_to_the_same_weights(flags, tmp_path):
     for name, extra in (("folder", []), ("tar", ["--load-tar"])):
         main([*flags, *extra, "--epochs", "1", "--output_dir", str(tmp_path / name)])
