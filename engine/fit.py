@@ -70,6 +70,7 @@ def fit(
             record |= {f"test_{name}": value for name, value in tested.items()}
             log.write_epoch(record, state.epoch * options.steps)
             save(is_best=is_best, epoch=epoch)
-            figures = "  ".join(f"{name} {value:.6g}" for name, value in tested.items())
-            logger.info("epoch %d: %s  (best %s %.6g)", epoch, figures, best_by, state.best)
+            if due:
+                figures = "  ".join(f"{name} {value:.6g}" for name, value in tested.items())
+                logger.info("epoch %d: %s  (best %s %.6g)", epoch, figures, best_by, state.best)
             stop.check(save)
