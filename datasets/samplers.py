@@ -192,18 +192,24 @@ class SeededDataset(Dataset[tuple[Any, Any]]):
 
     def __getitem__(self, pair: tuple[int, int]) -> tuple[Any, Any]:
         """Returns sample `index` as drawn with `seed`, for the pair (index, seed) of a sampler."""
-        index, seed = pair
+        return self.__getitems__([pair])[0]
+
+    def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[Any, Any]]:
+        """Returns the samples of a batch, for the pairs (index, seed) of a sampler."""
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         try:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            # Not torch.manual_seed: that reseeds every GPU too, whose state is not restored here.
-            torch.default_generator.manual_seed(seed)
-            return self.dataset[index]
+            return [self._draw(index, seed) for index, seed in pairs]
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
+
+    def _draw(self, index: int, seed: int) -> tuple[Any, Any]:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        # Not torch.manual_seed: that reseeds every GPU too, whose state is not restored here.
+        torch.default_generator.manual_seed(seed)
+        return self.dataset[index]
 
 
 def _sample_seed(seed: int, epoch: int, position: int) -> int:

@@ -5,7 +5,7 @@ dark, noisy 96 x 96 canvas. Boxes are tight around the ink that covers more than
 pixel. Training and validation scenes are made of different glyphs, by the split of
 `datasets.embedded`; writers are mixed.
 
-    python -m datasets.scenes ROOT [--folders]
+    python -m datasets.scenes ROOT [--train N] [--val N] [--folders]
 """
 
 import argparse
@@ -45,7 +45,7 @@ class SceneOptions:
         folders: Images in the folders `train2017` and `val2017` in place of zips.
     """
 
-    train: int = 2000
+    train: int = 8000
     val: int = 200
     size: int = 96
     seed: int = 0
@@ -69,7 +69,7 @@ def write_scenes(root: str | os.PathLike[str], options: SceneOptions | None = No
 
     Args:
         root: A new or empty folder, or one that holds these scenes.
-        options: What scenes; by default 2,000 to train and 200 to validate.
+        options: What scenes; by default 8,000 to train and 200 to validate.
 
     Returns:
         The folder.
@@ -157,11 +157,15 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m datasets.scenes", description="Write scenes of digits in COCO's format."
     )
     parser.add_argument("root", help="a new or empty folder")
+    for split in ("train", "val"):
+        count = getattr(SceneOptions, split)
+        parser.add_argument(f"--{split}", type=int, default=count, help=f"scenes, default {count}")
     parser.add_argument("--folders", action="store_true", help="images in folders, not in zips")
     args = parser.parse_args(argv)
     try:
-        print(write_scenes(args.root, SceneOptions(folders=args.folders)))
-    except DataError as error:
+        options = SceneOptions(train=args.train, val=args.val, folders=args.folders)
+        print(write_scenes(args.root, options))
+    except (ValueError, DataError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -34,7 +34,6 @@ run_interrupted() { # signal, trainer, name of the run, flags…
 }
 
 python -m datasets.embedded data/digits
-python -m datasets.scenes data/scenes
 echo "Training four classifiers and a detector, two at a time; progress is in $out/*.txt"
 run_interrupted TERM detection detection --print_freq 25 &
 other=$!

@@ -209,11 +209,12 @@ def test_the_smallest_canvas_holds_one_digit(tmp_path: Path) -> None:
 
 def test_the_command_writes_the_scenes(tmp_path: Path) -> None:
     root = tmp_path / "scenes"
-    command = [sys.executable, "-m", "datasets.scenes", str(root), "--folders"]
+    command = [sys.executable, "-m", "datasets.scenes", str(root)]
+    command += ["--folders", "--train", "30", "--val", "20"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{root}\n", "")
-    assert len(list((root / "train2017").iterdir())) == 2000
-    assert len(list((root / "val2017").iterdir())) == 200
+    assert len(list((root / "train2017").iterdir())) == 30
+    assert len(list((root / "val2017").iterdir())) == 20
 
 
 def test_the_command_fails_with_one_line(tmp_path: Path) -> None:
