@@ -23,6 +23,8 @@ class ModelConfig(Config):
     """Name in timm's registry; the nine DeiT-iRPE models are in it."""
     rpe: str = ""
     """iRPE to add, such as rpe-1.9-product-ctx-1-k; empty for the model as its name says."""
+    rpe_implementation: Literal["auto", "cuda", "triton", "cpp", "reference"] = "auto"
+    """Of iRPE's operators: auto takes the fastest that runs; `python -m rpe_ops` lists them."""
     abs_pos_embed: bool = True
     """Keep the learned absolute position embedding."""
     distillation_token: bool = False

@@ -35,7 +35,7 @@ from engine import (
     start_run,
     unwrap,
 )
-from irpe_core import CheckpointError, load_checkpoint, resolve_implementation
+from irpe_core import CheckpointError, ImplementationError, load_checkpoint, set_implementation
 
 __all__ = ["main"]
 
@@ -64,6 +64,7 @@ def train(
     val_batches = eval_loader(val_data, config, world)
 
     model = create_model(config, len(train_data.classes), checkpoint).to(world.device)
+    _choose_operators(config, model, world)
     ema = create_ema(config, model, checkpoint)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("%s: %d parameters", config.model, n_parameters)
@@ -91,8 +92,6 @@ def train(
         checkpoint_steps=config.checkpoint_steps or 0,
         output_dir=output_dir,
     )
-    implementation = resolve_implementation("auto", world.device)
-    logger.info("rpe_ops implementation: %s", implementation)
     step_fn = create_step_fn(config, model, len(train_data.classes), world.device)
     files = CheckpointDir(output_dir, config.keep_checkpoints) if output_dir else None
 
@@ -104,8 +103,7 @@ def train(
                 "args": dump(config),
                 "classes": list(train_data.classes),
                 "images_per_step": images_per_step(config, world),
-                "provenance": provenance()
-                | {"rpe_ops": resolve_implementation("auto", world.device)},
+                "provenance": provenance() | {"rpe_ops": config.rpe_implementation},
             }
             files.save(content, is_best=is_best, epoch=epoch)
 
@@ -138,6 +136,7 @@ def evaluate_only(
         raise UsageError("--eval needs weights: --resume, --pretrained or --finetune")
     val_data = build_split(config, "val", (checkpoint or {}).get("classes"))
     model = create_model(config, len(val_data.classes), checkpoint).to(world.device)
+    _choose_operators(config, model, world)
     has_ema = checkpoint is not None and checkpoint.get("model_ema") is not None
     ema = create_ema(config, model, checkpoint) if has_ema else None
     if config.compile:
@@ -175,6 +174,11 @@ def _dtype(config: ClassificationConfig, world: World) -> torch.dtype:
     return resolve_dtype(config.dtype, auto=torch.float16 if gpu else torch.float32)
 
 
+def _choose_operators(config: ClassificationConfig, model: nn.Module, world: World) -> None:
+    operators = set_implementation(model, config.rpe_implementation, world.device)
+    logger.info("position encodings: %s", operators)
+
+
 def _warn_of_bad_images(*datasets) -> None:
     bad = sum(dataset.bad_count for dataset in datasets)
     if bad:
@@ -182,4 +186,4 @@ def _warn_of_bad_images(*datasets) -> None:
 
 
 if __name__ == "__main__":
-    run(main, DataError, CheckpointError)
+    run(main, DataError, CheckpointError, ImplementationError)

@@ -52,13 +52,12 @@ def draw_scene(glyphs: list[Glyph], size: int, draw: np.random.Generator) -> Sce
         if place is None:
             continue
         x, y = place
-        full = np.zeros((size, size))
-        _paste(full, ink, x - left, y - top)
-        canvas += full[..., None] * (color / color.max() - canvas)
+        mask = np.zeros((size, size), dtype=bool)
+        _paste(canvas, mask, ink, color / color.max(), x - left, y - top)
         taken[y : y + height, x : x + width] = True
         boxes.append((x, y, width, height))
         digits.append(digit)
-        masks.append(full > _INK)
+        masks.append(mask)
     return Scene((canvas.clip(0, 1) * 255).round().astype(np.uint8), boxes, digits, masks)
 
 
@@ -93,8 +92,13 @@ def _find_place(
     return None
 
 
-def _paste(canvas: np.ndarray, ink: np.ndarray, x: int, y: int) -> None:
+def _paste(
+    canvas: np.ndarray, mask: np.ndarray, ink: np.ndarray, color: np.ndarray, x: int, y: int
+) -> None:
     """Writes `ink` with its corner at (x, y); what would lie outside is faint, and left out."""
     left, top = max(0, -x), max(0, -y)
     part = ink[top : len(canvas) - y, left : len(canvas) - x]
-    canvas[y + top : y + top + part.shape[0], x + left : x + left + part.shape[1]] = part
+    rows = slice(y + top, y + top + part.shape[0])
+    columns = slice(x + left, x + left + part.shape[1])
+    canvas[rows, columns] += part[..., None] * (color - canvas[rows, columns])
+    mask[rows, columns] = part > _INK

@@ -43,6 +43,8 @@ class TransformerConfig(Config):
 
     enc_rpe2d: str = ""
     """iRPE of the encoder, such as rpe-2.0-product-ctx-1-k; empty for plain DETR."""
+    rpe_implementation: Literal["auto", "cuda", "triton", "cpp", "reference"] = "auto"
+    """Of iRPE's operators: auto takes the fastest that runs; `python -m rpe_ops` lists them."""
     enc_layers: int = Field(6, ge=1)
     """Encoder layers."""
     dec_layers: int = Field(6, ge=1)

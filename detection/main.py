@@ -41,7 +41,7 @@ from engine import (
     start_run,
     unwrap,
 )
-from irpe_core import CheckpointError, load_checkpoint, resolve_implementation
+from irpe_core import CheckpointError, ImplementationError, load_checkpoint, set_implementation
 
 __all__ = ["main"]
 
@@ -103,8 +103,6 @@ def train(
         checkpoint_steps=config.checkpoint_steps or 0,
         output_dir=output_dir,
     )
-    implementation = resolve_implementation("auto", world.device)
-    logger.info("rpe_ops implementation: %s", implementation)
     files = CheckpointDir(output_dir, config.keep_checkpoints) if output_dir else None
 
     def save(*, is_best: bool = False, epoch: int | None = None) -> None:
@@ -115,7 +113,7 @@ def train(
                 "args": dump(config),
                 "label_to_category": labels,
                 "images_per_step": images_per_step(config, world),
-                "provenance": provenance() | {"rpe_ops": implementation},
+                "provenance": provenance() | {"rpe_ops": config.rpe_implementation},
             }
             files.save(content, is_best=is_best, epoch=epoch)
 
@@ -196,6 +194,8 @@ def create_parts(
     except ValueError as error:
         raise UsageError(str(error)) from error
     load_start_weights(config, model, checkpoint)
+    operators = set_implementation(model, config.rpe_implementation, device)
+    logger.info("position encodings: %s", operators)
     return model.to(device), criterion.to(device), postprocessors
 
 
@@ -228,4 +228,4 @@ def evaluate_all(
 
 
 if __name__ == "__main__":
-    run(main, DataError, CheckpointError)
+    run(main, DataError, CheckpointError, ImplementationError)

@@ -16,10 +16,10 @@ from irpe_core.config import (
     parse_rpe_spec,
 )
 from irpe_core.encoding import BiasRPE, ContextualRPE, CrossRPE, ValueRPE, build_rpe
-from irpe_core.functional import rpe_attention
+from irpe_core.functional import rpe_attention, set_implementation
 from irpe_core.modules import RPEAttention
 from irpe_core.multihead import RPEMultiheadAttention
-from rpe_ops import resolve as resolve_implementation
+from rpe_ops import ImplementationError
 
 __all__ = [
     "METHODS",
@@ -40,7 +40,8 @@ __all__ = [
     "RPEAttention",
     "RPEMultiheadAttention",
     "add_irpe",
-    "resolve_implementation",
+    "set_implementation",
+    "ImplementationError",
     "CheckpointError",
     "load_checkpoint",
     "load_weights",

@@ -17,13 +17,16 @@ import functools
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from irpe_core.config import RPEConfig
+from rpe_ops import GridBuckets
 
-__all__ = ["piecewise_index", "bucket_ids", "BucketCache", "BUCKET_CACHE"]
+__all__ = ["piecewise_index", "bucket_ids", "grid_buckets", "BucketCache", "BUCKET_CACHE"]
 
 
 def piecewise_index(x: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
@@ -98,24 +101,8 @@ def _compute_table(
 ) -> Tensor:
     """One `(L, L)` table, computed anew; `axis` chooses rows (0) or columns (1) for `cross`."""
     config = RPEConfig(ratio=ratio, method=method, skip=skip)
-    rows, cols = (torch.arange(n, device=device) for n in (height, width))
-    # Differences broadcast over (query row, query column, key row, key column).
-    dr = (rows[:, None] - rows[None, :])[:, None, :, None]
-    dc = (cols[:, None] - cols[None, :])[None, :, None, :]
-    if method in ("euc", "quant"):
-        distance = rows[:, None] ** 2 + cols[None, :] ** 2
-        if method == "euc":
-            distance = distance.float().sqrt().round().long()
-        by_offset = _index_of_integers(distance, ratio, (height - 1) ** 2 + (width - 1) ** 2)
-        ids = by_offset[dr.abs(), dc.abs()] + config.side // 2
-    else:
-        row_ids = _index_of_integers(dr, ratio, height - 1) + config.side // 2
-        col_ids = _index_of_integers(dc, ratio, width - 1) + config.side // 2
-        ids = row_ids * config.side + col_ids if method == "product" else (row_ids, col_ids)[axis]
-    tokens = height * width
-    ids = ids.expand(height, width, height, width).reshape(tokens, tokens)
-    # Skipped tokens come first, and every pair with one has the last bucket.
-    return torch.nn.functional.pad(ids, (skip, 0, skip, 0), value=config.num_buckets - 1)
+    buckets = grid_buckets(config, height, width, device)
+    return buckets.pair_index()[axis] - axis * config.num_buckets
 
 
 @torch.library.register_fake("irpe_core::bucket_table")
@@ -124,7 +111,64 @@ def _fake_table(method, axis, height, width, ratio, skip, device) -> Tensor:
     return torch.empty(tokens, tokens, dtype=torch.int64, device=device)
 
 
+torch.library.define(
+    "irpe_core::grid_tables",
+    "(str method, SymInt height, SymInt width, float ratio, Device device)"
+    " -> (Tensor row_base, Tensor local)",
+)
+
+
+@torch.library.impl("irpe_core::grid_tables", "default")
+def _compute_grid_tables(
+    method: str, height: int, width: int, ratio: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The tables of `rpe_ops.GridBuckets`, computed anew."""
+    config = RPEConfig(ratio=ratio, method=method)
+    dr, dc = (torch.arange(1 - n, n, device=device) for n in (height, width))
+    if method in ("euc", "quant"):
+        distance = dr[:, None] ** 2 + dc[None, :] ** 2
+        if method == "euc":
+            distance = distance.float().sqrt().round().long()
+        largest = (height - 1) ** 2 + (width - 1) ** 2
+        local = _index_of_integers(distance, ratio, largest) + config.side // 2
+        row_base = torch.zeros_like(dr)
+    else:
+        rows = _index_of_integers(dr, ratio, height - 1) + config.side // 2
+        cols = _index_of_integers(dc, ratio, width - 1) + config.side // 2
+        none = torch.zeros_like
+        if method == "product":
+            row_base, local = rows * config.side, cols
+        else:
+            row_base, local = torch.stack((rows, none(rows))), torch.stack((none(cols), cols))
+    terms = 2 if method == "cross" else 1
+    return row_base.view(terms, -1).int(), local.view(terms, -1, 2 * width - 1).int()
+
+
+@torch.library.register_fake("irpe_core::grid_tables")
+def _fake_grid_tables(method, height, width, ratio, device) -> tuple[Tensor, Tensor]:
+    terms = 2 if method == "cross" else 1
+    rows = 2 * height - 1 if method in ("euc", "quant") else 1
+    empty = functools.partial(torch.empty, dtype=torch.int32, device=device)
+    return empty(terms, 2 * height - 1), empty(terms, rows, 2 * width - 1)
+
+
 _bucket_table = torch.ops.irpe_core.bucket_table.default
+_grid_tables = torch.ops.irpe_core.grid_tables.default
+
+
+def _grid_buckets(
+    config: RPEConfig, height: int, width: int, tables: tuple[Tensor, Tensor]
+) -> GridBuckets:
+    return GridBuckets(*tables, height, width, config.skip, config.num_buckets, config.side)
+
+
+def grid_buckets(
+    config: RPEConfig, height: int, width: int, device: torch.device | str | None = None
+) -> GridBuckets:
+    """The buckets of a grid as `rpe_ops.attention` takes them, computed anew; 1 x 1 or larger."""
+    device = torch.device(device or "cpu")
+    tables = _grid_tables(config.method, height, width, config.ratio, device)
+    return _grid_buckets(config, height, width, tables)
 
 
 def bucket_ids(
@@ -173,7 +217,7 @@ class BucketCache:
 
     def __init__(self, max_bytes: int = 512 * 2**20) -> None:
         self.max_bytes = max_bytes
-        self._tables: OrderedDict[tuple, Tensor] = OrderedDict()
+        self._tables: OrderedDict[tuple, Any] = OrderedDict()
         self._nbytes = 0
         self._lock = threading.Lock()
 
@@ -202,29 +246,47 @@ class BucketCache:
             like: A tensor of the same kind as the table: for a fake one the table is fake.
         """
         arguments = (config.method, axis, height, width, config.ratio, config.skip, like.device)
+        return self._get(arguments, lambda: _bucket_table(*arguments), like)
+
+    def grid(self, config: RPEConfig, height: int, width: int, like: Tensor) -> GridBuckets:
+        """The buckets of a grid as `rpe_ops.attention` takes them; arguments as in `get`."""
+        arguments = (config.method, height, width, config.ratio, like.device)
+        tables = self._get(arguments, lambda: _grid_tables(*arguments), like)
+        return _grid_buckets(config, height, width, tables)
+
+    def _get(self, key: tuple, compute: Callable[[], Any], like: Tensor) -> Any:
         # While tracing, sizes may be symbolic and tensors fake: nothing of that may be kept.
         if torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter):
-            return _bucket_table(*arguments)
+            return compute()
         with self._lock:
-            if arguments in self._tables:
-                self._tables.move_to_end(arguments)
-                return self._tables[arguments]
+            if key in self._tables:
+                self._tables.move_to_end(key)
+                return self._tables[key]
         # A table made in inference mode could not serve a later training step.
         with torch.inference_mode(False):
-            table = _bucket_table(*arguments)
-        if type(table) is Tensor and table.nbytes <= self.max_bytes:
-            self._keep(arguments, table)
+            table = compute()
+        real = all(type(tensor) is Tensor for tensor in _tensors(table))
+        if real and _nbytes(table) <= self.max_bytes:
+            self._keep(key, table)
         return table
 
-    def _keep(self, key: tuple, table: Tensor) -> None:
+    def _keep(self, key: tuple, table: Any) -> None:
         with self._lock:
             if key in self._tables:
                 return
-            while self._nbytes + table.nbytes > self.max_bytes:
+            while self._nbytes + _nbytes(table) > self.max_bytes:
                 _, oldest = self._tables.popitem(last=False)
-                self._nbytes -= oldest.nbytes
+                self._nbytes -= _nbytes(oldest)
             self._tables[key] = table
-            self._nbytes += table.nbytes
+            self._nbytes += _nbytes(table)
+
+
+def _tensors(table: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (table,) if isinstance(table, Tensor) else table
+
+
+def _nbytes(table: Tensor | tuple[Tensor, ...]) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(table))
 
 
 BUCKET_CACHE = BucketCache()

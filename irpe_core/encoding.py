@@ -65,6 +65,8 @@ class _TableRPE(nn.Module):
         self.num_heads = num_heads
         self.table_heads = 1 if config.shared_head else num_heads
         self.axis = axis
+        # Of the operators; see `irpe_core.set_implementation`.
+        self.implementation = "auto"
 
     def _index(self, x: Tensor, height: int | None, width: int | None) -> Tensor:
         grid = resolve_grid(x.shape[-2], self.config.skip, height, width)
@@ -110,8 +112,15 @@ class ContextualRPE(_TableRPE):
         Raises:
             ValueError: The tokens do not form the grid.
         """
-        lookup = self._apply_table(x, self.lookup_table_weight)
-        return rpe_ops.gather(lookup, self._index(x, height, width), check_bounds=False)
+        index = self._index(x, height, width)
+        return rpe_ops.gather(
+            self.lookup(x), index, implementation=self.implementation, check_bounds=False
+        )
+
+    def lookup(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """Encode every bucket: `scale·x (B, H, L, d)` to `(B, H, L, K)`."""
+        table = self.lookup_table_weight
+        return self._apply_table(x, table if scale == 1.0 else table * scale)
 
 
 class BiasRPE(_TableRPE):
@@ -132,8 +141,12 @@ class BiasRPE(_TableRPE):
             ValueError: The tokens do not form the grid.
         """
         index = self._index(x, height, width)
-        lookup = self.lookup_table_bias[None, :, None, :].expand(-1, -1, x.shape[-2], -1)
-        return rpe_ops.gather(lookup, index, check_bounds=False)
+        lookup = self.lookup(x).expand(-1, -1, x.shape[-2], -1)
+        return rpe_ops.gather(lookup, index, implementation=self.implementation, check_bounds=False)
+
+    def lookup(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """The table as `(1, Hs, 1, K)`, whatever the arguments."""
+        return self.lookup_table_bias[None, :, None, :]
 
 
 class ValueRPE(_TableRPE):
@@ -160,7 +173,17 @@ class ValueRPE(_TableRPE):
             ValueError: The tokens do not form the grid.
         """
         index = self._index(attn, height, width)
-        sums = rpe_ops.bucket_sum(attn, index, self.config.num_buckets, check_bounds=False)
+        sums = rpe_ops.bucket_sum(
+            attn,
+            index,
+            self.config.num_buckets,
+            implementation=self.implementation,
+            check_bounds=False,
+        )
+        return self.from_sums(sums)
+
+    def from_sums(self, sums: Tensor) -> Tensor:
+        """Encode bucket sums of attention weights: `(B, H, L, K)` to `(B, H, L, d)`."""
         return self._apply_table(sums, self.lookup_table_weight)
 
 
@@ -172,12 +195,22 @@ class CrossRPE(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.implementation = "auto"
         self.rp_rows = encoding(config, head_dim, num_heads, axis=0)
         self.rp_cols = encoding(config, head_dim, num_heads, axis=1)
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """Encode as the class given does; shapes and errors are its own."""
         return self.rp_rows(x, height, width) + self.rp_cols(x, height, width)
+
+    def lookup(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """Both lookups beside each other, `(..., 2·K)`."""
+        return torch.cat((self.rp_rows.lookup(x, scale), self.rp_cols.lookup(x, scale)), -1)
+
+    def from_sums(self, sums: Tensor) -> Tensor:
+        """Encode bucket sums `(B, H, L, 2·K)` to `(B, H, L, d)`."""
+        rows, cols = sums.chunk(2, -1)
+        return self.rp_rows.from_sums(rows) + self.rp_cols.from_sums(cols)
 
 
 def build_rpe(

@@ -6,13 +6,61 @@
 Source: iRPE (Wu et al., ICCV 2021). Without encodings this is
 `torch.nn.functional.scaled_dot_product_attention`, and it keeps that function's conventions: a
 boolean mask is True where attention is allowed, and a query that may attend nowhere yields zeros.
+
+Where an implementation of `rpe_ops.attention` runs on the device, everything is one operator that
+holds nothing of size L × L. Elsewhere, and for masks of single pairs, the encodings are written out
+and added: to torch's attention as a bias, or where rpe_v needs the weights, step by step.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["rpe_attention"]
+import rpe_ops
+from irpe_core.buckets import BUCKET_CACHE
+from irpe_core.encoding import resolve_grid
+
+__all__ = ["rpe_attention", "set_implementation"]
+
+
+def set_implementation(module: nn.Module, implementation: str, device: torch.device | str) -> str:
+    """Choose the operators of all encodings in `module`.
+
+    Args:
+        module: Holds encodings from `build_rpe`.
+        implementation: `"auto"` or a name in `rpe_ops.IMPLEMENTATIONS`.
+        device: Where the module is going to run.
+
+    Returns:
+        What will run, for the log, and why attention is not fused where it is not.
+
+    Raises:
+        ValueError: The name is unknown.
+        rpe_ops.ImplementationError: An explicit choice that cannot run on the device; says why.
+    """
+    device = torch.device(device)
+    gather = rpe_ops.resolve(implementation, device)
+    encodings = [m for m in module.modules() if hasattr(m, "implementation")]
+    for encoding in encodings:
+        encoding.implementation = implementation
+    if not encodings:
+        return "none in this model"
+    fused = _fused_implementation(implementation, device)
+    if fused is not None:
+        return f"fused attention by {fused}"
+    reasons = rpe_ops.available_implementations(device, "attention")
+    against = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+    chosen = f"chosen: {implementation}" if implementation != "auto" else against
+    return f"gather by {gather}, attention not fused ({chosen})"
+
+
+def _fused_implementation(choice: str, device: torch.device) -> str | None:
+    """The implementation of fused attention to take, None for none."""
+    # Those two have operators to compose attention of, and the reference of attention is an oracle.
+    if choice in ("cuda", "reference"):
+        return None
+    chosen = rpe_ops.resolve(choice, device, "attention")
+    return None if chosen == "reference" else chosen
 
 
 def rpe_attention(
@@ -60,6 +108,12 @@ def rpe_attention(
             f"got {q.shape[-2]} queries and {k.shape[-2]} keys"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    encodings = rpe_q, rpe_k, rpe_v
+    fused = _fused_implementation(_first(encodings).implementation, q.device)
+    if fused is not None and _is_key_padding(attn_mask, q):
+        return _fused_attention(
+            q, k, v, encodings, (height, width), attn_mask, dropout_p, scale, fused
+        )
     bias = logit_bias(q, k, rpe_q, rpe_k, height, width, scale)
     bias = add_mask(bias, attn_mask, q.dtype)
     # On the CPU torch's attention has no kernel with the gradient of a bias, and the composition it
@@ -71,6 +125,51 @@ def rpe_attention(
         attn_BHQK = F.dropout(attn_BHQK, dropout_p)
     out = attn_BHQK @ v
     return out if rpe_v is None else out + rpe_v(attn_BHQK, height, width)
+
+
+def _first(encodings: tuple[nn.Module | None, ...]) -> nn.Module:
+    return next(encoding for encoding in encodings if encoding is not None)
+
+
+def _is_key_padding(mask: Tensor | None, q: Tensor) -> bool:
+    """Whether there is no mask, or a boolean one of keys alone, `(B, 1, 1, L)`."""
+    if mask is None:
+        return True
+    return mask.dtype == torch.bool and mask.shape == (q.shape[0], 1, 1, q.shape[2])
+
+
+def _fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    encodings: tuple[nn.Module | None, ...],
+    hw: tuple[int | None, int | None],
+    allowed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    implementation: str,
+) -> Tensor:
+    rpe_q, rpe_k, rpe_v = encodings
+    if torch.is_autocast_enabled(q.device.type):
+        # As autocast does with torch's attention.
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    config = _first(encodings).config
+    grid = resolve_grid(q.shape[-2], config.skip, *hw)
+    out, sums = rpe_ops.attention(
+        q,
+        k,
+        v,
+        BUCKET_CACHE.grid(config, *grid, like=q),
+        lookup_k=None if rpe_k is None else rpe_k.lookup(q, scale).to(q.dtype),
+        lookup_q=None if rpe_q is None else rpe_q.lookup(k, scale).to(q.dtype),
+        want_sums=rpe_v is not None,
+        key_padding=None if allowed is None else ~allowed[:, 0, 0],
+        dropout_p=dropout_p,
+        scale=scale,
+        implementation=implementation,
+    )
+    return out if rpe_v is None else out + rpe_v.from_sums(sums)
 
 
 def logit_bias(

@@ -2,15 +2,21 @@
 
     gather:      out[b,h,i,j] = lookup[b,h,i, index[i,j]]
     bucket sum:  out[b,h,i,n] = Σ_j [index[i,j] = n] · pairs[b,h,i,j]
+    attention:   logits[i,j] = scale·q_i·k_j + lookup_k[i, bucket(i,j)] + lookup_q[j, bucket(j,i)]
+                 A = dropout(softmax(logits));  out = A v;  sums = the bucket sums of A
 
-Source: the efficient implementation described in iRPE (Wu et al., ICCV 2021). Runs on every device.
-On CUDA the bucket sum uses atomics, so its last bits differ from run to run.
+Source: the efficient implementation described in iRPE (Wu et al., ICCV 2021). Runs on every device,
+and holds whole L × L tensors. On CUDA the bucket sum uses atomics, so its last bits differ from run
+to run.
 """
 
 import torch
 from torch import Tensor
 
-__all__ = ["gather", "bucket_sum"]
+from rpe_ops.dropout import keep_mask
+from rpe_ops.grid import GridBuckets
+
+__all__ = ["gather", "bucket_sum", "attention_forward", "attention_backward"]
 
 
 def gather(lookup: Tensor, index: Tensor) -> Tensor:
@@ -25,3 +31,115 @@ def bucket_sum(pairs: Tensor, index: Tensor, num_buckets: int) -> Tensor:
     sums = pairs.new_zeros(*pairs.shape[:-1], num_buckets, dtype=accumulate_dtype)
     sums.scatter_add_(-1, index.long().expand_as(pairs), pairs.to(accumulate_dtype))
     return sums.to(pairs.dtype)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lookup_k: Tensor | None,
+    lookup_q: Tensor | None,
+    buckets: GridBuckets,
+    key_padding: Tensor | None,
+    seed: Tensor,
+    want_sums: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend; see `rpe_ops.attention`.
+
+    Returns:
+        `out (B, H, L, d)`, in memory `(B, L, H, d)`, `sums (B, H, L, T·K)` or an empty tensor, and
+        the logarithm `(B, H, L)`
+        of every row's sum of exponentials, float32 or wider, -inf where it attends nowhere.
+    """
+    logits, index = _logits(q, k, lookup_k, lookup_q, buckets, key_padding, scale)
+    lse = logits.logsumexp(-1)
+    weights = _weights(logits, lse) * _survivors(seed, logits, dropout_p)
+    out = (weights @ v.to(weights.dtype)).to(q.dtype)
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    if not want_sums:
+        return out, q.new_empty(0), lse
+    sums = weights.new_zeros(*weights.shape[:-1], buckets.num_lookups)
+    for term in index:
+        sums.scatter_add_(-1, term.expand_as(weights), weights)
+    return out, sums.to(q.dtype), lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_sums: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lookup_k: Tensor | None,
+    lookup_q: Tensor | None,
+    buckets: GridBuckets,
+    key_padding: Tensor | None,
+    seed: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of q, k, v, lookup_k and lookup_q; None where there is no such input."""
+    logits, index = _logits(q, k, lookup_k, lookup_q, buckets, key_padding, scale)
+    weights, survivors = _weights(logits, lse), _survivors(seed, logits, dropout_p)
+    wide = weights.dtype
+    q_wide, k_wide, v_wide, grad_out = (x.to(wide) for x in (q, k, v, grad_out))
+    grad_weights = grad_out @ v_wide.transpose(-2, -1)
+    delta = (grad_out * out).sum(-1, keepdim=True)
+    if grad_sums is not None:
+        grad_sums = grad_sums.to(wide)
+        for term in index:
+            grad_weights += grad_sums.gather(-1, term.expand_as(weights))
+        delta += (grad_sums * sums).sum(-1, keepdim=True)
+    grad_v = (weights * survivors).transpose(-2, -1) @ grad_out
+    grad_logits = weights * (grad_weights * survivors - delta)
+    grad_q = scale * (grad_logits @ k_wide)
+    grad_k = scale * (grad_logits.transpose(-2, -1) @ q_wide)
+    grads = [x.to(q.dtype) for x in (grad_q, grad_k, grad_v)]
+    sides = ((lookup_k, grad_logits), (lookup_q, grad_logits.transpose(-2, -1)))
+    for lookup, pairs in sides:
+        grad = None if lookup is None else pairs.new_zeros(lookup.shape)
+        for term in index if grad is not None else ():
+            grad.scatter_add_(-1, term.expand_as(pairs), pairs)
+        grads.append(None if grad is None else grad.to(q.dtype))
+    return tuple(grads)
+
+
+def _logits(
+    q: Tensor,
+    k: Tensor,
+    lookup_k: Tensor | None,
+    lookup_q: Tensor | None,
+    buckets: GridBuckets,
+    key_padding: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Logits in float32 or wider with -inf on padding, and the buckets of every term."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = (q.to(wide) * scale) @ k.to(wide).transpose(-2, -1)
+    index = buckets.pair_index()
+    for term in index:
+        if lookup_k is not None:
+            logits += lookup_k.to(wide).gather(-1, term.expand_as(logits))
+        if lookup_q is not None:
+            logits += lookup_q.to(wide).gather(-1, term.expand_as(logits)).transpose(-2, -1)
+    if key_padding is not None:
+        logits.masked_fill_(key_padding[:, None, None, :], float("-inf"))
+    return logits, index
+
+
+def _weights(logits: Tensor, lse: Tensor) -> Tensor:
+    """The softmax; rows that attend nowhere are zero."""
+    lse = lse[..., None]
+    return (logits - lse.masked_fill(torch.isneginf(lse), 0.0)).exp()
+
+
+def _survivors(seed: Tensor, logits: Tensor, dropout_p: float) -> Tensor | float:
+    """What dropout multiplies the weights with."""
+    if dropout_p == 0:
+        return 1.0
+    return keep_mask(seed, *logits.shape, dropout_p).to(logits.dtype) / (1 - dropout_p)

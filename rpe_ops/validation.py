@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-__all__ = ["check_pair_index", "check_floating", "check_bounds"]
+from rpe_ops.grid import GridBuckets
+
+__all__ = ["check_pair_index", "check_floating", "check_bounds", "check_attention"]
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -36,3 +38,64 @@ def check_bounds(index: Tensor, num_buckets: int) -> None:
         raise IndexError(
             f"index holds buckets from {smallest} to {largest}, allowed are 0 to {num_buckets - 1}"
         )
+
+
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    buckets: GridBuckets,
+    lookup_k: Tensor | None,
+    lookup_q: Tensor | None,
+    key_padding: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> None:
+    """Raise ValueError unless the arguments of `rpe_ops.attention` go together."""
+    if q.ndim != 4 or q.shape[-2] != buckets.num_tokens or not q.is_floating_point():
+        raise ValueError(
+            "q must be a floating-point tensor of shape (B, H, L, d), "
+            f"L = {buckets.num_tokens} on this grid, got {q.dtype} of shape {tuple(q.shape)}"
+        )
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape != q.shape:
+            raise ValueError(
+                f"{name} must have the shape of q, {tuple(q.shape)}, got {tuple(tensor.shape)}"
+            )
+    wanted = (*q.shape[:-1], buckets.num_lookups)
+    for name, lookup in (("lookup_k", lookup_k), ("lookup_q", lookup_q)):
+        if lookup is not None and not _expands(lookup.shape, wanted):
+            raise ValueError(
+                f"{name} must expand to shape {tuple(wanted)}, got {tuple(lookup.shape)}"
+            )
+    for name, tensor in (("k", k), ("v", v), ("lookup_k", lookup_k), ("lookup_q", lookup_q)):
+        if tensor is not None and tensor.dtype != q.dtype:
+            raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, q is on {q.device}")
+    if buckets.row_base.device != q.device:
+        raise ValueError(f"buckets are on {buckets.row_base.device}, q is on {q.device}")
+    _check_padding(key_padding, (q.shape[0], q.shape[2]), q.device)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if scale == 0:
+        raise ValueError("scale must not be 0")
+
+
+def _expands(shape: torch.Size, wanted: tuple[int, ...]) -> bool:
+    sizes = (1,) * (len(wanted) - len(shape)) + tuple(shape)
+    return len(sizes) == len(wanted) and all(
+        a in (1, b) for a, b in zip(sizes, wanted, strict=True)
+    )
+
+
+def _check_padding(padding: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
+    if padding is None:
+        return
+    if padding.dtype != torch.bool or tuple(padding.shape) != shape:
+        raise ValueError(
+            f"key_padding must be bool of shape (B, L) = {shape}, "
+            f"got {padding.dtype} of shape {tuple(padding.shape)}"
+        )
+    if padding.device != device:
+        raise ValueError(f"key_padding is on {padding.device}, q is on {device}")

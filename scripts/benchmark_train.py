@@ -1,9 +1,12 @@
-"""Train-step and evaluation time of DeiT with iRPE against timm's DeiT without it.
+"""Train-step and evaluation time with iRPE against without: DeiT beside timm's, DETR beside itself.
 
     OMP_NUM_THREADS=2 python -m scripts.benchmark_train --output benchmarks/train_cpu.json
+    OMP_NUM_THREADS=2 python -m scripts.benchmark_train --recipe detr --batch-size 1 \\
+        --output benchmarks/train_detr_cpu.json
 
-The models take turns in one run, so that a slow moment of the machine hits all of them; a ratio is
-the median over the rounds of (time with iRPE / time of timm's model in the same round).
+DeiT sees images of 224 x 224; DETR with ResNet-50 images of 608 x 800 with ten objects each. The
+models take turns in one run, so that a slow moment of the machine hits all of them; a ratio is
+the median over the rounds of (time with iRPE / time without in the same round).
 """
 
 import argparse
@@ -19,8 +22,12 @@ import torch
 from torch import nn
 
 import classification.models  # noqa: F401  (registers the models)
+from detection.config import parse_args as detection_config
+from detection.detr import build_model
+from irpe_core import set_implementation
 
 VARIANTS = ("ctx_product_50_shared_k", "ctx_product_50_shared_qk", "ctx_product_50_shared_qkv")
+SPECS = ("", "rpe-2.0-product-ctx-1-k", "rpe-2.0-product-ctx-1-qkv")
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,11 +35,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--recipe", choices=("deit", "detr"), default="deit")
     parser.add_argument("--size", choices=("tiny", "small", "base"), default="small")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds after two warm-ups")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--implementation", default="auto", help="of the operators of iRPE")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser.parse_args()
 
@@ -44,16 +53,50 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+class Classifier(nn.Module):
+    """A DeiT that returns its loss in training."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.model = timm.create_model(name)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.model(images)
+        if not self.training:
+            return logits
+        targets = torch.arange(len(images), device=images.device)
+        return nn.functional.cross_entropy(logits.float(), targets)
+
+
+class Detector(nn.Module):
+    """A DETR of the published recipe that returns its loss in training."""
+
+    def __init__(self, spec: str) -> None:
+        super().__init__()
+        config = detection_config(["--enc_rpe2d", spec, "--backbone_weights", "none"])
+        self.model, self.criterion, _ = build_model(config)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        outputs = self.model(images)
+        if not self.training:
+            return outputs["pred_logits"]
+        objects = {
+            "labels": torch.arange(1, 11, device=images.device),
+            "boxes": torch.linspace(0.2, 0.5, 40, device=images.device).view(10, 4),
+        }
+        losses = self.criterion(outputs, [objects] * len(images))
+        return sum(losses[name] * weight for name, weight in self.criterion.weight_dict.items())
+
+
 def train_step(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
     """A whole step: forward, backward, AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    targets = torch.arange(len(images), device=images.device)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
 
     def step() -> None:
         model.train()
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = nn.functional.cross_entropy(model(images).float(), targets)
+            loss = model(images)
         loss.backward()
         optimizer.step()
 
@@ -108,10 +151,17 @@ def main() -> None:
     args = parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.manual_seed(0)
-    images = torch.randn(args.batch_size, 3, 224, 224, device=device)
-    base = f"deit_{args.size}_patch16_224"
-    names = [base, *(n for n in (f"{base}_{v}" for v in VARIANTS) if timm.is_model(n))]
-    models = {name: timm.create_model(name).to(device) for name in names}
+    if args.recipe == "deit":
+        shape = (224, 224)
+        base = f"deit_{args.size}_patch16_224"
+        names = [base, *(n for n in (f"{base}_{v}" for v in VARIANTS) if timm.is_model(n))]
+        models = {name: Classifier(name).to(device) for name in names}
+    else:
+        shape = (608, 800)
+        models = {f"detr_r50 {spec}".strip(): Detector(spec).to(device) for spec in SPECS}
+    base, *with_rpe = models
+    operators = [set_implementation(models[name], args.implementation, device) for name in with_rpe]
+    images = torch.randn(args.batch_size, 3, *shape, device=device)
 
     results = {}
     for kind, make in (("train step", train_step), ("evaluation", evaluation)):
@@ -128,6 +178,7 @@ def main() -> None:
         }
     report = {
         "machine": machine(device),
+        "operators": operators[0],
         "batch_size": args.batch_size,
         "dtype": args.dtype,
         "rounds": args.rounds,

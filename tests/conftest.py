@@ -1,10 +1,19 @@
 """Settings and fixtures of the whole suite."""
 
 import logging
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from rpe_ops import implementations
+
+if not torch.cuda.is_available():
+    # Before the first import of Triton, whose kernels then run in its interpreter.
+    assert "triton" not in sys.modules
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Many small tensors: more threads only wait for each other, and figures stay the same everywhere.
 torch.set_num_threads(1)
@@ -14,6 +23,26 @@ torch.set_num_threads(1)
 def seeded() -> None:
     """Random inputs are the same in every run, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(
+    params=["reference", "cpp", pytest.param("triton", marks=pytest.mark.slow)], scope="module"
+)
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every implementation that runs on the CPU in turn, in the place of "auto"."""
+    if request.param == "cpp":
+        from tests.rpe_ops.extension import provide_library
+
+        provide_library()
+    resolve = implementations._resolve
+
+    def resolve_to_this(choice: str, device_type: str, operator: str) -> str:
+        return resolve(request.param if choice == "auto" else choice, device_type, operator)
+
+    resolve_to_this._dynamo_marked_constant = True
+    implementations._resolve = resolve_to_this
+    yield request.param
+    implementations._resolve = resolve
 
 
 @pytest.fixture

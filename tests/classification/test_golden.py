@@ -36,18 +36,21 @@ def test_state_dict_has_the_published_keys_shapes_and_order(name):
     assert sum(p.numel() for p in model.parameters()) == expected["n_params"]
 
 
+@pytest.mark.usefixtures("implementation")
 def test_tiny_logits_equal_the_original():
     with torch.no_grad():
         logits = fill(timm.create_model(TINY).eval())(IMAGES)
     assert max_error(logits, "tiny_product_50_k/B/logits") < 1e-5
 
 
+@pytest.mark.usefixtures("implementation")
 def test_tiny_logits_of_the_smooth_recipe_equal_the_original():
     with torch.no_grad():
         logits = fill(timm.create_model(TINY).eval(), recipe_a)(input_a(2, 3, 224, 224).float())
     assert max_error(logits, "tiny_product_50_k/A/logits") < 1e-5
 
 
+@pytest.mark.usefixtures("implementation")
 def test_small_qk_logits_equal_the_original():
     model = fill(timm.create_model("deit_small_patch16_224_ctx_product_50_shared_qk").eval())
     with torch.no_grad():
@@ -69,6 +72,7 @@ def test_without_rpe_logits_equal_the_original():
     assert max_error(logits, "tiny_norpe/B/logits") < 1e-5
 
 
+@pytest.mark.usefixtures("implementation")
 def test_gradients_equal_the_original():
     expected = MODELS["grads"]["tiny_product_50_k/B"]
     model = fill(timm.create_model(TINY).eval())

@@ -66,6 +66,7 @@ def test_trained_and_frozen_parameters_are_those_of_the_original():
 
 
 @recorded_runs
+@pytest.mark.usefixtures("implementation")
 def test_outputs_of_every_layer_equal_the_original(tag):
     outputs, encoded = run(tag)
     prefix = f"{tag}/B"
@@ -88,6 +89,7 @@ def test_backbone_projection_mask_and_positions_equal_the_original():
 
 
 @recorded_runs
+@pytest.mark.usefixtures("implementation")
 def test_losses_and_detections_equal_the_original(tag):
     outputs, _ = run(tag)
     facts = FACTS["run"][f"{tag}/B"]

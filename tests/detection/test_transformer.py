@@ -1,16 +1,13 @@
 """The transformer: equations of both norm orders, padding, any grid, memory."""
 
-import weakref
-
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from detection.position_encoding import build_position_encoding
 from detection.transformer import Transformer
 from irpe_core import METHODS, RPEMultiheadAttention, parse_rpe_spec
+from scripts.peak_memory import peak_memory
 from tests.recipes import fill
 
 SHAPE = {"dim": 24, "num_heads": 3, "enc_layers": 2, "dec_layers": 2, "dim_feedforward": 40}
@@ -113,34 +110,6 @@ def test_initialisation_is_xaviers_for_the_tables_too():
     assert not model.encoder.layers[0].self_attn.in_proj_bias.any()
 
 
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the tensors that operators returned and that live at once, at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._known:
-            self._known.add(key)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, key, storage.nbytes())
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
 def peak_of_attention(spec: str, *, training: bool) -> int:
     """Bytes of one attention of the published encoder on a feature map of 25 × 38, batch 2."""
     attention = RPEMultiheadAttention(256, 8, 0.1, batch_first=True, rpe=parse_rpe_spec(spec))
@@ -148,13 +117,18 @@ def peak_of_attention(spec: str, *, training: bool) -> int:
     x = torch.randn(2, 25 * 38, 256, requires_grad=training)
     padding = torch.zeros(2, 25 * 38, dtype=torch.bool)
     padding[1, 800:] = True
-    with torch.set_grad_enabled(training), PeakMemory() as memory:
-        out, _ = attention(x, x, x, padding, need_weights=False, hw=(25, 38))
-        if training:
-            out.sum().backward()
-    return memory.peak
+
+    def attend() -> None:
+        with torch.set_grad_enabled(training):
+            out, _ = attention(x, x, x, padding, need_weights=False, hw=(25, 38))
+            if training:
+                out.sum().backward()
+
+    return peak_memory(attend, "cpu")
 
 
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("implementation", ["reference", "cpp"], indirect=True)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_an_encoding_on_values_needs_less_than_150_mb_more(training):
     spec = "rpe-2.0-product-ctx-1-v"

@@ -6,9 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from irpe_core import METHODS, RPEConfig, build_rpe, rpe_attention
+from rpe_ops.dropout import keep_mask
 from tests.irpe_core import naive
 from tests.irpe_core.largest_tensor import LargestTensor
 from tests.recipes import fill
+
+# In float64, which Triton's kernels leave to the others.
+pytestmark = [
+    pytest.mark.usefixtures("implementation"),
+    pytest.mark.parametrize("implementation", ["reference", "cpp"], indirect=True),
+]
 
 BATCH, HEADS, DIM = 2, 3, 5
 ENCODINGS = [("ctx", on) for on in ("q", "k", "v", "qk", "kv", "qkv")]
@@ -131,14 +138,18 @@ def test_without_encodings_it_is_torchs_attention_to_the_last_bit(dtype, dim, ki
 
 
 @encodings
-def test_dropout_drops_attention_weights_before_both_uses(mode, rpe_on):
+def test_dropout_drops_attention_weights_before_both_uses(mode, rpe_on, implementation):
     config = RPEConfig(mode=mode, rpe_on=rpe_on)
     modules, qkv = encoders(config), tokens(9)
     inputs = qkv + parameters_of(modules)
     torch.manual_seed(3)
     out = rpe_attention(*qkv, *modules, dropout_p=0.4)
     torch.manual_seed(3)
-    kept = F.dropout(torch.ones(BATCH, HEADS, 9, 9, dtype=torch.float64), 0.4)
+    if implementation == "reference":
+        kept = F.dropout(torch.ones(BATCH, HEADS, 9, 9, dtype=torch.float64), 0.4)
+    else:
+        seed = torch.zeros(1, dtype=torch.int64).random_()
+        kept = keep_mask(seed, BATCH, HEADS, 9, 9, 0.4).double() / 0.6
     assert 0 < (kept == 0).sum() < kept.numel()
     expected = naive.attention(*qkv, *modules, config, (3, 3), dropout_mask=kept)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)

@@ -92,12 +92,22 @@ def test_the_reference_runs_everywhere_and_cuda_does_not_run_on_the_cpu():
 
 
 def test_auto_takes_the_first_that_can_run(monkeypatch):
-    monkeypatch.setattr(implementations, "_reason_against", lambda name, device: "")
-    assert implementations.resolve("auto", torch.device("cpu")) == rpe_ops.IMPLEMENTATIONS[0]
+    monkeypatch.setattr(implementations, "_reason_against", lambda *_: "")
+    assert implementations.resolve("auto", torch.device("cuda")) == rpe_ops.IMPLEMENTATIONS[0]
     monkeypatch.undo()
     chosen = implementations.resolve("auto", torch.device("cpu"))
+    # Triton's interpreter, if it is on, is left out.
     reasons = rpe_ops.available_implementations("cpu")
-    assert chosen == next(name for name, reason in reasons.items() if not reason)
+    able = [name for name, reason in reasons.items() if not reason and name != "triton"]
+    assert chosen == able[0]
+
+
+def test_cuda_tensors_never_fall_back_from_a_missing_library(monkeypatch):
+    monkeypatch.setattr(implementations.library, "reason_without_cuda", lambda: "it is not built")
+    implementations._reason_against.cache_clear()
+    with pytest.raises(rpe_ops.ImplementationError, match=r"'cuda' .* it is not built"):
+        rpe_ops.can_run("cuda", "cuda", raise_error=True)
+    implementations._reason_against.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["Reference", "numba", ""])

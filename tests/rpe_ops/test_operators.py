@@ -6,6 +6,7 @@ from torch import Tensor
 
 import rpe_ops
 from rpe_ops import ops
+from tests.rpe_ops.extension import provide_library
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -32,8 +33,10 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
-@pytest.fixture(params=[name for name in rpe_ops.IMPLEMENTATIONS if rpe_ops.can_run(name, "cpu")])
+@pytest.fixture(params=["reference", "cpp"])
 def implementation(request: pytest.FixtureRequest) -> str:
+    if request.param == "cpp":
+        provide_library()
     return request.param
 
 

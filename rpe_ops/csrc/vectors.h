@@ -1,0 +1,84 @@
+// Loops over the pairs of a row of queries.
+
+#pragma once
+
+#include <cstdint>
+
+// Wider vectors where the processor has them, chosen when the library is loaded.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define RPE_OPS_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define RPE_OPS_CLONES
+#endif
+
+namespace rpe_ops {
+
+// values[j] += row[index[j]]
+template <typename scalar_t>
+RPE_OPS_CLONES void add_gathered(scalar_t* __restrict values, const scalar_t* __restrict row,
+                                 const int* __restrict index, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) values[j] += row[index[j]];
+}
+
+// values[j] += rows[j][index[j]]
+template <typename scalar_t>
+RPE_OPS_CLONES void add_gathered_of_keys(scalar_t* __restrict values,
+                                         const scalar_t* __restrict rows, int64_t stride,
+                                         const int* __restrict index, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) values[j] += rows[j * stride + index[j]];
+}
+
+// sums[r][index[r][j]] += pairs[r][j]. Neighbors often share a bucket, and each addition would wait
+// for the one before: four rows are taken side by side.
+template <typename scalar_t>
+void add_to_buckets(scalar_t* sums, int64_t sums_stride, const scalar_t* pairs, int64_t pairs_stride,
+                    const int* index, int64_t index_stride, int64_t rows, int64_t count) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    scalar_t* s = sums + r * sums_stride;
+    const scalar_t* p = pairs + r * pairs_stride;
+    const int* n = index + r * index_stride;
+    for (int64_t j = 0; j < count; ++j) {
+      s[n[j]] += p[j];
+      s[sums_stride + n[index_stride + j]] += p[pairs_stride + j];
+      s[2 * sums_stride + n[2 * index_stride + j]] += p[2 * pairs_stride + j];
+      s[3 * sums_stride + n[3 * index_stride + j]] += p[3 * pairs_stride + j];
+    }
+  }
+  for (; r < rows; ++r) {
+    for (int64_t j = 0; j < count; ++j) {
+      sums[r * sums_stride + index[r * index_stride + j]] += pairs[r * pairs_stride + j];
+    }
+  }
+}
+
+// sums[j][index[j]] += pairs[j]
+template <typename scalar_t>
+void add_to_buckets_of_keys(scalar_t* sums, int64_t stride, const scalar_t* pairs,
+                            const int* index, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) sums[j * stride + index[j]] += pairs[j];
+}
+
+// gradients[j] of weights, after dropout, to gradients of logits; weights after dropout, too.
+template <typename scalar_t>
+RPE_OPS_CLONES void through_softmax(scalar_t* __restrict gradients, scalar_t* __restrict weights,
+                                    const scalar_t* __restrict factors, scalar_t delta,
+                                    int64_t count) {
+  if (!factors) {
+    for (int64_t j = 0; j < count; ++j) gradients[j] = weights[j] * (gradients[j] - delta);
+    return;
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    gradients[j] = weights[j] * (gradients[j] * factors[j] - delta);
+    weights[j] *= factors[j];
+  }
+}
+
+template <typename scalar_t>
+scalar_t dot(const scalar_t* x, const scalar_t* y, int64_t count) {
+  scalar_t total = 0;
+  for (int64_t n = 0; n < count; ++n) total += x[n] * y[n];
+  return total;
+}
+
+}  // namespace rpe_ops

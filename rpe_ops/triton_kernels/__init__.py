@@ -1,0 +1,11 @@
+"""Triton kernels of every operator; the only package here that imports Triton.
+
+Same functions and signatures as `rpe_ops.reference`. Deterministic: every output element is
+summed by one program in a fixed order, without atomics.
+"""
+
+from rpe_ops.triton_kernels.backward import attention_backward
+from rpe_ops.triton_kernels.forward import attention_forward
+from rpe_ops.triton_kernels.index_ops import bucket_sum, gather
+
+__all__ = ["gather", "bucket_sum", "attention_forward", "attention_backward"]

@@ -1,0 +1,274 @@
+"""Time and memory of attention with iRPE, of every implementation that runs here, side by side.
+
+    OMP_NUM_THREADS=2 python -m scripts.benchmark_ops --output benchmarks/ops_cpu.json
+    python -m scripts.benchmark_ops --dtype bfloat16 --output benchmarks/ops_h200.json
+
+Contenders:
+
+    sdpa               torch's attention without encodings: the floor
+    fused              `rpe_ops.attention`
+    composed           encodings written out by `rpe_ops.gather`, then torch's attention with them
+                       as a bias, or on values a softmax and `rpe_ops.bucket_sum`
+    torch.gather       the same with torch's own gather, whose backward scatters (with atomics on
+                       CUDA) like that of the original operator
+    flattened index    the original without its operator: lookups read through one flat index, and
+                       on values a tensor of L x L x d
+    flex_attention     torch's, compiled, with the lookup captured by its score function
+
+All take turns in one run; figures are medians, and ratios to `sdpa` of the same round. Memory is
+the peak of forward and backward above what was allocated before. Batches are those of the recipes
+on a GPU and smaller on a CPU.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rpe_ops
+from irpe_core import bucket_ids, build_rpe, parse_rpe_spec, rpe_attention, set_implementation
+from scripts.benchmark_train import clock, machine
+from scripts.peak_memory import peak_memory
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention.
+
+    Attributes:
+        batch: Images on a GPU.
+        cpu_batch: Images on a CPU.
+        heads: H.
+        dim: Channels of a head.
+        grid: Rows and columns of tokens.
+        skip: Tokens before the grid.
+        ratio: Of the product method.
+    """
+
+    batch: int
+    cpu_batch: int
+    heads: int
+    dim: int
+    grid: tuple[int, int]
+    skip: int
+    ratio: float
+
+
+SHAPES = {
+    "DeiT-S": Shape(64, 8, 6, 64, (14, 14), 1, 1.9),
+    "DeiT-B": Shape(64, 8, 12, 64, (14, 14), 1, 1.9),
+    "DETR 25x42": Shape(2, 2, 8, 32, (25, 42), 0, 2.0),
+    "DETR 50x84": Shape(2, 1, 8, 32, (50, 84), 0, 2.0),
+}
+Contender = Callable[..., Tensor]
+
+
+def main() -> None:
+    """Measure, print a table, write JSON and a chart."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds after two warm-ups")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--output", type=Path, help="JSON file to write, with a chart beside it")
+    args = parser.parse_args()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    report = {"machine": machine(device), "dtype": args.dtype, "rounds": args.rounds}
+    report["not_run"] = {
+        f"{operator} {name}": reason
+        for operator in ("gather", "attention")
+        for name, reason in rpe_ops.available_implementations(device, operator).items()
+        if reason
+    }
+    report["results"] = {}
+    for name in args.shapes:
+        for letters in ("k", "qkv"):
+            rows = measure(SHAPES[name], letters, device, dtype, args.rounds, report["not_run"])
+            report["results"][f"{name} {letters}"] = rows
+            print_table(f"{name}, iRPE on {letters}", rows)
+    for what, reason in report["not_run"].items():
+        print(f"not run: {what}: {reason}")
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+        draw(report, args.output.with_suffix(".png"))
+
+
+def measure(
+    shape: Shape,
+    letters: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    not_run: dict[str, str],
+) -> dict[str, dict[str, float]]:
+    """Milliseconds, ratios to `sdpa` and peak memory of every contender."""
+    torch.manual_seed(0)
+    batch = shape.batch if device.type == "cuda" else shape.cpu_batch
+    length = shape.skip + shape.grid[0] * shape.grid[1]
+    joint = torch.randn(batch, length, 3, shape.heads, shape.dim, device=device, dtype=dtype)
+    inputs = [x.detach().requires_grad_() for x in joint.permute(2, 0, 3, 1, 4).unbind(0)]
+    grad = torch.randn(batch, shape.heads, length, shape.dim, device=device, dtype=dtype)
+    tasks, peaks = {}, {}
+    for name, contender in contenders(shape, letters, device, dtype, not_run).items():
+
+        def forward(contender: Contender = contender) -> None:
+            with torch.no_grad():
+                contender(*inputs)
+
+        def both(contender: Contender = contender) -> None:
+            torch.autograd.backward(contender(*inputs), grad)
+            for x in inputs:
+                x.grad = None
+
+        tasks[name, "forward"], tasks[name, "forward + backward"] = forward, both
+        both()
+        peaks[name] = peak_memory(both, device)
+    times: dict = {task: [] for task in tasks}
+    for number in range(rounds + 2):
+        for task, run in tasks.items():
+            start = clock(device)
+            run()
+            if number >= 2:
+                times[task].append(clock(device) - start)
+    return {
+        name: {
+            kind: {
+                "median_ms": 1e3 * statistics.median(times[name, kind]),
+                "ratio": statistics.median(
+                    t / t0 for t, t0 in zip(times[name, kind], times["sdpa", kind], strict=True)
+                ),
+            }
+            for kind in ("forward", "forward + backward")
+        }
+        | {"peak_mb": peaks[name] / 1e6}
+        for name in peaks
+    }
+
+
+def contenders(
+    shape: Shape, letters: str, device: torch.device, dtype: torch.dtype, not_run: dict[str, str]
+) -> dict[str, Contender]:
+    """What is measured, by name, each a function of q, k and v."""
+    spec = f"rpe-{shape.ratio}-product-ctx-1-{letters}"
+    config = parse_rpe_spec(spec, skip=shape.skip)
+    modules = nn.ModuleDict()
+    for letter, module in zip("qkv", build_rpe(config, shape.dim, shape.heads), strict=True):
+        if module is not None:
+            modules[letter] = module.to(device, dtype)
+            nn.init.normal_(module.lookup_table_weight, std=0.02)
+    rpe = [getattr(modules, letter, None) for letter in "qkv"]
+
+    def ours(implementation: str) -> Contender:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            set_implementation(modules, implementation, device)
+            height, width = shape.grid
+            return rpe_attention(q, k, v, *rpe, height=height, width=width)
+
+        return attend
+
+    found: dict[str, Contender] = {"sdpa": F.scaled_dot_product_attention}
+    for name, reason in rpe_ops.available_implementations(device, "attention").items():
+        # On a CPU Triton's interpreter is no contender.
+        if not reason and name != "reference" and not (name == "triton" and device.type == "cpu"):
+            found[f"fused, {name}"] = ours(name)
+    if device.type == "cuda" and rpe_ops.can_run("cuda", device):
+        found["composed, cuda"] = ours("cuda")
+    found["torch.gather"] = ours("reference")
+    index = bucket_ids("product", *shape.grid, shape.ratio, shape.skip, device=device)
+    # The dense tensor of the values, forward and backward, for each of which there must be room.
+    dense = 3 * index.numel() * shape.dim * dtype.itemsize
+    if "v" not in letters or dense < 2e9:
+        found["flattened index"] = flattened_index(rpe, index, config.num_buckets)
+    else:
+        not_run[f"flattened index, L {len(index)}"] = f"it needs {dense / 1e9:.1f} GB"
+    if device.type == "cpu":
+        not_run["flex_attention"] = "it has no backward on the CPU"
+    elif letters == "k":
+        found["flex_attention"] = flex(modules["k"], index)
+    else:
+        not_run["flex_attention qkv"] = "it cannot encode values"
+    return found
+
+
+def flattened_index(rpe: list[nn.Module | None], index: Tensor, buckets: int) -> Contender:
+    """Lookups of all queries in one row, read at `i·K + bucket(i, j)`."""
+    flat = (index + buckets * torch.arange(len(index), device=index.device)[:, None]).flatten()
+    rpe_q, rpe_k, rpe_v = rpe
+
+    def encode(x: Tensor, table: Tensor) -> Tensor:
+        return (x @ table[0]).flatten(2)[:, :, flat].unflatten(-1, index.shape)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = q * q.shape[-1] ** -0.5
+        logits = q @ k.transpose(-2, -1) + encode(q, rpe_k.lookup_table_weight)
+        if rpe_q is not None:
+            scaled = k * k.shape[-1] ** -0.5
+            logits = logits + encode(scaled, rpe_q.lookup_table_weight).transpose(-2, -1)
+        weights = logits.softmax(-1)
+        out = weights @ v
+        if rpe_v is not None:
+            encodings = rpe_v.lookup_table_weight[0][index.flatten()].unflatten(0, index.shape)
+            out = out + torch.einsum("bhij,ijd->bhid", weights, encodings)
+        return out
+
+    return attend
+
+
+def flex(rpe_k: nn.Module, index: Tensor) -> Contender:
+    """FlexAttention with the lookup captured by its score function."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        lookup = rpe_k.lookup(q, q.shape[-1] ** -0.5)
+        return flex_attention(q, k, v, lambda s, b, h, i, j: s + lookup[b, h, i, index[i, j]])
+
+    return torch.compile(attend)
+
+
+def print_table(title: str, rows: dict) -> None:
+    print(f"\n{title:<28} {'forward':>16} {'+ backward':>18} {'peak':>10}")
+    for name, row in rows.items():
+        cells = [row["forward"], row["forward + backward"]]
+        figures = "  ".join(f"{cell['median_ms']:>9.2f} ms {cell['ratio']:>5.2f}" for cell in cells)
+        print(f"{name:<28} {figures} {row['peak_mb']:>7.1f} MB")
+
+
+def draw(report: dict, path: Path) -> None:
+    """Bars of forward + backward over `sdpa`, a panel per shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    results = report["results"]
+    figure, panels = pyplot.subplots(
+        1, len(results), figsize=(2.6 * len(results), 3.6), layout="constrained", sharey=True
+    )
+    names = list(dict.fromkeys(name for rows in results.values() for name in rows))
+    colors = dict(zip(names, pyplot.get_cmap("tab10").colors, strict=False))
+    for panel, (title, rows) in zip(figure.axes, results.items(), strict=True):
+        for place, (name, row) in enumerate(rows.items()):
+            ratio = row["forward + backward"]["ratio"]
+            panel.bar(place, ratio, color=colors[name], label=name)
+            panel.text(place, ratio, f"{ratio:.2f}", ha="center", va="bottom", fontsize=7)
+        panel.set_title(title, fontsize=9)
+        panel.set_xticks([])
+        panel.set_yscale("log")
+    panels[0].set_ylabel("forward + backward, times sdpa")
+    bars = [bar for panel in figure.axes for bar in panel.containers]
+    unique = {bar.get_label(): bar for bar in bars}
+    figure.legend(unique.values(), unique, loc="outside lower center", ncols=7, fontsize=8)
+    figure.suptitle(f"{report['machine']['device']}, {report['dtype']}", fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

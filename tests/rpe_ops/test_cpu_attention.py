@@ -1,0 +1,88 @@
+"""Fused attention on the CPU, reference and C++, against the float64 oracle.
+
+Every combination, every output, every gradient, on memory that is NaN before it is written.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from rpe_ops import library, reference
+from tests.rpe_ops.attention_cases import Case, Problem, check
+from tests.rpe_ops.attention_oracle import Results
+from tests.rpe_ops.extension import provide_library
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "compiled")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+GRIDS = [(7, 9), (5, 5), (1, 1), (1, 17)]
+SETTINGS = [
+    Case(rpe_on=rpe_on, skip=skip, padding=hard, dropout_p=0.1 * hard, batch=2, heads=2, dim=8)
+    for rpe_on, skip, hard in itertools.product(
+        ("k", "q", "v", "qkv", ""), (0, 1, 2), (False, True)
+    )
+]
+SETTINGS += [Case(rpe_on="qk", skip=1, bias=True, batch=2, heads=3)]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    provide_library()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}x{grid[1]}")
+@pytest.mark.parametrize("method", ["product", "euc", "quant", "cross"])
+def test_attention_and_gradients_follow_the_equations(method, grid, dtype):
+    for setting in SETTINGS:
+        case = setting._replace(method=method, grid=grid, dtype=dtype)
+        problem = Problem(case, library, "cpu")
+        expected = problem.by_oracle()
+        check(problem.by_kernels(), expected, dtype)
+        problem.kernels = reference
+        check(problem.by_kernels(), expected, dtype)
+
+
+def test_several_tiles_of_queries():
+    case = Case(rpe_on="qkv", grid=(14, 20), skip=1, padding=True, dropout_p=0.1)
+    problem = Problem(case, library, "cpu")
+    check(problem.by_kernels(), problem.by_oracle(), torch.float32)
+
+
+def test_a_feature_map_of_detr():
+    problem = Problem(Case(rpe_on="qkv", grid=(25, 42), dim=32), library, "cpu")
+    # The oracle's loops over pairs would take a minute: the reference passes the tests above.
+    expected = problem.widened(reference).by_kernels()
+    check(problem.by_kernels(), expected, torch.float32)
+
+
+def test_inputs_and_gradients_of_any_strides():
+    problem = Problem(Case(rpe_on="kv", grid=(2, 3), heads=2), library, "cpu")
+    for name in ("q", "v", "lookup_k", "grad_sums"):
+        x = getattr(problem, name)
+        setattr(problem, name, x.transpose(-1, -2).contiguous().transpose(-1, -2))
+    problem.k = problem.k.repeat_interleave(2, -1)[..., ::2]
+    # The gradient of a plain sum: no strides at all.
+    problem.grad_out = torch.ones(()).expand(problem.q.shape)
+    check(problem.by_kernels(), problem.by_oracle(), torch.float32)
+
+
+def test_runs_and_numbers_of_threads_are_equal_in_every_bit():
+    case = Case("cross", "qkv", (14, 14), 1, torch.bfloat16, dropout_p=0.1, batch=2, heads=3)
+    problem = Problem(case, library, "cpu")
+    first = problem.by_kernels()
+    torch.set_num_threads(3)
+    try:
+        second = problem.by_kernels()
+    finally:
+        torch.set_num_threads(1)
+    for name, x, y in zip(Results._fields, first, second, strict=True):
+        assert torch.equal(x, y), name
+
+
+def test_a_grid_with_a_bucket_out_of_range_is_refused():
+    problem = Problem(Case(grid=(3, 4)), library, "cpu")
+    problem.buckets.local[0, 0, 2] = 1000
+    with pytest.raises(IndexError, match="the grid holds bucket"):
+        problem.by_kernels()

@@ -1,0 +1,88 @@
+"""Triton's fused attention against the float64 oracle; on the CPU in Triton's interpreter.
+
+Every case compares out, sums, lse and every gradient, on memory that is NaN before it is written.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from rpe_ops import triton_kernels
+from tests.rpe_ops.attention_cases import DEVICE, Case, Problem, check
+from tests.rpe_ops.attention_oracle import Results
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # The interpreter warns of the logarithm of a row without keys.
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
+]
+
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+
+# Sizes are small because the interpreter is slow.
+CASES = {
+    "product-k-5x5": Case(grid=(5, 5), skip=1),
+    "product-q": Case(rpe_on="q", skip=2, batch=2, heads=3),
+    "product-v": Case(rpe_on="v", skip=1),
+    "product-qkv-7x9": Case(rpe_on="qkv", grid=(7, 9), skip=1, dim=24),
+    "product-k-14x14": Case(grid=(14, 14), skip=1, dtype=BFLOAT16, dim=64),
+    "product-qkv-bfloat16": Case(
+        rpe_on="qkv", skip=1, dtype=BFLOAT16, padding=True, dropout_p=0.1, batch=2
+    ),
+    "product-qkv-float16": Case(rpe_on="qkv", grid=(4, 3), dtype=FLOAT16, dropout_p=0.1, dim=32),
+    "product-bias-qk": Case(rpe_on="qk", skip=1, bias=True),
+    "euc-qkv": Case("euc", "qkv", skip=2, padding=True, dropout_p=0.1, batch=2),
+    "euc-k-float16": Case("euc", dtype=FLOAT16, skip=1),
+    "euc-qkv-1x17": Case("euc", "qkv", (1, 17), 1),
+    "quant-kv": Case("quant", "kv", skip=1),
+    "quant-q-bfloat16": Case("quant", "q", (4, 3), dtype=BFLOAT16, dropout_p=0.1),
+    "cross-qkv": Case("cross", "qkv", skip=1, padding=True, dropout_p=0.1, batch=2),
+    "cross-qkv-5x5": Case("cross", "qkv", (5, 5)),
+    "cross-bias-k-bfloat16": Case("cross", "k", skip=2, dtype=BFLOAT16, bias=True),
+    "one-token": Case(rpe_on="qkv", grid=(1, 1)),
+    "one-token-and-two": Case("cross", "qkv", (1, 1), 2),
+    "row-of-17": Case(rpe_on="qkv", grid=(1, 17), skip=1, dropout_p=0.1),
+    "column-of-17": Case(rpe_on="k", grid=(17, 1)),
+    "row-of-33": Case("cross", "kv", (2, 33), dtype=FLOAT16, padding=True),
+    "more-skipped-than-columns": Case(rpe_on="qkv", grid=(2, 2), skip=19),
+    "no-encoding": Case(rpe_on="", skip=1, padding=True, batch=2),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_attention_and_gradients_follow_the_equations(case):
+    problem = Problem(case, triton_kernels)
+    check(problem.by_kernels(), problem.by_oracle(), case.dtype)
+
+
+def test_rows_that_attend_nowhere_are_zero():
+    problem = Problem(CASES["cross-qkv"]._replace(grid=(2, 2)), triton_kernels)
+    found = problem.by_kernels()
+    assert torch.isneginf(found.lse[1]).all()
+    for name, x in zip(Results._fields, found, strict=True):
+        assert name == "lse" or not x[1].any(), name
+
+
+def test_two_runs_are_equal_in_every_bit():
+    problem = Problem(CASES["product-qkv-bfloat16"]._replace(grid=(2, 3), batch=1), triton_kernels)
+    for x, y in zip(problem.by_kernels(), problem.by_kernels(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_inputs_and_gradients_of_any_strides():
+    problem = Problem(Case(rpe_on="kv", grid=(2, 3), heads=2), triton_kernels)
+    # The last dimension strided, then not dense in memory either.
+    for name in ("q", "v", "lookup_k", "grad_sums"):
+        x = getattr(problem, name)
+        setattr(problem, name, x.transpose(-1, -2).contiguous().transpose(-1, -2))
+    problem.k = problem.k.repeat_interleave(2, -1)[..., ::2]
+    # The gradient of a plain sum: no strides at all.
+    problem.grad_out = torch.ones((), device=DEVICE).expand(problem.q.shape)
+    check(problem.by_kernels(), problem.by_oracle(), FLOAT32)
+
+
+def test_the_seed_draws_the_mask_anew():
+    problem = Problem(Case(grid=(2, 2), dropout_p=0.5), triton_kernels)
+    first = problem.by_kernels().out
+    problem.seed = problem.seed + 2**40
+    assert not torch.equal(problem.by_kernels().out, first)
