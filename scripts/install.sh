@@ -6,11 +6,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 stamp=.venv/installed
 wanted=$(cat requirements.txt requirements-dev.txt constraints.txt | cksum)
+kernels=$(cat rpe_ops/setup.py rpe_ops/csrc/* | cksum)
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     echo "Installing into .venv (some minutes: PyTorch is large)"
     "${PYTHON:-python3}" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
         -r requirements-dev.txt -c constraints.txt
     echo "$wanted" > "$stamp"
+fi
+if [ ! -f "$stamp-kernels" ] || [ "$(cat "$stamp-kernels")" != "$kernels" ]; then
+    echo "Compiling the operators of rpe_ops (about a minute)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ./rpe_ops
+    echo "$kernels" > "$stamp-kernels"
 fi
 export PATH="$PWD/.venv/bin:$PATH"

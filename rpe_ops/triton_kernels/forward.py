@@ -128,6 +128,8 @@ def attention_forward(
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
     with device_of(q):
         grid = (batch * heads * common["tiles"],)
-        _forward_kernel[grid](**matrices(q=q, k=k, v=v, out=out), **common, p_lse=lse)
+        operands = matrices(q=q, k=k, v=v, out=out)
+        assert operands["p_out"] is out, "the output of a head spans too much memory"
+        _forward_kernel[grid](**operands, **common, p_lse=lse)
         sums = attention_sums(q, k, lse, buckets, common) if want_sums else q.new_empty(0)
     return out, sums, lse
