@@ -130,25 +130,25 @@ class CocoImages(Dataset[tuple[Any, Target]]):
     def _target(self, index: int, height: int, width: int) -> Target:
         table = self._table
         rows = slice(table.starts[index], table.starts[index + 1])
-        boxes = torch.from_numpy(table.boxes[rows].copy())
+        boxes = table.boxes[rows].copy()
         boxes[:, 2:] += boxes[:, :2]
-        boxes[:, 0::2].clamp_(min=0, max=width)
-        boxes[:, 1::2].clamp_(min=0, max=height)
-        kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        labels = torch.from_numpy(self._labels[rows])[kept]
+        boxes[:, 0::2] = boxes[:, 0::2].clip(0, width)
+        boxes[:, 1::2] = boxes[:, 1::2].clip(0, height)
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        labels = torch.from_numpy(self._labels[rows][kept])
         size = torch.tensor([height, width])
         target = {
-            "boxes": boxes[kept],
+            "boxes": torch.from_numpy(boxes[kept]),
             "labels": labels,
             "image_id": torch.tensor([int(table.image_ids[index])]),
-            "area": torch.from_numpy(table.areas[rows])[kept],
+            "area": torch.from_numpy(table.areas[rows][kept]),
             "iscrowd": torch.zeros_like(labels),
             "orig_size": size,
             "size": size.clone(),
         }
         if table.segmentations is not None:
             first = int(table.starts[index])
-            shapes = [table.segmentations[first + i] for i in kept.nonzero().flatten().tolist()]
+            shapes = [table.segmentations[first + i] for i in kept.nonzero()[0].tolist()]
             try:
                 target["masks"] = decode_masks(shapes, height, width)
             except DataError as error:

@@ -40,13 +40,12 @@ void forward_block(const Tensor& tile, const Inputs& in, const BlockIndex& index
   const auto block_of = [&](const Tensor& x) {
     return in.slice(x, bh).narrow(0, index.begin, rows);
   };
-  fill_logits<scalar_t>(tile, in, bh, index);
-  Tensor largest = tile.amax(1, true);
-  // A row that attends nowhere: its exponentials are all zero.
-  if (in.padding) largest.masked_fill_(largest.isneginf(), 0);
-  tile.sub_(largest).exp_();
+  scalar_t* lse = in.data<scalar_t>(to.lse, bh) + index.begin;
+  fill_exponentials<scalar_t>(tile, in, bh, index, [&](int64_t r, const scalar_t* logits) {
+    return lse[r] = largest(logits, tokens);
+  });
   const Tensor total = tile.sum(1, true);
-  block_of(to.lse).copy_(total.log().add_(largest).squeeze(1));
+  block_of(to.lse).add_(total.squeeze(1).log());
   Tensor share = total.reciprocal();
   if (in.padding) share.masked_fill_(total.eq(0), 0);
   scalar_t* weights = tile.mutable_data_ptr<scalar_t>();
@@ -143,10 +142,9 @@ void backward_block(const Tiles& tiles, const Inputs& in, const BlockIndex& inde
   const auto block_of = [&](const Tensor& x) {
     return in.slice(x, bh).narrow(0, index.begin, rows);
   };
-  fill_logits<scalar_t>(tiles.weights, in, bh, index);
-  Tensor lse = block_of(g.lse).unsqueeze(1);
-  if (in.padding) lse = lse.masked_fill(lse.isneginf(), 0);
-  tiles.weights.sub_(lse).exp_();
+  const scalar_t* lse = in.data<scalar_t>(g.lse, bh) + index.begin;
+  fill_exponentials<scalar_t>(tiles.weights, in, bh, index,
+                              [&](int64_t r, const scalar_t*) { return lse[r]; });
 
   const Tensor grad_out = block_of(g.grad_out);
   Tensor grad = tiles.grad;
@@ -188,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor> attention_bac
   g.out = *widen(out, wide);
   g.grad_sums = widen(grad_sums, wide);
   if (grad_sums) g.sums = widen(sums, wide);
-  g.lse = lse;
+  g.lse = lse.contiguous();
   for (Tensor* grad : {&g.q, &g.k, &g.v}) *grad = at::empty(q.sizes(), options);
   if (lookup_k) g.lookup_k = at::zeros(lookup_k->sizes(), options);
   if (lookup_q) g.lookup_q = at::zeros(lookup_q->sizes(), options);

@@ -120,9 +120,11 @@ struct BlockIndex {
   }
 };
 
-// The logits of a block of queries of one head, written to `tile` (rows, tokens).
-template <typename scalar_t>
-void fill_logits(Tensor tile, const Inputs& in, int64_t bh, const BlockIndex& index) {
+// exp(logits - shift) of a block of queries of one head, written to `tile` (rows, tokens), where
+// shift(r, logits) is a number for row r. One of -inf, of a row that attends nowhere, is taken for 0.
+template <typename scalar_t, typename Shift>
+void fill_exponentials(Tensor tile, const Inputs& in, int64_t bh, const BlockIndex& index,
+                       const Shift& shift) {
   const int64_t tokens = in.tokens();
   const Tensor q = in.slice(in.q, bh).narrow(0, index.begin, index.rows);
   at::addmm_out(tile, tile, q, in.slice(in.k, bh).t(), 0, in.scale);
@@ -145,7 +147,10 @@ void fill_logits(Tensor tile, const Inputs& in, int64_t bh, const BlockIndex& in
     for (int64_t j = 0; padding && j < tokens; ++j) {
       if (padding[j]) logits[j] = -std::numeric_limits<scalar_t>::infinity();
     }
+    const scalar_t by = shift(r, logits);
+    if (by != -std::numeric_limits<scalar_t>::infinity()) subtract(logits, by, tokens);
   }
+  tile.exp_();
 }
 
 }  // namespace rpe_ops

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 // Wider vectors where the processor has them, chosen when the library is loaded.
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
@@ -72,6 +73,28 @@ RPE_OPS_CLONES void through_softmax(scalar_t* __restrict gradients, scalar_t* __
     gradients[j] = weights[j] * (gradients[j] * factors[j] - delta);
     weights[j] *= factors[j];
   }
+}
+
+// The largest value; -inf without any.
+template <typename scalar_t>
+RPE_OPS_CLONES scalar_t largest(const scalar_t* values, int64_t count) {
+  constexpr int kLanes = 16;
+  scalar_t lanes[kLanes];
+  for (auto& lane : lanes) lane = -std::numeric_limits<scalar_t>::infinity();
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    for (int n = 0; n < kLanes; ++n) lanes[n] = values[j + n] > lanes[n] ? values[j + n] : lanes[n];
+  }
+  for (; j < count; ++j) lanes[0] = values[j] > lanes[0] ? values[j] : lanes[0];
+  scalar_t result = lanes[0];
+  for (const auto lane : lanes) result = lane > result ? lane : result;
+  return result;
+}
+
+// values[j] -= shift
+template <typename scalar_t>
+RPE_OPS_CLONES void subtract(scalar_t* values, scalar_t shift, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) values[j] -= shift;
 }
 
 template <typename scalar_t>
