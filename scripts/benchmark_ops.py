@@ -88,6 +88,7 @@ def main() -> None:
         for name, reason in rpe_ops.available_implementations(device, operator).items()
         if reason
     }
+    report["backward_of_gather"] = measure_gather(device, dtype, args.rounds)
     report["results"] = {}
     for name in args.shapes:
         for letters in ("k", "qkv"):
@@ -99,6 +100,30 @@ def main() -> None:
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n")
         draw(report, args.output.with_suffix(".png"))
+
+
+def measure_gather(device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+    """Milliseconds of the backward of a gather, B 2, H 8, L 950, K 81: ours and torch's own."""
+    index = bucket_ids("product", 25, 38, 2.0, device=device)
+    lookup = torch.randn(2, 8, 950, 81, device=device, dtype=dtype, requires_grad=True)
+    grad = torch.randn(2, 8, 950, 950, device=device, dtype=dtype)
+    wide = index.expand(2, 8, -1, -1)
+    outputs = {"torch.gather": lookup.gather(-1, wide)}
+    for name, reason in rpe_ops.available_implementations(device).items():
+        if not reason and name != "reference":
+            outputs[name] = rpe_ops.gather(lookup, index, implementation=name)
+    times: dict[str, list[float]] = {name: [] for name in outputs}
+    for number in range(4 * rounds + 2):
+        for name, out in outputs.items():
+            start = clock(device)
+            torch.autograd.grad(out, lookup, grad, retain_graph=True)
+            if number >= 2:
+                times[name].append(clock(device) - start)
+    medians = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+    print("\nbackward of gather, B 2 H 8 L 950 K 81")
+    for name, ms in medians.items():
+        print(f"{name:<28} {ms:>9.2f} ms {ms / medians['torch.gather']:>5.2f}")
+    return medians
 
 
 def measure(
