@@ -110,7 +110,8 @@ def rpe_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     encodings = rpe_q, rpe_k, rpe_v
     fused = _fused_implementation(_first(encodings).implementation, q.device)
-    if fused is not None and _is_key_padding(attn_mask, q):
+    takes = fused is not None and not rpe_ops.reason_against_input(fused, q)
+    if takes and _is_key_padding(attn_mask, q):
         return _fused_attention(
             q, k, v, encodings, (height, width), attn_mask, dropout_p, scale, fused
         )

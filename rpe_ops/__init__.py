@@ -15,6 +15,7 @@ from rpe_ops.implementations import (
     ImplementationError,
     available_implementations,
     can_run,
+    reason_against_input,
     resolve,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "ImplementationError",
     "available_implementations",
     "can_run",
+    "reason_against_input",
     "resolve",
 ]

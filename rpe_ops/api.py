@@ -129,6 +129,8 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     validation.check_attention(q, k, v, buckets, lookup_k, lookup_q, key_padding, dropout_p, scale)
     chosen = implementations.resolve(implementation, q.device, "attention")
+    if reason := implementations.reason_against_input(chosen, q):
+        raise ValueError(reason)
     lookup_k, lookup_q = (
         None if lookup is None else lookup.expand(*q.shape[:-1], buckets.num_lookups)
         for lookup in (lookup_k, lookup_q)

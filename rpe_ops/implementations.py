@@ -20,6 +20,7 @@ __all__ = [
     "available_implementations",
     "can_run",
     "resolve",
+    "reason_against_input",
     "load",
 ]
 
@@ -35,6 +36,8 @@ _MODULES = {
 }
 # Older GPUs have no bfloat16.
 _TRITON_CAPABILITY = (8, 0)
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TRITON_HEAD_DIM = 128
 
 
 class ImplementationError(RuntimeError):
@@ -88,6 +91,17 @@ def resolve(choice: str, device: torch.device, operator: str = "gather") -> str:
         ImplementationError: An explicit choice cannot run here; says why.
     """
     return _resolve(choice, device.type, operator)
+
+
+def reason_against_input(name: str, q: torch.Tensor) -> str:
+    """Why an implementation of attention that runs here does not take `q`; empty when it does."""
+    if name != "triton":
+        return ""
+    if q.dtype not in _TRITON_DTYPES:
+        return f"Triton's attention takes float16, bfloat16 and float32, got {q.dtype}"
+    if q.shape[-1] > _TRITON_HEAD_DIM:
+        return f"Triton's attention takes head dims up to {_TRITON_HEAD_DIM}, got {q.shape[-1]}"
+    return ""
 
 
 @functools.cache

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import rpe_ops
+from irpe_core import RPEConfig, build_rpe, rpe_attention, set_implementation
+from irpe_core.buckets import grid_buckets
 from rpe_ops import triton_kernels
 from tests.rpe_ops.attention_cases import DEVICE, Case, Problem, check
 from tests.rpe_ops.attention_oracle import Results
@@ -79,6 +82,23 @@ def test_inputs_and_gradients_of_any_strides():
     # The gradient of a plain sum: no strides at all.
     problem.grad_out = torch.ones((), device=DEVICE).expand(problem.q.shape)
     check(problem.by_kernels(), problem.by_oracle(), FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "message"),
+    [(torch.float64, 16, "float32, got torch.float64"), (FLOAT32, 144, "up to 128, got 144")],
+)
+def test_what_the_kernels_do_not_take_is_said_and_composed_instead(dtype, dim, message):
+    config = RPEConfig(skip=1)
+    module = build_rpe(config, dim, 1)[1].to(DEVICE, dtype)
+    torch.nn.init.normal_(module.lookup_table_weight)
+    q = torch.randn(1, 1, 5, dim, dtype=dtype, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        rpe_ops.attention(q, q, q, grid_buckets(config, 2, 2, DEVICE), implementation="triton")
+    set_implementation(module, "reference", DEVICE)
+    expected = rpe_attention(q, q, q, rpe_k=module)
+    set_implementation(module, "triton", DEVICE)
+    torch.testing.assert_close(rpe_attention(q, q, q, rpe_k=module), expected)
 
 
 def test_the_seed_draws_the_mask_anew():
