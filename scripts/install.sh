@@ -16,6 +16,8 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
 fi
 if [ ! -f "$stamp-kernels" ] || [ "$(cat "$stamp-kernels")" != "$kernels" ]; then
     echo "Compiling the operators of rpe_ops (about a minute)"
+    # A former build may hold modules that are gone.
+    rm -rf rpe_ops/build
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ./rpe_ops
     echo "$kernels" > "$stamp-kernels"
 fi

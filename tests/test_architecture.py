@@ -22,7 +22,11 @@ ARROWS = {
 OURS = {*ARROWS, "scripts", "tests", "configs"}
 PACKAGES = [name for name in ARROWS if (ROOT / name).is_dir()]
 MODULES = [
-    path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")
+    path.relative_to(ROOT).as_posix()
+    for name in PACKAGES
+    for path in (ROOT / name).rglob("*.py")
+    # What an installation of rpe_ops leaves behind.
+    if "build" not in path.relative_to(ROOT).parts[:-1]
 ]
 
 
