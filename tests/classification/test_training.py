@@ -120,6 +120,8 @@ def test_checkpoint_holds_what_the_specification_names(trained):
     assert names <= content.keys()
     assert content["epoch"] == 1
     assert content["args"]["rpe"] == "rpe-1.9-product-ctx-1-qkv"
+    # What ran, not what was asked for: "auto" would say nothing.
+    assert content["provenance"]["rpe_ops"].startswith(("fused attention by", "gather by"))
 
 
 def test_single_process_sees_other_images_in_every_epoch_of_repeated_augmentation(flags):

@@ -72,7 +72,7 @@ def test_opcheck(implementation, want_sums):
     )
 
 
-def test_it_compiles_exports_and_checkpoints_into_the_same(implementation):
+def test_it_compiles_and_checkpoints_into_the_same(implementation):
     args = inputs(torch.float32)
 
     def function(*args: Tensor) -> Tensor:
