@@ -113,14 +113,12 @@ class ContextualRPE(_TableRPE):
             ValueError: The tokens do not form the grid.
         """
         index = self._index(x, height, width)
-        return rpe_ops.gather(
-            self.lookup(x), index, implementation=self.implementation, check_bounds=False
-        )
+        lookup = self._apply_table(x, self.lookup_table_weight)
+        return rpe_ops.gather(lookup, index, implementation=self.implementation, check_bounds=False)
 
-    def lookup(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """Encode every bucket: `scale·x (B, H, L, d)` to `(B, H, L, K)`."""
-        table = self.lookup_table_weight
-        return self._apply_table(x, table if scale == 1.0 else table * scale)
+    def table(self) -> Tensor:
+        """What `rpe_ops.attention` reads, `(Hs, d, K)`."""
+        return self.lookup_table_weight
 
 
 class BiasRPE(_TableRPE):
@@ -141,12 +139,12 @@ class BiasRPE(_TableRPE):
             ValueError: The tokens do not form the grid.
         """
         index = self._index(x, height, width)
-        lookup = self.lookup(x).expand(-1, -1, x.shape[-2], -1)
+        lookup = self.lookup_table_bias[None, :, None].expand(-1, -1, x.shape[-2], -1)
         return rpe_ops.gather(lookup, index, implementation=self.implementation, check_bounds=False)
 
-    def lookup(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """The table as `(1, Hs, 1, K)`, whatever the arguments."""
-        return self.lookup_table_bias[None, :, None, :]
+    def table(self) -> Tensor:
+        """What `rpe_ops.attention` reads, `(Hs, K)`."""
+        return self.lookup_table_bias
 
 
 class ValueRPE(_TableRPE):
@@ -180,11 +178,11 @@ class ValueRPE(_TableRPE):
             implementation=self.implementation,
             check_bounds=False,
         )
-        return self.from_sums(sums)
-
-    def from_sums(self, sums: Tensor) -> Tensor:
-        """Encode bucket sums of attention weights: `(B, H, L, K)` to `(B, H, L, d)`."""
         return self._apply_table(sums, self.lookup_table_weight)
+
+    def table(self) -> Tensor:
+        """What `rpe_ops.attention` reads, `(Hs, K, d)`."""
+        return self.lookup_table_weight
 
 
 class CrossRPE(nn.Module):
@@ -203,14 +201,10 @@ class CrossRPE(nn.Module):
         """Encode as the class given does; shapes and errors are its own."""
         return self.rp_rows(x, height, width) + self.rp_cols(x, height, width)
 
-    def lookup(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """Both lookups beside each other, `(..., 2·K)`."""
-        return torch.cat((self.rp_rows.lookup(x, scale), self.rp_cols.lookup(x, scale)), -1)
-
-    def from_sums(self, sums: Tensor) -> Tensor:
-        """Encode bucket sums `(B, H, L, 2·K)` to `(B, H, L, d)`."""
-        rows, cols = sums.chunk(2, -1)
-        return self.rp_rows.from_sums(rows) + self.rp_cols.from_sums(cols)
+    def table(self) -> Tensor:
+        """Both tables beside each other along the buckets: what `rpe_ops.attention` reads."""
+        buckets = 1 if isinstance(self.rp_rows, ValueRPE) else -1
+        return torch.cat((self.rp_rows.table(), self.rp_cols.table()), buckets)
 
 
 def build_rpe(

@@ -150,27 +150,28 @@ def _fused_attention(
     scale: float,
     implementation: str,
 ) -> Tensor:
-    rpe_q, rpe_k, rpe_v = encodings
     if torch.is_autocast_enabled(q.device.type):
         # As autocast does with torch's attention.
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     config = _first(encodings).config
     grid = resolve_grid(q.shape[-2], config.skip, *hw)
-    out, sums = rpe_ops.attention(
+    table_q, table_k, table_v = (
+        None if encoding is None else encoding.table().to(q.dtype) for encoding in encodings
+    )
+    return rpe_ops.attention(
         q,
         k,
         v,
         BUCKET_CACHE.grid(config, *grid, like=q),
-        lookup_k=None if rpe_k is None else rpe_k.lookup(q, scale).to(q.dtype),
-        lookup_q=None if rpe_q is None else rpe_q.lookup(k, scale).to(q.dtype),
-        want_sums=rpe_v is not None,
+        table_k=table_k,
+        table_q=table_q,
+        table_v=table_v,
         key_padding=None if allowed is None else ~allowed[:, 0, 0],
         dropout_p=dropout_p,
         scale=scale,
         implementation=implementation,
     )
-    return out if rpe_v is None else out + rpe_v.from_sums(sums)
 
 
 def logit_bias(

@@ -123,8 +123,11 @@ class RPEAttention(nn.Module):
         if is_causal:
             raise ValueError("is_causal=True has no meaning on a two-dimensional grid")
         batch, length, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # Split before the heads: the backward joins the three gradients in one copy, not in two.
+        q, k, v = (
+            part.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
+            for part in self.qkv(x).chunk(3, -1)
+        )
         height, width = self.grid or (None, None)
         x = rpe_attention(
             self.q_norm(q),

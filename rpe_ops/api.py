@@ -86,33 +86,33 @@ def attention(
     v: Tensor,
     buckets: GridBuckets,
     *,
-    lookup_k: Tensor | None = None,
-    lookup_q: Tensor | None = None,
-    want_sums: bool = False,
+    table_k: Tensor | None = None,
+    table_q: Tensor | None = None,
+    table_v: Tensor | None = None,
     key_padding: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
     implementation: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
-    """Attend with encodings of the logits, and sum the attention weights of every bucket.
+) -> Tensor:
+    """Attend with encodings that read tables by the bucket of a pair.
 
-        logits[i, j] = scale·q_i·k_j + lookup_k[i, bucket(i, j)] + lookup_q[j, bucket(j, i)]
-        A = dropout(softmax(logits));  out = A v;  sums[i, n] = Σ_j [bucket(i, j) = n] A[i, j]
+        logits[i, j] = scale·q_i·(k_j + T_k[bucket(i, j)]) + scale·k_j·T_q[bucket(j, i)]
+        A = dropout(softmax(logits));  out_i = Σ_j A[i, j]·(v_j + T_v[bucket(i, j)])
 
-    with all terms of the buckets, whose lookups are added. Nothing of size L × L is held, forward
-    or backward, but by the implementation "reference". Differentiable once in `q`, `k`, `v` and the
-    lookups; float16 and bfloat16 are accumulated in float32. The mask of dropout is drawn from
-    torch's generator and is the same in the backward.
+    with all terms of the buckets added. Products with the tables come first, `O(L·K·d)` in all, and
+    nothing of size L × L is held, forward or backward, but by the implementation "reference".
+    Differentiable once in `q`, `k`, `v` and the tables; float16 and bfloat16 are accumulated in
+    float32. The mask of dropout is drawn from torch's generator and is the same in the backward.
 
     Args:
         q: Queries `(B, H, L, d)`, float16, bfloat16, float32 (float64 on the CPU); any strides.
         k: Keys, like `q`.
         v: Values, like `q`.
         buckets: The grid's buckets, on the same device, `L` tokens in all.
-        lookup_k: `(B, H, L, T·K)` or expandable to it, a value per query and bucket, in the dtype
-            of `q`; for a contextual encoding `scale·(q @ table)`.
-        lookup_q: The same per key.
-        want_sums: Return the sums.
+        table_k: `(Hs, d, T·K)` in the dtype of `q`, with `Hs` 1 or `H`, read by the queries; or a
+            bias `(Hs, T·K)`, added to the logits as it is.
+        table_q: The same, read by the keys.
+        table_v: `(Hs, T·K, d)`, read by the attention weights.
         key_padding: `(B, L)` bool, True on keys that nothing attends to. A query left without any
             key yields zeros.
         dropout_p: Probability of dropping an attention weight, in [0, 1).
@@ -120,36 +120,21 @@ def attention(
         implementation: `"auto"` or a name in `rpe_ops.IMPLEMENTATIONS`.
 
     Returns:
-        `out (B, H, L, d)`, and `sums (B, H, L, T·K)` or None, in the dtype of `q`.
+        `(B, H, L, d)` in the dtype of `q`.
 
     Raises:
         ValueError: A wrong shape, dtype, device, probability or implementation name.
         ImplementationError: An explicit implementation that cannot run here.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    validation.check_attention(q, k, v, buckets, lookup_k, lookup_q, key_padding, dropout_p, scale)
+    tables = {"table_k": table_k, "table_q": table_q, "table_v": table_v}
+    validation.check_attention(q, k, v, buckets, tables, key_padding, dropout_p, scale)
     chosen = implementations.resolve(implementation, q.device, "attention")
     if reason := implementations.reason_against_input(chosen, q):
         raise ValueError(reason)
-    lookup_k, lookup_q = (
-        None if lookup is None else lookup.expand(*q.shape[:-1], buckets.num_lookups)
-        for lookup in (lookup_k, lookup_q)
-    )
     seed = q.new_zeros(1, dtype=torch.int64)
     if dropout_p > 0:
         seed.random_()
-    out, sums, _ = ops.attention(
-        q,
-        k,
-        v,
-        lookup_k,
-        lookup_q,
-        *buckets,
-        key_padding,
-        seed,
-        want_sums,
-        scale,
-        dropout_p,
-        chosen,
-    )
-    return out, sums if want_sums else None
+    rest = (key_padding, seed, scale, dropout_p, chosen)
+    out, _, _ = ops.attention(q, k, v, *tables.values(), *buckets, *rest)
+    return out

@@ -144,30 +144,31 @@ def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lookup_k: Tensor | None,
-    lookup_q: Tensor | None,
+    table_k: Tensor | None,
+    table_q: Tensor | None,
+    table_v: Tensor | None,
     buckets: tuple,
     *rest,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend; see `rpe_ops.reference.attention_forward`."""
+    """Attend; see `rpe_ops.tables.attention_forward`."""
     # The width of a run is for kernels that keep part of a table at hand.
-    tables = buckets[:6]
-    return torch.ops.rpe_ops_cpp.attention_forward(q, k, v, lookup_k, lookup_q, *tables, *rest)
+    grid = buckets[:6]
+    return torch.ops.rpe_ops_cpp.attention_forward(q, k, v, table_k, table_q, table_v, *grid, *rest)
 
 
 def attention_backward(
     grad_out: Tensor,
-    grad_sums: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lookup_k: Tensor | None,
-    lookup_q: Tensor | None,
+    table_k: Tensor | None,
+    table_q: Tensor | None,
+    table_v: Tensor | None,
     buckets: tuple,
     *rest,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of attention; see `rpe_ops.reference.attention_backward`."""
-    tables = buckets[:6]
-    return torch.ops.rpe_ops_cpp.attention_backward(
-        grad_out, grad_sums, q, k, v, lookup_k, lookup_q, *tables, *rest
-    )
+) -> tuple[Tensor | None, ...]:
+    """Gradients of attention; see `rpe_ops.tables.attention_backward`."""
+    tables, grid = (table_k, table_q, table_v), buckets[:6]
+    grads = torch.ops.rpe_ops_cpp.attention_backward(grad_out, q, k, v, *tables, *grid, *rest)
+    of_tables = zip(grads[3:], tables, strict=True)
+    return (*grads[:3], *(None if table is None else grad for grad, table in of_tables))

@@ -27,19 +27,19 @@ _BUCKETS = (
     "SymInt run_width"
 )
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? lookup_k, Tensor? lookup_q, "
+    "Tensor q, Tensor k, Tensor v, Tensor? table_k, Tensor? table_q, Tensor? table_v, "
     f"{_BUCKETS}, Tensor? key_padding, Tensor seed"
 )
 torch.library.define(
     "rpe_ops::attention",
-    f"({_INPUTS}, bool want_sums, float scale, float dropout_p, str implementation)"
+    f"({_INPUTS}, float scale, float dropout_p, str implementation)"
     " -> (Tensor out, Tensor sums, Tensor lse)",
 )
 torch.library.define(
     "rpe_ops::attention_backward",
-    f"(Tensor grad_out, Tensor? grad_sums, {_INPUTS}, Tensor out, Tensor sums, Tensor lse, "
-    "float scale, float dropout_p, str implementation)"
-    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_lookup_k, Tensor grad_lookup_q)",
+    f"(Tensor grad_out, {_INPUTS}, Tensor out, Tensor sums, Tensor lse, "
+    "float scale, float dropout_p, str implementation) -> (Tensor grad_q, Tensor grad_k, "
+    "Tensor grad_v, Tensor grad_table_k, Tensor grad_table_q, Tensor grad_table_v)",
 )
 
 
@@ -54,23 +54,24 @@ def _bucket_sum(pairs: Tensor, index: Tensor, num_buckets: int, implementation: 
 
 
 @torch.library.impl("rpe_ops::attention", "default")
-def _attention(
-    q, k, v, lookup_k, lookup_q, *rest_and_implementation
-) -> tuple[Tensor, Tensor, Tensor]:
-    *rest, implementation = rest_and_implementation
-    buckets, rest = GridBuckets(*rest[:7]), rest[7:]
+def _attention(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    tables, buckets, rest, implementation = _split(rest)
     forward = implementations.load(implementation).attention_forward
-    return forward(q, k, v, lookup_k, lookup_q, buckets, *rest)
+    return forward(q, k, v, *tables, buckets, *rest)
 
 
 @torch.library.impl("rpe_ops::attention_backward", "default")
-def _attention_backward(grad_out, grad_sums, q, k, v, lookup_k, lookup_q, *rest_and_implementation):
-    *rest, implementation = rest_and_implementation
-    buckets, rest = GridBuckets(*rest[:7]), rest[7:]
+def _attention_backward(grad_out, q, k, v, *rest) -> tuple[Tensor, ...]:
+    tables, buckets, rest, implementation = _split(rest)
     backward = implementations.load(implementation).attention_backward
-    grads = backward(grad_out, grad_sums, q, k, v, lookup_k, lookup_q, buckets, *rest)
+    grads = backward(grad_out, q, k, v, *tables, buckets, *rest)
     # An operator returns tensors alone: an empty one stands for no gradient.
     return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _split(rest: tuple) -> tuple[tuple, GridBuckets, tuple, str]:
+    """What follows q, k and v: tables, buckets, other arguments, implementation."""
+    return rest[:3], GridBuckets(*rest[3:10]), rest[10:-1], rest[-1]
 
 
 @torch.library.register_fake("rpe_ops::gather")
@@ -84,19 +85,21 @@ def _bucket_sum_fake(pairs: Tensor, index: Tensor, num_buckets: int, implementat
 
 
 @torch.library.register_fake("rpe_ops::attention")
-def _attention_fake(q, k, v, lookup_k, lookup_q, row_base, *rest):
-    num_buckets, want_sums = rest[4], rest[8]
+def _attention_fake(q, k, v, table_k, table_q, table_v, *rest):
     wide = torch.promote_types(q.dtype, torch.float32)
-    sums = (*q.shape[:-1], row_base.shape[0] * num_buckets) if want_sums else (0,)
-    out = q.new_empty(*(q.shape[dim] for dim in (0, 2, 1, 3))).transpose(1, 2)
-    return out, q.new_empty(sums), q.new_empty(q.shape[:-1], dtype=wide)
+    sums = (0,) if table_v is None else (*q.shape[:-1], table_v.shape[1])
+    return _beside(q), q.new_empty(sums), q.new_empty(q.shape[:-1], dtype=wide)
 
 
 @torch.library.register_fake("rpe_ops::attention_backward")
-def _attention_backward_fake(grad_out, grad_sums, q, k, v, lookup_k, lookup_q, *rest):
-    grads = [q.new_empty(x.shape) for x in (q, k, v)]
-    lookups = [q.new_empty(0 if x is None else x.shape) for x in (lookup_k, lookup_q)]
-    return (*grads, *lookups)
+def _attention_backward_fake(grad_out, q, k, v, table_k, table_q, table_v, *rest):
+    tables = [q.new_empty(0 if x is None else x.shape) for x in (table_k, table_q, table_v)]
+    return (*(_beside(x) for x in (q, k, v)), *tables)
+
+
+def _beside(q: Tensor) -> Tensor:
+    """Fresh `(B, H, L, d)` with heads beside each other, as the projections around have them."""
+    return q.new_empty(*(q.shape[dim] for dim in (0, 2, 1, 3))).transpose(1, 2)
 
 
 def _gather_setup(ctx, inputs, output) -> None:
@@ -121,26 +124,24 @@ def _bucket_sum_backward(ctx, grad: Tensor):
 
 
 def _attention_setup(ctx, inputs, output) -> None:
-    q, k, v, lookup_k, lookup_q, row_base, local, *rest = inputs
-    *ctx.grid, key_padding, seed, ctx.want_sums, ctx.scale, ctx.dropout_p, ctx.impl = rest
-    ctx.has_lookups = lookup_k is not None, lookup_q is not None
-    ctx.save_for_backward(q, k, v, lookup_k, lookup_q, row_base, local, key_padding, seed, *output)
-    ctx.mark_non_differentiable(output[2])
+    *tensors, ctx.scale, ctx.dropout_p, ctx.implementation = inputs
+    # Behind q, k, v, three tables and the two tensors of the grid stand its sizes.
+    ctx.grid = tensors[8:13]
+    ctx.save_for_backward(*tensors[:8], *tensors[13:], *output)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _attention_grad(ctx, grad_out: Tensor | None, grad_sums: Tensor | None, _):
-    q, k, v, lookup_k, lookup_q, row_base, local, key_padding, seed, *saved = ctx.saved_tensors
+def _attention_grad(ctx, grad_out: Tensor | None, *_):
     if grad_out is None:
-        grad_out = torch.zeros_like(saved[0])
+        return (None,) * 18
+    saved = ctx.saved_tensors
     grads = attention_backward(
-        grad_out,
-        grad_sums if ctx.want_sums else None,
-        *(q, k, v, lookup_k, lookup_q, row_base, local, *ctx.grid, key_padding, seed, *saved),
-        *(ctx.scale, ctx.dropout_p, ctx.impl),
+        grad_out, *saved[:8], *ctx.grid, *saved[8:], ctx.scale, ctx.dropout_p, ctx.implementation
     )
-    lookups = [grad if has else None for grad, has in zip(grads[3:], ctx.has_lookups, strict=True)]
-    return (*grads[:3], *lookups, *[None] * 13)
+    tables = zip(grads[3:], saved[3:6], strict=True)
+    of_tables = [None if table is None else grad for grad, table in tables]
+    return (*grads[:3], *of_tables, *[None] * 12)
 
 
 torch.library.register_autograd("rpe_ops::gather", _gather_backward, setup_context=_gather_setup)

@@ -5,14 +5,19 @@
     attention:   logits[i,j] = scale·q_i·k_j + lookup_k[i, bucket(i,j)] + lookup_q[j, bucket(j,i)]
                  A = dropout(softmax(logits));  out = A v;  sums = the bucket sums of A
 
+and `rpe_ops.tables` for what attention does with its tables.
+
 Source: the efficient implementation described in iRPE (Wu et al., ICCV 2021). Runs on every device,
 and holds whole L × L tensors. On CUDA the bucket sum uses atomics, so its last bits differ from run
 to run.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from rpe_ops import tables
 from rpe_ops.dropout import keep_mask
 from rpe_ops.grid import GridBuckets
 
@@ -33,7 +38,7 @@ def bucket_sum(pairs: Tensor, index: Tensor, num_buckets: int) -> Tensor:
     return sums.to(pairs.dtype)
 
 
-def attention_forward(
+def lookup_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -46,18 +51,23 @@ def attention_forward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend; see `rpe_ops.attention`.
+    """Attend with a value per token and bucket.
+
+    Args:
+        q: Queries `(B, H, L, d)`; keys `k` and values `v` alike.
+        lookup_k: `(B, H, L, T·K)`, added to the logits of query i at bucket(i, j).
+        lookup_q: `(B, H, L, T·K)`, added to the logits of key j at bucket(j, i).
+        want_sums: Make the bucket sums of the weights.
 
     Returns:
         `out (B, H, L, d)`, in memory `(B, L, H, d)`, `sums (B, H, L, T·K)` or an empty tensor, and
-        the logarithm `(B, H, L)`
-        of every row's sum of exponentials, float32 or wider, -inf where it attends nowhere.
+        the logarithm `(B, H, L)` of every row's sum of exponentials, float32 or wider, -inf where
+        it attends nowhere.
     """
     logits, index = _logits(q, k, lookup_k, lookup_q, buckets, key_padding, scale)
     lse = logits.logsumexp(-1)
     weights = _weights(logits, lse) * _survivors(seed, logits, dropout_p)
-    out = (weights @ v.to(weights.dtype)).to(q.dtype)
-    out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    out = _beside((weights @ v.to(weights.dtype)).to(q.dtype))
     if not want_sums:
         return out, q.new_empty(0), lse
     sums = weights.new_zeros(*weights.shape[:-1], buckets.num_lookups)
@@ -66,7 +76,7 @@ def attention_forward(
     return out, sums.to(q.dtype), lse
 
 
-def attention_backward(
+def lookup_backward(
     grad_out: Tensor,
     grad_sums: Tensor | None,
     q: Tensor,
@@ -77,29 +87,30 @@ def attention_backward(
     buckets: GridBuckets,
     key_padding: Tensor | None,
     seed: Tensor,
-    out: Tensor,
-    sums: Tensor,
+    delta: Tensor,
     lse: Tensor,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v, lookup_k and lookup_q; None where there is no such input."""
+    """Gradients of q, k, v, lookup_k and lookup_q; None where there is no such input.
+
+    `delta (B, H, L)` is the product of every query's outputs with their gradients, added up, in the
+    dtype of `lse`.
+    """
     logits, index = _logits(q, k, lookup_k, lookup_q, buckets, key_padding, scale)
     weights, survivors = _weights(logits, lse), _survivors(seed, logits, dropout_p)
     wide = weights.dtype
     q_wide, k_wide, v_wide, grad_out = (x.to(wide) for x in (q, k, v, grad_out))
     grad_weights = grad_out @ v_wide.transpose(-2, -1)
-    delta = (grad_out * out).sum(-1, keepdim=True)
     if grad_sums is not None:
         grad_sums = grad_sums.to(wide)
         for term in index:
             grad_weights += grad_sums.gather(-1, term.expand_as(weights))
-        delta += (grad_sums * sums).sum(-1, keepdim=True)
     grad_v = (weights * survivors).transpose(-2, -1) @ grad_out
-    grad_logits = weights * (grad_weights * survivors - delta)
+    grad_logits = weights * (grad_weights * survivors - delta[..., None])
     grad_q = scale * (grad_logits @ k_wide)
     grad_k = scale * (grad_logits.transpose(-2, -1) @ q_wide)
-    grads = [x.to(q.dtype) for x in (grad_q, grad_k, grad_v)]
+    grads = [_beside(x.to(q.dtype)) for x in (grad_q, grad_k, grad_v)]
     sides = ((lookup_k, grad_logits), (lookup_q, grad_logits.transpose(-2, -1)))
     for lookup, pairs in sides:
         grad = None if lookup is None else pairs.new_zeros(lookup.shape)
@@ -107,6 +118,11 @@ def attention_backward(
             grad.scatter_add_(-1, term.expand_as(pairs), pairs)
         grads.append(None if grad is None else grad.to(q.dtype))
     return tuple(grads)
+
+
+def _beside(x: Tensor) -> Tensor:
+    """`(B, H, L, d)` with heads beside each other in memory, as the projections want them."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _logits(
@@ -143,3 +159,7 @@ def _survivors(seed: Tensor, logits: Tensor, dropout_p: float) -> Tensor | float
     if dropout_p == 0:
         return 1.0
     return keep_mask(seed, *logits.shape, dropout_p).to(logits.dtype) / (1 - dropout_p)
+
+
+attention_forward = partial(tables.attention_forward, lookup_forward)
+attention_backward = partial(tables.attention_backward, lookup_backward)

@@ -45,8 +45,7 @@ def check_attention(
     k: Tensor,
     v: Tensor,
     buckets: GridBuckets,
-    lookup_k: Tensor | None,
-    lookup_q: Tensor | None,
+    tables: dict[str, Tensor | None],
     key_padding: Tensor | None,
     dropout_p: float,
     scale: float,
@@ -62,16 +61,13 @@ def check_attention(
             raise ValueError(
                 f"{name} must have the shape of q, {tuple(q.shape)}, got {tuple(tensor.shape)}"
             )
-    wanted = (*q.shape[:-1], buckets.num_lookups)
-    for name, lookup in (("lookup_k", lookup_k), ("lookup_q", lookup_q)):
-        if lookup is not None and not _expands(lookup.shape, wanted):
-            raise ValueError(
-                f"{name} must expand to shape {tuple(wanted)}, got {tuple(lookup.shape)}"
-            )
-    for name, tensor in (("k", k), ("v", v), ("lookup_k", lookup_k), ("lookup_q", lookup_q)):
-        if tensor is not None and tensor.dtype != q.dtype:
+    given = {name: table for name, table in tables.items() if table is not None}
+    for name, table in given.items():
+        _check_table(name, table, q.shape[1], q.shape[3], buckets.num_lookups)
+    for name, tensor in {"k": k, "v": v, **given}.items():
+        if tensor.dtype != q.dtype:
             raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
-        if tensor is not None and tensor.device != q.device:
+        if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device}, q is on {q.device}")
     if buckets.row_base.device != q.device:
         raise ValueError(f"buckets are on {buckets.row_base.device}, q is on {q.device}")
@@ -82,11 +78,11 @@ def check_attention(
         raise ValueError("scale must not be 0")
 
 
-def _expands(shape: torch.Size, wanted: tuple[int, ...]) -> bool:
-    sizes = (1,) * (len(wanted) - len(shape)) + tuple(shape)
-    return len(sizes) == len(wanted) and all(
-        a in (1, b) for a, b in zip(sizes, wanted, strict=True)
-    )
+def _check_table(name: str, table: Tensor, heads: int, dim: int, num_lookups: int) -> None:
+    allowed = [(dim, num_lookups), (num_lookups,)] if name != "table_v" else [(num_lookups, dim)]
+    if table.ndim < 2 or table.shape[0] not in (1, heads) or tuple(table.shape[1:]) not in allowed:
+        shapes = " or ".join(str((f"1 or {heads}", *shape)).replace("'", "") for shape in allowed)
+        raise ValueError(f"{name} must have shape {shapes}, got {tuple(table.shape)}")
 
 
 def _check_padding(padding: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:

@@ -252,7 +252,7 @@ def flex(rpe_k: nn.Module, index: Tensor) -> Contender:
     from torch.nn.attention.flex_attention import flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        lookup = rpe_k.lookup(q, q.shape[-1] ** -0.5)
+        lookup = q @ (rpe_k.table()[0] * q.shape[-1] ** -0.5)
         return flex_attention(q, k, v, lambda s, b, h, i, j: s + lookup[b, h, i, index[i, j]])
 
     return torch.compile(attend)

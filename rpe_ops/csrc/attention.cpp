@@ -10,6 +10,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <tuple>
 
 #include "attention_inputs.h"
@@ -34,60 +35,60 @@ struct Outputs {
 };
 
 template <typename scalar_t>
-void forward_block(const Tensor& tile, const Inputs& in, const BlockIndex& index, int64_t bh,
-                   const Outputs& to) {
-  const int64_t tokens = in.tokens(), rows = index.rows;
-  const auto block_of = [&](const Tensor& x) {
-    return in.slice(x, bh).narrow(0, index.begin, rows);
-  };
-  scalar_t* lse = in.data<scalar_t>(to.lse, bh) + index.begin;
-  fill_exponentials<scalar_t>(tile, in, bh, index, [&](int64_t r, const scalar_t* logits) {
-    return lse[r] = largest(logits, tokens);
-  });
-  const Tensor total = tile.sum(1, true);
-  block_of(to.lse).add_(total.squeeze(1).log());
-  Tensor share = total.reciprocal();
-  if (in.padding) share.masked_fill_(total.eq(0), 0);
+void forward_block(Tensor tile, const Lookups& lookups, const Inputs& in, const BlockIndex& index,
+                   int64_t bh, const Outputs& to) {
+  const int64_t tokens = in.tokens(), rows = index.rows, width = in.grid.lookups();
+  fill_logits<scalar_t>(tile, lookups, in, bh, index);
   scalar_t* weights = tile.mutable_data_ptr<scalar_t>();
-  if (in.dropout.p > 0) {
-    std::vector<scalar_t> factors(tokens);
-    for (int64_t r = 0; r < rows; ++r) {
-      in.dropout.fill(factors.data(), tokens, index.begin + r, bh);
-      for (int64_t j = 0; j < tokens; ++j) weights[r * tokens + j] *= factors[j];
-    }
+  scalar_t* lse = in.data<scalar_t>(to.lse, bh) + index.begin;
+  std::vector<scalar_t> share(rows), factors(in.dropout.p > 0 ? tokens : 0);
+  for (int64_t r = 0; r < rows; ++r) {
+    scalar_t* row = weights + r * tokens;
+    const scalar_t shift = largest(row, tokens), sum = exponentials(row, shift, tokens);
+    lse[r] = shift + std::log(sum);
+    share[r] = sum == 0 ? 0 : 1 / sum;
+    if (factors.empty()) continue;
+    in.dropout.fill(factors.data(), tokens, index.begin + r, bh);
+    multiply(row, factors.data(), tokens);
   }
-  Tensor out = block_of(to.out);
+  Tensor out = in.rows(to.out, bh, index.begin, rows);
   at::mm_out(out, tile, in.slice(in.v, bh));
-  out.mul_(share);
-  if (!to.sums) return;
-  Tensor sums = block_of(*to.sums).zero_();
-  for (int64_t t = 0; t < index.terms; ++t) {
-    add_to_buckets(sums.mutable_data_ptr<scalar_t>(), in.grid.lookups(), weights, tokens,
-                   index.query_row(0, t), index.stride(), rows, tokens);
+  if (to.sums) {
+    Tensor sums = in.rows(*to.sums, bh, index.begin, rows);
+    scalar_t* values = sums.mutable_data_ptr<scalar_t>();
+    std::fill_n(values, rows * width, scalar_t(0));
+    for (int64_t t = 0; t < index.terms; ++t) {
+      add_to_buckets(values, width, weights, tokens, index.query_row(0, t), index.stride(), rows,
+                     tokens);
+    }
+    at::addmm_out(out, out, sums, in.slice(*in.table_v, bh));
+    for (int64_t r = 0; r < rows; ++r) multiply(values + r * width, share[r], width);
   }
-  sums.mul_(share);
+  scalar_t* values = out.mutable_data_ptr<scalar_t>();
+  for (int64_t r = 0; r < rows; ++r) multiply(values + r * out.stride(0), share[r], out.size(1));
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_forward(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& lookup_k,
-    const OptionalTensor& lookup_q, const Tensor& row_base, const Tensor& local, int64_t height,
-    int64_t width, int64_t skip, int64_t num_buckets, const OptionalTensor& key_padding,
-    const Tensor& seed, bool want_sums, double scale, double dropout_p) {
-  const Inputs in = make_inputs(q, k, v, lookup_k, lookup_q, row_base, local, height, width, skip,
-                                num_buckets, key_padding, seed, scale, dropout_p);
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& table_k,
+    const OptionalTensor& table_q, const OptionalTensor& table_v, const Tensor& row_base,
+    const Tensor& local, int64_t height, int64_t width, int64_t skip, int64_t num_buckets,
+    const OptionalTensor& key_padding, const Tensor& seed, double scale, double dropout_p) {
+  const Inputs in = make_inputs(q, k, v, table_k, table_q, table_v, row_base, local, height, width,
+                                skip, num_buckets, key_padding, seed, scale, dropout_p);
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3);
   const auto options = in.q.options();
   Outputs to;
   // Heads beside each other: what follows attention joins them without a copy.
   to.out = at::empty({batch, tokens, heads, dim}, options).transpose(1, 2);
-  if (want_sums) to.sums = at::empty({batch, heads, tokens, in.grid.lookups()}, options);
+  if (table_v) to.sums = at::empty({batch, heads, tokens, in.grid.lookups()}, options);
   to.lse = at::empty({batch, heads, tokens}, options);
   at::parallel_for(0, in.slices(), 1, [&](int64_t from, int64_t until) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor tile = at::empty({in.block(), tokens}, options);
-    for_each_block(in, from, until, want_sums || lookup_k, [&](const BlockIndex& index, int64_t bh) {
+    const Lookups lookups(in, from, until);
+    for_each_block(in, from, until, table_v || table_k, [&](const BlockIndex& index, int64_t bh) {
       AT_DISPATCH_FLOATING_TYPES(in.q.scalar_type(), "attention_forward", [&] {
-        forward_block<scalar_t>(tile.narrow(0, 0, index.rows), in, index, bh, to);
+        forward_block<scalar_t>(tile.narrow(0, 0, index.rows), lookups, in, index, bh, to);
       });
     });
   });
@@ -98,128 +99,179 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
 // What the backward reads beside the inputs, and what it writes, in the dtype of computation.
 struct Gradients {
   Tensor grad_out, out;
-  OptionalTensor grad_sums, sums;
+  OptionalTensor sums;
   Tensor lse;
   Tensor q, k, v;
-  OptionalTensor lookup_k, lookup_q;
+  OptionalTensor table_k, table_q, table_v;  // of every head of every image, (B, H, ...)
 };
 
-// Scratch of one thread: logits, then weights; their gradient; factors of dropout.
+// Scratch of one thread.
 struct Tiles {
-  Tensor weights, grad, factors;
+  Tensor weights, grad;  // logits, then weights; their gradient
+  Tensor factors;        // of dropout, for one row
+  Tensor buckets;        // (rows, terms x K): gradients of the bucket sums, then of the lookups
+  HeadScratch of_keys;   // gradients of the lookups of keys
+
+  Tiles(const Inputs& in, int64_t from, int64_t until) {
+    const auto options = in.q.options();
+    weights = at::empty({in.block(), in.tokens()}, options);
+    grad = at::empty_like(weights);
+    if (in.dropout.p > 0) factors = at::empty({in.tokens()}, options);
+    buckets = at::empty({in.block(), in.grid.lookups()}, options);
+    if (in.table_q) of_keys = HeadScratch(in, from, until);
+  }
 };
 
 // The gradient of the logits of a block from that of the weights, in place.
 template <typename scalar_t>
-void through_rows(const Tiles& tiles, const Inputs& in, const BlockIndex& index, int64_t bh,
-                  const Gradients& g) {
+void through_rows(const Tensor& weights_tile, const Tensor& grad_tile, const Tiles& tiles,
+                  const Inputs& in, const BlockIndex& index, int64_t bh, const Gradients& g) {
   const int64_t tokens = in.tokens(), dim = in.q.size(3), lookups = in.grid.lookups();
-  scalar_t* weights = tiles.weights.mutable_data_ptr<scalar_t>();
-  scalar_t* grads = tiles.grad.mutable_data_ptr<scalar_t>();
+  scalar_t* weights = weights_tile.mutable_data_ptr<scalar_t>();
+  scalar_t* grads = grad_tile.mutable_data_ptr<scalar_t>();
   scalar_t* factors = in.dropout.p > 0 ? tiles.factors.mutable_data_ptr<scalar_t>() : nullptr;
   const scalar_t *grad_out = in.data<scalar_t>(g.grad_out, bh), *out = in.data<scalar_t>(g.out, bh);
-  const scalar_t* grad_sums = in.data<scalar_t>(g.grad_sums, bh);
-  const scalar_t* sums = in.data<scalar_t>(g.sums, bh);
+  const scalar_t* of_sums = in.table_v ? tiles.buckets.const_data_ptr<scalar_t>() : nullptr;
   for (int64_t r = 0; r < index.rows; ++r) {
     const int64_t i = index.begin + r;
-    scalar_t delta = dot(grad_out + i * g.grad_out.stride(2), out + i * g.out.stride(2), dim);
-    if (grad_sums) {
-      const scalar_t* row = grad_sums + i * g.grad_sums->stride(2);
-      for (int64_t t = 0; t < index.terms; ++t) {
-        add_gathered(grads + r * tokens, row, index.query_row(r, t), tokens);
-      }
-      delta += dot(row, sums + i * g.sums->stride(2), lookups);
+    const scalar_t delta =
+        dot(grad_out + i * g.grad_out.stride(2), out + i * g.out.stride(2), dim);
+    for (int64_t t = 0; of_sums && t < index.terms; ++t) {
+      add_gathered(grads + r * tokens, of_sums + r * lookups, index.query_row(r, t), tokens);
     }
     if (factors) in.dropout.fill(factors, tokens, i, bh);
     through_softmax(grads + r * tokens, weights + r * tokens, factors, delta, tokens);
   }
 }
 
+// From the gradient of the lookups of some tokens to those of the table and of the tokens `x`.
+inline void through_table(const Tensor& grad_lookups, const Table& table, const Tensor& grad_table,
+                          const Tensor& x, Tensor grad_x, const Inputs& in, int64_t bh, bool first) {
+  if (table.is_bias()) {
+    Tensor grad_values = grad_table[bh / in.heads()][bh % in.heads()];
+    if (first) grad_values.zero_();
+    grad_values.add_(grad_lookups.sum(0));
+    return;
+  }
+  Tensor grad_values = in.slice(grad_table, bh);
+  at::addmm_out(grad_x, grad_x, grad_lookups, in.slice(table, bh).t(), 1, in.scale);
+  at::addmm_out(grad_values, grad_values, x.t(), grad_lookups, first ? 0 : 1, in.scale);
+}
+
 template <typename scalar_t>
-void backward_block(const Tiles& tiles, const Inputs& in, const BlockIndex& index, int64_t bh,
-                    const Gradients& g) {
-  const int64_t tokens = in.tokens(), rows = index.rows, lookups = in.grid.lookups();
-  const auto block_of = [&](const Tensor& x) {
-    return in.slice(x, bh).narrow(0, index.begin, rows);
-  };
+void backward_block(const Tiles& tiles, const Lookups& lookups, const Inputs& in,
+                    const BlockIndex& index, int64_t bh, const Gradients& g) {
+  const int64_t tokens = in.tokens(), rows = index.rows, width = in.grid.lookups();
+  const bool first = index.begin == 0, last = index.begin + rows == tokens;
+  const auto block_of = [&](const Tensor& x) { return in.rows(x, bh, index.begin, rows); };
   const scalar_t* lse = in.data<scalar_t>(g.lse, bh) + index.begin;
-  fill_exponentials<scalar_t>(tiles.weights, in, bh, index,
-                              [&](int64_t r, const scalar_t*) { return lse[r]; });
+  const Tensor weights = tiles.weights.narrow(0, 0, rows);
+  fill_logits<scalar_t>(weights, lookups, in, bh, index);
+  scalar_t* row = weights.mutable_data_ptr<scalar_t>();
+  for (int64_t r = 0; r < rows; ++r) exponentials(row + r * tokens, lse[r], tokens);
 
   const Tensor grad_out = block_of(g.grad_out);
-  Tensor grad = tiles.grad;
+  Tensor grad = tiles.grad.narrow(0, 0, rows), buckets = tiles.buckets.narrow(0, 0, rows);
   at::mm_out(grad, grad_out, in.slice(in.v, bh).t());
-  through_rows<scalar_t>(tiles, in, index, bh, g);
+  if (in.table_v) at::mm_out(buckets, grad_out, in.slice(*in.table_v, bh).t());
+  through_rows<scalar_t>(weights, grad, tiles, in, index, bh, g);
 
-  // The first block of a head writes the gradients of keys and values, the others add to them.
-  const int64_t beta = index.begin > 0 ? 1 : 0;
+  // The first block of a head writes the gradients of what all queries meet, the others add to them.
+  const int64_t beta = first ? 0 : 1;
   Tensor grad_q = block_of(g.q), grad_k = in.slice(g.k, bh), grad_v = in.slice(g.v, bh);
   at::addmm_out(grad_q, grad_q, grad, in.slice(in.k, bh), 0, in.scale);
   at::addmm_out(grad_k, grad_k, grad.t(), block_of(in.q), beta, in.scale);
-  at::addmm_out(grad_v, grad_v, tiles.weights.t(), grad_out, beta, 1);
+  at::addmm_out(grad_v, grad_v, weights.t(), grad_out, beta, 1);
+  if (in.table_v) {
+    Tensor grad_table = in.slice(*g.table_v, bh);
+    at::addmm_out(grad_table, grad_table, block_of(*g.sums).t(), grad_out, beta, 1);
+  }
   const scalar_t* pairs = grad.const_data_ptr<scalar_t>();
-  scalar_t* sums_k = in.data<scalar_t>(g.lookup_k, bh);
-  scalar_t* sums_q = in.data<scalar_t>(g.lookup_q, bh);
-  for (int64_t t = 0; t < index.terms; ++t) {
-    if (sums_k) {
-      add_to_buckets(sums_k + index.begin * lookups, lookups, pairs, tokens, index.query_row(0, t),
-                     index.stride(), rows, tokens);
+  if (in.table_k) {
+    std::fill_n(buckets.mutable_data_ptr<scalar_t>(), rows * width, scalar_t(0));
+    for (int64_t t = 0; t < index.terms; ++t) {
+      add_to_buckets(buckets.mutable_data_ptr<scalar_t>(), width, pairs, tokens,
+                     index.query_row(0, t), index.stride(), rows, tokens);
     }
-    for (int64_t r = 0; sums_q && r < rows; ++r) {
-      add_to_buckets_of_keys(sums_q, lookups, pairs + r * tokens, index.key_row(r, t), tokens);
+    through_table(buckets, *in.table_k, *g.table_k, block_of(in.q), grad_q, in, bh, first);
+  }
+  if (!in.table_q) return;
+  Tensor of_keys = tiles.of_keys.of(bh);
+  if (first) std::fill_n(of_keys.mutable_data_ptr<scalar_t>(), tokens * width, scalar_t(0));
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t t = 0; t < index.terms; ++t) {
+      add_to_buckets_of_keys(of_keys.mutable_data_ptr<scalar_t>(), width, pairs + r * tokens,
+                             index.key_row(r, t), tokens);
     }
   }
+  if (last) through_table(of_keys, *in.table_q, *g.table_q, in.slice(in.k, bh), grad_k, in, bh, true);
 }
 
-std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor> attention_backward(
-    const Tensor& grad_out, const OptionalTensor& grad_sums, const Tensor& q, const Tensor& k,
-    const Tensor& v, const OptionalTensor& lookup_k, const OptionalTensor& lookup_q,
+// Room for the gradient of a table in every head of every image; they are added up in one order.
+OptionalTensor empty_grad(const OptionalTable& table, const Inputs& in) {
+  if (!table) return std::nullopt;
+  std::vector<int64_t> sizes{in.q.size(0), in.heads()};
+  for (int64_t n = 1; n < table->values.dim(); ++n) sizes.push_back(table->values.size(n));
+  return at::empty(sizes, in.q.options());
+}
+
+Tensor total_grad(const OptionalTensor& of_heads, const OptionalTable& table,
+                  const Tensor& like) {
+  if (!of_heads) return at::empty({0}, like.options());
+  const Tensor total = of_heads->sum(0);
+  return (table->values.size(0) == 1 ? total.sum(0, true) : total).to(like.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
+    const OptionalTensor& table_k, const OptionalTensor& table_q, const OptionalTensor& table_v,
     const Tensor& row_base, const Tensor& local, int64_t height, int64_t width, int64_t skip,
     int64_t num_buckets, const OptionalTensor& key_padding, const Tensor& seed, const Tensor& out,
     const Tensor& sums, const Tensor& lse, double scale, double dropout_p) {
-  const Inputs in = make_inputs(q, k, v, lookup_k, lookup_q, row_base, local, height, width, skip,
-                                num_buckets, key_padding, seed, scale, dropout_p);
+  const Inputs in = make_inputs(q, k, v, table_k, table_q, table_v, row_base, local, height, width,
+                                skip, num_buckets, key_padding, seed, scale, dropout_p);
   const auto wide = in.q.scalar_type();
   const auto options = in.q.options();
   Gradients g;
-  g.grad_out = *widen(grad_out, wide);
-  g.out = *widen(out, wide);
-  g.grad_sums = widen(grad_sums, wide);
-  if (grad_sums) g.sums = widen(sums, wide);
+  g.grad_out = widen(grad_out, wide);
+  g.out = widen(out, wide);
+  if (table_v) g.sums = sums.to(wide);
   g.lse = lse.contiguous();
-  for (Tensor* grad : {&g.q, &g.k, &g.v}) *grad = at::empty(q.sizes(), options);
-  if (lookup_k) g.lookup_k = at::zeros(lookup_k->sizes(), options);
-  if (lookup_q) g.lookup_q = at::zeros(lookup_q->sizes(), options);
+  // Heads beside each other, as the projections before attention have them.
+  for (Tensor* grad : {&g.q, &g.k, &g.v}) {
+    *grad = at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, options).transpose(1, 2);
+  }
+  g.table_k = empty_grad(in.table_k, in);
+  g.table_q = empty_grad(in.table_q, in);
+  g.table_v = empty_grad(in.table_v, in);
   at::parallel_for(0, in.slices(), 1, [&](int64_t from, int64_t until) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const auto tile = [&] { return at::empty({in.block(), in.tokens()}, options); };
-    const Tiles tiles{tile(), tile(), dropout_p > 0 ? at::empty({in.tokens()}, options) : Tensor()};
-    for_each_block(in, from, until, lookup_k || grad_sums, [&](const BlockIndex& index, int64_t bh) {
-      const Tiles part{tiles.weights.narrow(0, 0, index.rows), tiles.grad.narrow(0, 0, index.rows),
-                       tiles.factors};
+    const Tiles tiles(in, from, until);
+    const Lookups lookups(in, from, until);
+    for_each_block(in, from, until, table_k || table_v, [&](const BlockIndex& index, int64_t bh) {
       AT_DISPATCH_FLOATING_TYPES(wide, "attention_backward",
-                                 [&] { backward_block<scalar_t>(part, in, index, bh, g); });
+                                 [&] { backward_block<scalar_t>(tiles, lookups, in, index, bh, g); });
     });
   });
   const auto narrow = [&](const Tensor& x) { return x.to(q.scalar_type()); };
-  const auto maybe = [&](const OptionalTensor& x) { return x ? OptionalTensor(narrow(*x)) : x; };
-  return {narrow(g.q), narrow(g.k), narrow(g.v), maybe(g.lookup_k), maybe(g.lookup_q)};
+  return {narrow(g.q), narrow(g.k), narrow(g.v), total_grad(g.table_k, in.table_k, q),
+          total_grad(g.table_q, in.table_q, q), total_grad(g.table_v, in.table_v, q)};
 }
 
 }  // namespace
 }  // namespace rpe_ops
 
-#define RPE_OPS_INPUTS                                                                    \
-  "Tensor q, Tensor k, Tensor v, Tensor? lookup_k, Tensor? lookup_q, Tensor row_base, "   \
-  "Tensor local, int height, int width, int skip, int num_buckets, Tensor? key_padding, " \
-  "Tensor seed, "
+#define RPE_OPS_INPUTS                                                                       \
+  "Tensor q, Tensor k, Tensor v, Tensor? table_k, Tensor? table_q, Tensor? table_v, "        \
+  "Tensor row_base, Tensor local, int height, int width, int skip, int num_buckets, "        \
+  "Tensor? key_padding, Tensor seed, "
 
 TORCH_LIBRARY_FRAGMENT(rpe_ops_cpp, library) {
   library.def("attention_forward(" RPE_OPS_INPUTS
-              "bool want_sums, float scale, float dropout_p) -> (Tensor, Tensor, Tensor)");
-  library.def("attention_backward(Tensor grad_out, Tensor? grad_sums, " RPE_OPS_INPUTS
+              "float scale, float dropout_p) -> (Tensor, Tensor, Tensor)");
+  library.def("attention_backward(Tensor grad_out, " RPE_OPS_INPUTS
               "Tensor out, Tensor sums, Tensor lse, float scale, float dropout_p)"
-              " -> (Tensor, Tensor, Tensor, Tensor?, Tensor?)");
+              " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(rpe_ops_cpp, CPU, library) {

@@ -38,16 +38,25 @@ inline at::ScalarType wide_type(const Tensor& x) {
 }
 
 // Converted, and contiguous along the last dimension; other strides, also zero ones, are kept.
-inline OptionalTensor widen(const OptionalTensor& x, at::ScalarType wide) {
-  if (!x) return x;
-  const Tensor converted = x->to(wide);
+inline Tensor widen(const Tensor& x, at::ScalarType wide) {
+  const Tensor converted = x.to(wide);
   return converted.stride(-1) == 1 || converted.size(-1) == 1 ? converted : converted.contiguous();
 }
 
+// Learned values of the buckets: (Hs, d, terms x K) multiplied with queries or keys, or a bias
+// (Hs, terms x K); for values (Hs, terms x K, d). Hs is 1 or the number of heads.
+struct Table {
+  Tensor values;
+
+  bool is_bias() const { return values.dim() == 2; }
+  Tensor of_head(int64_t head) const { return values[values.size(0) == 1 ? 0 : head]; }
+};
+using OptionalTable = std::optional<Table>;
+
 struct Inputs {
-  Tensor q, k, v;                    // (B, H, L, d)
-  OptionalTensor lookup_k, lookup_q;  // (B, H, L, terms x K)
-  OptionalTensor padding;            // (B, L)
+  Tensor q, k, v;                           // (B, H, L, d)
+  OptionalTable table_k, table_q, table_v;
+  OptionalTensor padding;  // (B, L)
   Tensor row_base, local;
   Grid grid;
   Dropout dropout;
@@ -58,41 +67,90 @@ struct Inputs {
   int64_t tokens() const { return q.size(2); }
   // Query rows of one tile.
   int64_t block() const { return std::clamp<int64_t>(kTileElements / tokens(), 8, tokens()); }
-  Tensor slice(const Tensor& x, int64_t bh) const { return x[bh / heads()][bh % heads()]; }
+  int64_t blocks() const { return (tokens() + block() - 1) / block(); }
+  // Rows of one head of x (B, H, rows, n), as a matrix.
+  Tensor rows(const Tensor& x, int64_t bh, int64_t begin, int64_t count) const {
+    const int64_t offset = bh / heads() * x.stride(0) + bh % heads() * x.stride(1) +
+                           begin * x.stride(2) + x.storage_offset();
+    return x.as_strided({count, x.size(3)}, {x.stride(2), x.stride(3)}, offset);
+  }
+  Tensor slice(const Tensor& x, int64_t bh) const { return rows(x, bh, 0, x.size(2)); }
+  Tensor slice(const Table& table, int64_t bh) const { return table.of_head(bh % heads()); }
   template <typename scalar_t>
-  scalar_t* data(const OptionalTensor& x, int64_t bh) const {
-    if (!x) return nullptr;
-    return static_cast<scalar_t*>(x->data_ptr()) + bh / heads() * x->stride(0) +
-           bh % heads() * x->stride(1);
+  scalar_t* data(const Tensor& x, int64_t bh) const {
+    return static_cast<scalar_t*>(x.data_ptr()) + bh / heads() * x.stride(0) +
+           bh % heads() * x.stride(1);
   }
 };
 
+inline OptionalTable make_table(const char* name, const OptionalTensor& values, const Inputs& in,
+                                bool of_values) {
+  if (!values) return std::nullopt;
+  const int64_t lookups = in.grid.lookups(), dim = in.q.size(3);
+  const bool bias = values->dim() == 2 && !of_values;
+  TORCH_CHECK_VALUE((bias || values->dim() == 3) &&
+                        (values->size(0) == 1 || values->size(0) == in.heads()) &&
+                        values->size(of_values ? 1 : -1) == lookups &&
+                        (bias || values->size(of_values ? 2 : 1) == dim),
+                    name, " does not fit ", lookups, " buckets, ", in.heads(), " heads and d = ",
+                    dim, ", got ", values->sizes());
+  return Table{values->to(in.q.scalar_type()).contiguous()};
+}
+
 inline Inputs make_inputs(const Tensor& q, const Tensor& k, const Tensor& v,
-                          const OptionalTensor& lookup_k, const OptionalTensor& lookup_q,
-                          const Tensor& row_base, const Tensor& local, int64_t height,
-                          int64_t width, int64_t skip, int64_t num_buckets,
-                          const OptionalTensor& padding, const Tensor& seed, double scale,
-                          double dropout_p) {
+                          const OptionalTensor& table_k, const OptionalTensor& table_q,
+                          const OptionalTensor& table_v, const Tensor& row_base,
+                          const Tensor& local, int64_t height, int64_t width, int64_t skip,
+                          int64_t num_buckets, const OptionalTensor& padding, const Tensor& seed,
+                          double scale, double dropout_p) {
   const Tensor bases = row_base.contiguous(), locals = local.contiguous();
   const Grid grid = make_grid(bases, locals, height, width, skip, num_buckets);
   TORCH_CHECK_VALUE(q.dim() == 4 && q.size(2) == grid.tokens() && k.sizes() == q.sizes() &&
                         v.sizes() == q.sizes(),
                     "q, k and v must be (B, H, ", grid.tokens(), ", d), got ", q.sizes(), ", ",
                     k.sizes(), " and ", v.sizes());
-  for (const auto& lookup : {lookup_k, lookup_q}) {
-    TORCH_CHECK_VALUE(!lookup || (lookup->sizes().slice(0, 3) == q.sizes().slice(0, 3) &&
-                                  lookup->size(3) == grid.lookups()),
-                      "a lookup must be (B, H, L, ", grid.lookups(), "), got ", lookup->sizes());
-  }
   TORCH_CHECK_VALUE(!padding || (padding->dim() == 2 && padding->size(0) == q.size(0) &&
                                  padding->size(1) == q.size(2)),
                     "key_padding must be (B, L), got ", padding->sizes());
   const auto wide = wide_type(q);
   const Dropout dropout{static_cast<uint64_t>(seed.item<int64_t>()), dropout_p};
-  return {q.to(wide), k.to(wide), v.to(wide), widen(lookup_k, wide), widen(lookup_q, wide),
-          padding ? OptionalTensor(padding->contiguous()) : padding, bases, locals, grid, dropout,
-          scale};
+  Inputs in{q.to(wide), k.to(wide), v.to(wide), {}, {}, {},
+            padding ? OptionalTensor(padding->contiguous()) : padding, bases, locals, grid, dropout,
+            scale};
+  in.table_k = make_table("table_k", table_k, in, false);
+  in.table_q = make_table("table_q", table_q, in, false);
+  in.table_v = make_table("table_v", table_v, in, true);
+  return in;
 }
+
+// Values of the buckets for the tokens of a part of the heads, (tokens, terms x K) of one head: of
+// all heads where their blocks take turns, else of the one at work.
+class HeadScratch {
+ public:
+  HeadScratch() = default;
+  HeadScratch(const Inputs& in, int64_t from, int64_t until)
+      : from_(from), single_(in.blocks() == 1) {
+    values_ = at::empty({single_ ? 1 : until - from, in.tokens(), in.grid.lookups()},
+                        in.q.options());
+  }
+  Tensor of(int64_t bh) const { return values_[single_ ? 0 : bh - from_]; }
+
+ private:
+  Tensor values_;
+  int64_t from_ = 0;
+  bool single_ = true;
+};
+
+// What a thread computes of the tables on the way to the logits.
+struct Lookups {
+  Tensor of_queries;    // (rows of a block, terms x K)
+  HeadScratch of_keys;
+
+  Lookups(const Inputs& in, int64_t from, int64_t until) {
+    of_queries = at::empty({in.block(), in.grid.lookups()}, in.q.options());
+    if (in.table_q && !in.table_q->is_bias()) of_keys = HeadScratch(in, from, until);
+  }
+};
 
 // Buckets of the pairs of a block of queries, (rows, terms, tokens); the same for every head.
 struct BlockIndex {
@@ -108,7 +166,7 @@ struct BlockIndex {
       }
     };
     fill(of_queries, of_queries_needed, false);
-    fill(of_keys, in.lookup_q.has_value(), true);
+    fill(of_keys, in.table_q.has_value(), true);
   }
 
   int64_t stride() const { return terms * tokens; }
@@ -120,37 +178,65 @@ struct BlockIndex {
   }
 };
 
-// exp(logits - shift) of a block of queries of one head, written to `tile` (rows, tokens), where
-// shift(r, logits) is a number for row r. One of -inf, of a row that attends nowhere, is taken for 0.
-template <typename scalar_t, typename Shift>
-void fill_exponentials(Tensor tile, const Inputs& in, int64_t bh, const BlockIndex& index,
-                       const Shift& shift) {
+// A row of values for every token; a bias has one for all.
+template <typename scalar_t>
+struct Rows {
+  const scalar_t* data = nullptr;
+  int64_t stride = 0;
+
+  Rows() = default;
+  explicit Rows(const Tensor& values)
+      : data(values.const_data_ptr<scalar_t>()),
+        stride(values.dim() == 1 ? 0 : values.stride(0)) {}
+};
+
+template <typename scalar_t>
+Rows<scalar_t> rows_of_queries(const Lookups& lookups, const Inputs& in, int64_t bh,
+                               const BlockIndex& index) {
+  if (!in.table_k) return {};
+  const Tensor table = in.slice(*in.table_k, bh);
+  if (in.table_k->is_bias()) return Rows<scalar_t>(table);
+  Tensor values = lookups.of_queries.narrow(0, 0, index.rows);
+  at::addmm_out(values, values, in.rows(in.q, bh, index.begin, index.rows), table, 0, in.scale);
+  return Rows<scalar_t>(values);
+}
+
+template <typename scalar_t>
+Rows<scalar_t> rows_of_keys(const Lookups& lookups, const Inputs& in, int64_t bh,
+                            const BlockIndex& index) {
+  if (!in.table_q) return {};
+  const Tensor table = in.slice(*in.table_q, bh);
+  if (in.table_q->is_bias()) return Rows<scalar_t>(table);
+  Tensor values = lookups.of_keys.of(bh);
+  if (index.begin == 0) at::addmm_out(values, values, in.slice(in.k, bh), table, 0, in.scale);
+  return Rows<scalar_t>(values);
+}
+
+// The logits of a block of queries of one head, written to `tile` (rows, tokens).
+template <typename scalar_t>
+void fill_logits(Tensor tile, const Lookups& lookups, const Inputs& in, int64_t bh,
+                 const BlockIndex& index) {
   const int64_t tokens = in.tokens();
-  const Tensor q = in.slice(in.q, bh).narrow(0, index.begin, index.rows);
+  const Tensor q = in.rows(in.q, bh, index.begin, index.rows);
   at::addmm_out(tile, tile, q, in.slice(in.k, bh).t(), 0, in.scale);
-  const scalar_t* of_queries = in.data<scalar_t>(in.lookup_k, bh);
-  const scalar_t* of_keys = in.data<scalar_t>(in.lookup_q, bh);
+  const auto of_queries = rows_of_queries<scalar_t>(lookups, in, bh, index);
+  const auto of_keys = rows_of_keys<scalar_t>(lookups, in, bh, index);
   const bool* padding =
       in.padding ? in.padding->const_data_ptr<bool>() + bh / in.heads() * tokens : nullptr;
   scalar_t* logits = tile.mutable_data_ptr<scalar_t>();
   for (int64_t r = 0; r < index.rows; ++r, logits += tokens) {
     for (int64_t t = 0; t < index.terms; ++t) {
-      if (of_queries) {
-        const scalar_t* row = of_queries + (index.begin + r) * in.lookup_k->stride(2);
-        add_gathered(logits, row, index.query_row(r, t), tokens);
+      if (of_queries.data) {
+        add_gathered(logits, of_queries.data + r * of_queries.stride, index.query_row(r, t), tokens);
       }
-      if (of_keys) {
-        const int64_t stride = in.lookup_q->stride(2);
-        add_gathered_of_keys(logits, of_keys, stride, index.key_row(r, t), tokens);
+      if (of_keys.data) {
+        add_gathered_of_keys(logits, of_keys.data, of_keys.stride, index.key_row(r, t), tokens);
       }
     }
     for (int64_t j = 0; padding && j < tokens; ++j) {
       if (padding[j]) logits[j] = -std::numeric_limits<scalar_t>::infinity();
     }
-    const scalar_t by = shift(r, logits);
-    if (by != -std::numeric_limits<scalar_t>::infinity()) subtract(logits, by, tokens);
   }
-  tile.exp_();
 }
 
 }  // namespace rpe_ops

@@ -2,7 +2,9 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 // Wider vectors where the processor has them, chosen when the library is loaded.
@@ -13,6 +15,16 @@
 #endif
 
 namespace rpe_ops {
+
+// Sums are taken in as many parts: the compiler may not reorder additions by itself.
+constexpr int kLanes = 16;
+
+template <typename scalar_t>
+inline scalar_t total(const scalar_t* lanes) {
+  scalar_t sum = 0;
+  for (int n = 0; n < kLanes; ++n) sum += lanes[n];
+  return sum;
+}
 
 // values[j] += row[index[j]]
 template <typename scalar_t>
@@ -75,10 +87,47 @@ RPE_OPS_CLONES void through_softmax(scalar_t* __restrict gradients, scalar_t* __
   }
 }
 
+// e^x for x up to 88, to about one rounding; 0 below the smallest normal number. Cephes' expf: a power
+// of two from the exponent's bits, times a polynomial. A loop over it becomes vectors, std::exp's not.
+inline float exponential(float x) {
+  constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the integer
+  const float shifted = x * 1.44269504f + kToInteger;
+  const float n = shifted - kToInteger;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                        5.0000001201e-1f, 1.0f, 1.0f}) {
+    y = y * r + c;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits - 0x4B400000u + 127u) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return x < -87.0f ? 0.0f : y * power;
+}
+
+inline double exponential(double x) { return std::exp(x); }
+
+// values[j] = exp(values[j] - shift); their sum. A shift of -inf, where all values are, counts as 0.
+template <typename scalar_t>
+RPE_OPS_CLONES scalar_t exponentials(scalar_t* values, scalar_t shift, int64_t count) {
+  if (shift == -std::numeric_limits<scalar_t>::infinity()) shift = 0;
+  scalar_t lanes[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    for (int n = 0; n < kLanes; ++n) {
+      values[j + n] = exponential(values[j + n] - shift);
+      lanes[n] += values[j + n];
+    }
+  }
+  for (; j < count; ++j) lanes[0] += values[j] = exponential(values[j] - shift);
+  return total(lanes);
+}
+
 // The largest value; -inf without any.
 template <typename scalar_t>
 RPE_OPS_CLONES scalar_t largest(const scalar_t* values, int64_t count) {
-  constexpr int kLanes = 16;
   scalar_t lanes[kLanes];
   for (auto& lane : lanes) lane = -std::numeric_limits<scalar_t>::infinity();
   int64_t j = 0;
@@ -91,17 +140,28 @@ RPE_OPS_CLONES scalar_t largest(const scalar_t* values, int64_t count) {
   return result;
 }
 
-// values[j] -= shift
+// values[j] *= factor
 template <typename scalar_t>
-RPE_OPS_CLONES void subtract(scalar_t* values, scalar_t shift, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) values[j] -= shift;
+RPE_OPS_CLONES void multiply(scalar_t* values, scalar_t factor, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) values[j] *= factor;
+}
+
+// values[j] *= factors[j]
+template <typename scalar_t>
+RPE_OPS_CLONES void multiply(scalar_t* __restrict values, const scalar_t* __restrict factors,
+                             int64_t count) {
+  for (int64_t j = 0; j < count; ++j) values[j] *= factors[j];
 }
 
 template <typename scalar_t>
-scalar_t dot(const scalar_t* x, const scalar_t* y, int64_t count) {
-  scalar_t total = 0;
-  for (int64_t n = 0; n < count; ++n) total += x[n] * y[n];
-  return total;
+RPE_OPS_CLONES scalar_t dot(const scalar_t* x, const scalar_t* y, int64_t count) {
+  scalar_t lanes[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    for (int n = 0; n < kLanes; ++n) lanes[n] += x[j + n] * y[j + n];
+  }
+  for (; j < count; ++j) lanes[0] += x[j] * y[j];
+  return total(lanes);
 }
 
 }  // namespace rpe_ops

@@ -3,9 +3,10 @@
     dA = dO vᵀ + dsums[i, bucket(i, j)],  dP = dropout(dA),  dS = P·(dP - delta)
     dq = scale·dS k,  dk = scale·dSᵀ q,  dv = Aᵀ dO,  dlookup = the bucket sums of dS or dSᵀ
 
-with `delta = dO·out + dsums·sums`, and P taken again from `lse` (Dao, "FlashAttention-2", 2023). A
-program owns the tokens of one grid row and sums over all others, so nothing is written twice: from
-the queries' side own `(x, y) = (q, dO)` meet other `(k, v)`, from the keys' side it is the reverse.
+with `delta = dO·out + dsums·sums` given, and P taken again from `lse` (Dao, "FlashAttention-2",
+2023). A program owns the tokens of one grid row and sums over all others, so nothing is written
+twice: from the queries' side own `(x, y) = (q, dO)` meet other `(k, v)`, from the keys' side it is
+the reverse.
 Buckets of own tokens hold lookups_k and dsums on the one side, lookups_q on the other.
 """
 
@@ -37,7 +38,7 @@ from rpe_ops.triton_kernels.launch import (
     sums_block,
 )
 
-__all__ = ["attention_backward"]
+__all__ = ["lookup_backward"]
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def _backward_kernel(
     p_x, p_y, p_ox, p_oy, p_own, p_other, p_gs, p_row_base, p_local, p_padding, p_seed,
     p_lse, p_delta, p_dx, p_dy, p_sums,
     x_b, x_h, x_l, y_b, y_h, y_l, ox_b, ox_h, ox_l, oy_b, oy_h, oy_l,
-    own_b, own_h, own_l, other_b, other_h, other_l, gs_b, gs_h, gs_l,
+    own_b, own_h, own_l, other_b, other_h, other_l, gs_b, gs_h, gs_l, dx_b, dx_h, dx_l,
     heads, height, width, skip, num_buckets, run_width, tiles, own_chunks, other_chunks,
     scale, threshold, keep_scale,
     FROM_KEYS: tl.constexpr, HAS_OWN: tl.constexpr, HAS_OTHER: tl.constexpr,
@@ -161,14 +162,15 @@ def _backward_kernel(
             )  # fmt: skip
         first = end
     o_dim = tl.arange(0, BLOCK_DIM)
-    offsets = (head.to(tl.int64) * tokens + o_own)[:, None] * DIM + o_dim[None, :]
+    # Both gradients have the same strides.
+    offsets = b * dx_b + h * dx_h + o_own[:, None] * dx_l + o_dim[None, :]
     m_rows = m_own[:, None] & (o_dim < DIM)[None, :]
     tl.store(p_dx + offsets, b_dx * scale, mask=m_rows)
     if FROM_KEYS:
         tl.store(p_dy + offsets, b_dy, mask=m_rows)
 
 
-def attention_backward(
+def lookup_backward(
     grad_out: Tensor,
     grad_sums: Tensor | None,
     q: Tensor,
@@ -179,17 +181,16 @@ def attention_backward(
     buckets: GridBuckets,
     key_padding: Tensor | None,
     seed: Tensor,
-    out: Tensor,
-    sums: Tensor,
+    delta: Tensor,
     lse: Tensor,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v, lookup_k and lookup_q; None where there is no such input."""
-    delta = (grad_out.float() * out).sum(-1)
-    if grad_sums is not None:
-        delta += (grad_sums.float() * sums).sum(-1)
-    grad_q, grad_k, grad_v = (q.new_empty(q.shape) for _ in range(3))
+    """Gradients of q, k, v and the lookups; see `rpe_ops.reference.lookup_backward`."""
+    batch, heads, tokens, dim = q.shape
+    grad_q, grad_k, grad_v = (
+        q.new_empty(batch, tokens, heads, dim).transpose(1, 2) for _ in range(3)
+    )
     grad_lookup_k, grad_lookup_q = (
         None if lookup is None else q.new_zeros(lookup.shape) for lookup in (lookup_k, lookup_q)
     )
@@ -204,20 +205,20 @@ def attention_backward(
         "BLOCK_SUMS": sums_block(buckets),
     }
     from_queries = {
-        **matrices(x=q, y=grad_out, ox=k, oy=v),
+        **matrices(x=q, y=grad_out, ox=k, oy=v, dx=grad_q),
         **_lookups(q, lookup_k, lookup_q, grad_lookup_k),
-        "p_dx": grad_q,
         "p_dy": grad_q,
         "FROM_KEYS": False,
     }
     from_keys = {
-        **matrices(x=k, y=v, ox=q, oy=grad_out),
+        **matrices(x=k, y=v, ox=q, oy=grad_out, dx=grad_k),
         **_lookups(q, lookup_q, lookup_k, grad_lookup_q),
-        "p_dx": grad_k,
         "p_dy": grad_v,
         "FROM_KEYS": True,
     }
-    grid = (q.shape[0] * q.shape[1] * common["tiles"],)
+    for operands, grad in ((from_queries, grad_q), (from_keys, grad_k)):
+        assert operands["p_dx"] is grad, "the gradient of a head spans too much memory"
+    grid = (batch * heads * common["tiles"],)
     with device_of(q):
         _backward_kernel[grid](**from_queries, **common)
         _backward_kernel[grid](**from_keys, **common)

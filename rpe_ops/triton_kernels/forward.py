@@ -32,7 +32,7 @@ from rpe_ops.triton_kernels.launch import (
 )
 from rpe_ops.triton_kernels.sums import attention_sums
 
-__all__ = ["attention_forward"]
+__all__ = ["lookup_forward"]
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -102,7 +102,7 @@ def _forward_kernel(
     tl.store(p_lse + o_lse, (b_max + tl.log2(b_total)) * LN2, mask=m_q)
 
 
-def attention_forward(
+def lookup_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -115,7 +115,7 @@ def attention_forward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend; see `rpe_ops.reference.attention_forward`. Head dims up to 128, no float64."""
+    """Attend; see `rpe_ops.reference.lookup_forward`. Head dims up to 128, no float64."""
     batch, heads, tokens, dim = q.shape
     tiles = choose_tiles(buckets, dim, q.dtype, backward=False)
     common = {

@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 
 from irpe_core import parse_rpe_spec
 from irpe_core.buckets import grid_buckets
+from rpe_ops import triton_kernels
 from rpe_ops.triton_kernels import backward, forward, sums
 
 __all__ = ["ARCHITECTURES", "MAX_SPILL_BYTES", "QUICK", "RECIPES", "Recipe", "Usage", "main"]
@@ -98,21 +99,21 @@ def launches(recipe: Recipe) -> list[Launch]:
 
     tokens, heads = buckets.num_tokens, 6
     qkv = tensor(2, tokens, 3, heads, recipe.head_dim).permute(2, 0, 3, 1, 4).unbind()
-    lookup = tensor(2, heads, tokens, buckets.num_lookups)
-    lookups = [lookup if letter in config.rpe_on else None for letter in "kq"]
+    table = tensor(1, recipe.head_dim, buckets.num_lookups)
+    tables = [table if letter in config.rpe_on else None for letter in "kq"]
+    tables.append(table.transpose(1, 2) if "v" in config.rpe_on else None)
     padding = tensor(2, tokens, dtype=torch.bool) if recipe.has_padding else None
-    inputs = (*qkv, *lookups, buckets, padding, tensor(1, dtype=torch.int64))
+    inputs = (*qkv, *tables, buckets, padding, tensor(1, dtype=torch.int64))
     numbers = (recipe.head_dim**-0.5, recipe.dropout_p)
-    want_sums = "v" in config.rpe_on
     found: list[Launch] = []
     with (
         _recorded(forward, "_forward_kernel", found),
         _recorded(sums, "_sums_kernel", found),
         _recorded(backward, "_backward_kernel", found),
     ):
-        outputs = forward.attention_forward(*inputs, want_sums, *numbers)
-        grads = tensor(*qkv[0].shape), lookup if want_sums else None
-        backward.attention_backward(*grads, *inputs, *outputs, *numbers)
+        outputs = triton_kernels.attention_forward(*inputs, *numbers)
+        grad_out = tensor(*qkv[0].shape)
+        triton_kernels.attention_backward(grad_out, *inputs, *outputs, *numbers)
     return found
 
 

@@ -1,6 +1,7 @@
 """Random cases of fused attention, solved by kernels and by the float64 oracle."""
 
 import copy
+import itertools
 from types import ModuleType
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from irpe_core import RPEConfig
 from irpe_core.buckets import grid_buckets
 from tests.rpe_ops.attention_oracle import Results, attend
 
-__all__ = ["DEVICE", "Case", "Problem", "check"]
+__all__ = ["DEVICE", "GRIDS", "SETTINGS", "Case", "Problem", "check"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -27,9 +28,25 @@ class Case(NamedTuple):
     padding: bool = False
     dropout_p: float = 0.0
     bias: bool = False
+    shared: bool = True
     batch: int = 1
     heads: int = 1
     dim: int = 16
+
+
+# What every implementation is tried on, for every method and dtype.
+GRIDS = [(7, 9), (5, 5), (1, 1), (1, 17)]
+SETTINGS = [
+    Case(rpe_on=rpe_on, skip=skip, padding=hard, dropout_p=0.1 * hard, batch=2, heads=2)
+    for rpe_on, skip, hard in itertools.product(
+        ("k", "q", "v", "qkv", ""), (0, 1, 2), (False, True)
+    )
+]
+SETTINGS += [
+    Case(rpe_on="qk", skip=1, bias=True, batch=2, heads=3),
+    Case(rpe_on="qk", skip=2, bias=True, shared=False, batch=2, heads=3, padding=True),
+    Case(rpe_on="qkv", skip=1, shared=False, batch=2, heads=3, padding=True, dropout_p=0.1),
+]
 
 
 def joint(case: Case, parts: int, length: int, device: str) -> list[Tensor]:
@@ -47,11 +64,9 @@ class Problem:
         self.buckets = grid_buckets(self.config, *case.grid, device)
         length = self.buckets.num_tokens
         self.q, self.k, self.v, self.grad_out = joint(case, 4, length, device)
-        self.lookup_k, self.lookup_q = (
-            self.values(length, bias=case.bias) if letter in case.rpe_on else None
-            for letter in "kq"
+        self.table_k, self.table_q, self.table_v = (
+            self.table(letter) if letter in case.rpe_on else None for letter in "kqv"
         )
-        self.grad_sums = self.values(length) if "v" in case.rpe_on else None
         self.padding = None
         if case.padding:
             self.padding = torch.rand(case.batch, length, device=device) < 0.3
@@ -61,57 +76,60 @@ class Problem:
         self.seed = torch.tensor([-(2**62) + 12345], device=device)
         self.scale = case.dim**-0.5
 
-    def values(self, length: int, *, bias: bool = False) -> Tensor:
-        """A value per token and bucket; the same for every token and batch in bias mode."""
-        shape = (self.case.batch, self.case.heads, length, self.buckets.num_lookups)
-        drawn = (1, shape[1], 1, shape[3]) if bias else shape
-        return (
-            torch.randn(drawn, dtype=torch.float64).to(self.device, self.case.dtype).expand(shape)
-        )
+    def table(self, letter: str) -> Tensor:
+        """Random, smaller than queries and keys, as a learned one is."""
+        case, lookups = self.case, self.buckets.num_lookups
+        shape = {"v": (lookups, case.dim)}.get(letter, (case.dim, lookups))
+        if case.bias:
+            shape = (lookups,)
+        drawn = torch.randn(1 if case.shared else case.heads, *shape, dtype=torch.float64)
+        return (drawn / 4).to(self.device, case.dtype)
 
     def widened(self, kernels: ModuleType) -> "Problem":
         """The same in float64 for other kernels."""
         other = copy.copy(self)
         other.kernels = kernels
-        for name in ("q", "k", "v", "lookup_k", "lookup_q", "grad_out", "grad_sums"):
+        for name in ("q", "k", "v", "table_k", "table_q", "table_v", "grad_out"):
             value = getattr(self, name)
             setattr(other, name, None if value is None else value.double())
         return other
 
     def by_kernels(self) -> Results:
-        inputs = (self.q, self.k, self.v, self.lookup_k, self.lookup_q, self.buckets)
+        inputs = (self.q, self.k, self.v, self.table_k, self.table_q, self.table_v, self.buckets)
         inputs = (*inputs, self.padding, self.seed)
         numbers = (self.scale, self.case.dropout_p)
-        want_sums = self.grad_sums is not None
-        out, sums, lse = self.kernels.attention_forward(*inputs, want_sums, *numbers)
-        saved = (*inputs, out, sums, lse, *numbers)
-        grads = self.kernels.attention_backward(self.grad_out, self.grad_sums, *saved)
-        return Results(out, sums if want_sums else None, lse, *grads)
+        out, sums, lse = self.kernels.attention_forward(*inputs, *numbers)
+        grads = self.kernels.attention_backward(self.grad_out, *inputs, out, sums, lse, *numbers)
+        return Results(out, lse, *grads)
 
     def by_oracle(self) -> Results:
-        inputs = (self.q, self.k, self.v, self.lookup_k, self.lookup_q, self.padding, self.seed)
-        numbers = (self.scale, self.case.dropout_p)
-        grads = (self.grad_out, self.grad_sums)
-        return attend(self.config, *self.case.grid, *inputs, *numbers, *grads)
+        inputs = (self.q, self.k, self.v, self.table_k, self.table_q, self.table_v)
+        numbers = (self.scale, self.case.dropout_p, self.grad_out)
+        return attend(self.config, *self.case.grid, *inputs, self.padding, self.seed, *numbers)
 
 
 def check(actual: Results, expected: Results, dtype: torch.dtype) -> None:
-    """Within a few roundings of the largest element: products are taken of rounded weights."""
+    """Within a few roundings of the largest element.
+
+    More than one: weights and lookups are rounded before their products, and the gradient of a
+    table is a sum over all tokens, whose terms partly cancel.
+    """
     for name, x, y in zip(Results._fields, actual, expected, strict=True):
         assert (x is None) == (y is None), name
         if x is None:
             continue
         wanted = torch.promote_types(dtype, torch.float32) if name == "lse" else dtype
         assert x.dtype == wanted, name
-        # Heads lie beside each other in the output alone.
-        assert (x.transpose(1, 2) if name == "out" else x).is_contiguous(), name
+        # Heads lie beside each other in all that has the shape of the queries.
+        of_tokens = name in ("out", "grad_q", "grad_k", "grad_v")
+        assert (x.transpose(1, 2) if of_tokens else x).is_contiguous(), name
         finite = torch.isfinite(y)
         largest = y[finite].abs().max().item() if finite.any() else 0.0
-        roundings = 4 if wanted.itemsize == 2 else 16
+        roundings = 8 if dtype.itemsize == 2 else 32
         torch.testing.assert_close(
             x.double(),
             y,
             rtol=0,
-            atol=roundings * torch.finfo(wanted).eps * max(1.0, largest),
+            atol=roundings * torch.finfo(dtype).eps * max(1.0, largest),
             msg=lambda message, name=name: f"{name}: {message}",
         )

@@ -1,7 +1,7 @@
 """Fused attention as its equations say it, in float64, with whole L × L tensors.
 
-Independent of the operators: buckets come from loops over pairs of positions, lookups and sums go
-through one-hot tensors, gradients through autograd.
+Independent of the operators: buckets come from loops over pairs of positions, every pair's vectors
+are written out through one-hot tensors, gradients come from autograd.
 """
 
 import functools
@@ -22,13 +22,13 @@ class Results(NamedTuple):
     """Outputs and gradients, None where there is no such input or output."""
 
     out: Tensor
-    sums: Tensor | None
     lse: Tensor
     grad_q: Tensor
     grad_k: Tensor
     grad_v: Tensor
-    grad_lookup_k: Tensor | None
-    grad_lookup_q: Tensor | None
+    grad_table_k: Tensor | None
+    grad_table_q: Tensor | None
+    grad_table_v: Tensor | None
 
 
 @functools.lru_cache(maxsize=16)
@@ -45,27 +45,27 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lookup_k: Tensor | None,
-    lookup_q: Tensor | None,
+    table_k: Tensor | None,
+    table_q: Tensor | None,
+    table_v: Tensor | None,
     key_padding: Tensor | None,
     seed: Tensor,
     scale: float,
     dropout_p: float,
     grad_out: Tensor,
-    grad_sums: Tensor | None,
 ) -> Results:
-    """Forward and backward; sums are made where `grad_sums` is given."""
+    """Forward and backward."""
     inputs = [
         None if x is None else x.detach().double().requires_grad_()
-        for x in (q, k, v, lookup_k, lookup_q)
+        for x in (q, k, v, table_k, table_q, table_v)
     ]
-    q, k, v, lookup_k, lookup_q = inputs
+    q, k, v, table_k, table_q, table_v = inputs
     index = one_hot_buckets(config, height, width)
     logits = scale * q @ k.transpose(-2, -1)
-    if lookup_k is not None:
-        logits = logits + torch.einsum("bhin,ijn->bhij", lookup_k, index)
-    if lookup_q is not None:
-        logits = logits + torch.einsum("bhjn,jin->bhij", lookup_q, index)
+    if table_k is not None:
+        logits = logits + _encoding(scale * q, table_k, index)
+    if table_q is not None:
+        logits = logits + _encoding(scale * k, table_q, index).transpose(-2, -1)
     if key_padding is not None:
         logits = logits.masked_fill(key_padding[:, None, None, :], float("-inf"))
     lse = logits.logsumexp(-1)
@@ -73,11 +73,18 @@ def attend(
     if dropout_p > 0:
         weights = weights * keep_mask(seed, *weights.shape, dropout_p) / (1 - dropout_p)
     out = weights @ v
-    loss, sums = (out * grad_out).sum(), None
-    if grad_sums is not None:
-        sums = torch.einsum("bhij,ijn->bhin", weights, index)
-        loss = loss + (sums * grad_sums).sum()
+    if table_v is not None:
+        table_v = table_v.expand(q.shape[1], -1, -1)
+        out = out + torch.einsum("bhij,ijn,hnd->bhid", weights, index, table_v)
     present = [x for x in inputs if x is not None]
-    grads = iter(torch.autograd.grad(loss, present))
+    grads = iter(torch.autograd.grad((out * grad_out).sum(), present))
     grads = [None if x is None else next(grads) for x in inputs]
-    return Results(out.detach(), None if sums is None else sums.detach(), lse.detach(), *grads)
+    return Results(out.detach(), lse.detach(), *grads)
+
+
+def _encoding(x: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    """`(B, H, L, L)` of tokens `x`; a table of two dimensions is a bias."""
+    table = table.expand(x.shape[1], *table.shape[1:])
+    if table.ndim == 2:
+        return torch.einsum("hn,ijn->hij", table, index)
+    return torch.einsum("bhid,hdn,ijn->bhij", x, table, index)

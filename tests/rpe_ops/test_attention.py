@@ -30,16 +30,16 @@ def implementation(request: pytest.FixtureRequest) -> str:
 
 
 def inputs(dtype: torch.dtype = torch.float64, config: RPEConfig = CONFIG) -> list[Tensor]:
-    """q, k, v, lookup_k, lookup_q."""
+    """q, k, v, table_k, table_q, table_v."""
     num_lookups = grid_buckets(config, *GRID).num_lookups
-    widths = (8, 8, 8, num_lookups, num_lookups)
-    return [torch.randn(2, 3, LENGTH, n, dtype=dtype).requires_grad_() for n in widths]
+    shapes = [(2, 3, LENGTH, 8)] * 3 + [(1, 8, num_lookups), (3, 8, num_lookups)]
+    shapes.append((1, num_lookups, 8))
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def attend(q, k, v, lookup_k, lookup_q, config: RPEConfig = CONFIG, **options):
-    return rpe_ops.attention(
-        q, k, v, grid_buckets(config, *GRID), lookup_k=lookup_k, lookup_q=lookup_q, **options
-    )
+def attend(q, k, v, table_k, table_q, table_v, config: RPEConfig = CONFIG, **options) -> Tensor:
+    tables = {"table_k": table_k, "table_q": table_q, "table_v": table_v}
+    return rpe_ops.attention(q, k, v, grid_buckets(config, *GRID), **tables, **options)
 
 
 @pytest.mark.parametrize("method", ["product", "cross", "euc"])
@@ -49,23 +49,26 @@ def test_derivatives_are_those_of_finite_differences(implementation, method, dro
     padding = torch.zeros(2, LENGTH, dtype=torch.bool)
     padding[0, 5:] = padding[1] = True
 
-    def seeded(*args: Tensor) -> tuple[Tensor, Tensor]:
+    def seeded(*args: Tensor) -> Tensor:
         torch.manual_seed(5)
-        options = {"dropout_p": dropout_p, "key_padding": padding, "want_sums": True}
+        options = {"dropout_p": dropout_p, "key_padding": padding}
         return attend(*args, config, implementation=implementation, **options)
 
     torch.autograd.gradcheck(seeded, inputs(config=config), fast_mode=True)
 
 
-@pytest.mark.parametrize("want_sums", [True, False])
-def test_opcheck(implementation, want_sums):
-    q, k, v, lookup_k, lookup_q = inputs()
-    tail = (None, torch.zeros(1, dtype=torch.int64), want_sums, 0.3, 0.0, implementation)
-    arguments = (q, k, v, lookup_k, lookup_q, *grid_buckets(CONFIG, *GRID), *tail)
+@pytest.mark.parametrize("given", ["qkv", "k", "bias", "none"])
+def test_opcheck(implementation, given):
+    q, k, v, *tables = inputs()
+    if given == "bias":
+        tables = [table[:, 0].detach().requires_grad_() for table in tables[:2]] + [None]
+    else:
+        tables = [x if n in given else None for n, x in zip("kqv", tables, strict=True)]
+    tail = (None, torch.zeros(1, dtype=torch.int64), 0.3, 0.0, implementation)
+    arguments = (q, k, v, *tables, *grid_buckets(CONFIG, *GRID), *tail)
     torch.library.opcheck(torch.ops.rpe_ops.attention.default, arguments)
-    out, sums, lse = torch.ops.rpe_ops.attention.default(*arguments)
-    saved = (*(x.detach() for x in arguments[:5]), *arguments[5:14], out, sums, lse)
-    backward = (torch.randn_like(out), torch.randn_like(sums) if want_sums else None, *saved)
+    outputs = torch.ops.rpe_ops.attention.default(*arguments)
+    backward = (torch.randn_like(outputs[0]), *arguments[:15], *outputs)
     backward = [x.detach() if isinstance(x, Tensor) else x for x in backward]
     torch.library.opcheck(
         torch.ops.rpe_ops.attention_backward.default, (*backward, 0.3, 0.0, implementation)
@@ -76,8 +79,7 @@ def test_it_compiles_and_checkpoints_into_the_same(implementation):
     args = inputs(torch.float32)
 
     def function(*args: Tensor) -> Tensor:
-        out, sums = attend(*args, want_sums=True, implementation=implementation)
-        return out.sum(-1) + sums.cos().sum(-1)
+        return attend(*args, implementation=implementation).sum(-1)
 
     expected = function(*args)
     wanted = torch.autograd.grad(expected.sum(), args)
@@ -93,10 +95,10 @@ def test_it_compiles_and_checkpoints_into_the_same(implementation):
 def test_dropout_repeats_with_the_generator_and_is_redrawn_otherwise(implementation):
     args = inputs()
     torch.manual_seed(1)
-    first, _ = attend(*args, dropout_p=0.5, implementation=implementation)
-    other, _ = attend(*args, dropout_p=0.5, implementation=implementation)
+    first = attend(*args, dropout_p=0.5, implementation=implementation)
+    other = attend(*args, dropout_p=0.5, implementation=implementation)
     torch.manual_seed(1)
-    again, _ = attend(*args, dropout_p=0.5, implementation=implementation)
+    again = attend(*args, dropout_p=0.5, implementation=implementation)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -113,28 +115,37 @@ def test_the_mask_drops_what_it_should_and_neighbours_know_nothing_of_each_other
         assert abs(correlation) < 5 / count**0.5
 
 
-def test_flops_are_those_of_torchs_attention():
-    args = inputs(torch.float32)
-    counts = []
-    for function in (
-        lambda q, k, v, *_: torch.nn.functional.scaled_dot_product_attention(q, k, v),
-        lambda *args: attend(*args, implementation="reference")[0],
-    ):
-        with FlopCounterMode(display=False) as counter:
-            function(*args)
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] == 4 * 2 * 3 * LENGTH**2 * 8
+@pytest.mark.parametrize("rpe_on", ["", "k", "qkv"])
+def test_flops_are_those_of_torchs_attention_and_of_the_tables(rpe_on):
+    q, k, v, *tables = inputs(torch.float32)
+    tables = [x if n in rpe_on else None for n, x in zip("kqv", tables, strict=True)]
+    with FlopCounterMode(display=False) as plain:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    product = 2 * 2 * 3 * LENGTH * 8
+    buckets = grid_buckets(CONFIG, *GRID).num_lookups
+    assert plain.get_total_flops() == 2 * product * LENGTH
     with FlopCounterMode(display=False) as counter:
-        attend(*args, implementation="reference")[0].sum().backward()
-    assert counter.get_total_flops() == 14 * 2 * 3 * LENGTH**2 * 8
+        out = attend(q, k, v, *tables, implementation="reference")
+    forward = counter.get_total_flops()
+    assert forward == plain.get_total_flops() + len(rpe_on) * product * buckets
+    with counter:
+        out.sum().backward()
+    # Lookups of queries and keys are made anew.
+    of_tables = {"": 0, "k": 3, "qkv": 8}[rpe_on] * buckets
+    assert counter.get_total_flops() == product * (5 * LENGTH + of_tables)
 
 
 WRONG = {
     "q must be": lambda a: a.update(q=a["q"][:, :, 1:]),
     "k must have the shape of q": lambda a: a.update(k=a["k"][..., :4]),
     "v must have the dtype of q": lambda a: a.update(v=a["v"].float()),
-    "lookup_k must expand to": lambda a: a.update(lookup_k=a["lookup_k"][..., 1:]),
-    "lookup_q must have the dtype": lambda a: a.update(lookup_q=a["lookup_q"].half()),
+    r"table_k must have shape \(1 or 3, 8, 50\) or \(1 or 3, 50\)": lambda a: a.update(
+        table_k=a["table_k"][..., 1:]
+    ),
+    "table_q must have the dtype": lambda a: a.update(table_q=a["table_q"].half()),
+    r"table_v must have shape \(1 or 3, 50, 8\), got": lambda a: a.update(
+        table_v=a["table_v"][:, 0]
+    ),
     "key_padding must be bool": lambda a: a.update(key_padding=torch.zeros(2, LENGTH)),
     r"dropout_p must be in \[0, 1\), got 1": lambda a: a.update(dropout_p=1),
     "scale must not be 0": lambda a: a.update(scale=0.0),
@@ -144,7 +155,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("message", "spoil"), WRONG.items(), ids=WRONG)
 def test_wrong_arguments_are_named(message, spoil):
-    arguments = dict(zip(("q", "k", "v", "lookup_k", "lookup_q"), inputs(), strict=True))
+    arguments = dict(zip(("q", "k", "v", "table_k", "table_q", "table_v"), inputs(), strict=True))
     spoil(arguments)
     with pytest.raises(ValueError, match=message):
         attend(**arguments)

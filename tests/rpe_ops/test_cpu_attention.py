@@ -3,27 +3,17 @@
 Every combination, every output, every gradient, on memory that is NaN before it is written.
 """
 
-import itertools
-
 import pytest
 import torch
 
 from rpe_ops import library, reference
-from tests.rpe_ops.attention_cases import Case, Problem, check
+from tests.rpe_ops.attention_cases import GRIDS, SETTINGS, Case, Problem, check
 from tests.rpe_ops.attention_oracle import Results
 from tests.rpe_ops.extension import provide_library
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "compiled")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-GRIDS = [(7, 9), (5, 5), (1, 1), (1, 17)]
-SETTINGS = [
-    Case(rpe_on=rpe_on, skip=skip, padding=hard, dropout_p=0.1 * hard, batch=2, heads=2, dim=8)
-    for rpe_on, skip, hard in itertools.product(
-        ("k", "q", "v", "qkv", ""), (0, 1, 2), (False, True)
-    )
-]
-SETTINGS += [Case(rpe_on="qk", skip=1, bias=True, batch=2, heads=3)]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +34,10 @@ def test_attention_and_gradients_follow_the_equations(method, grid, dtype):
         check(problem.by_kernels(), expected, dtype)
 
 
-def test_several_tiles_of_queries():
-    case = Case(rpe_on="qkv", grid=(14, 20), skip=1, padding=True, dropout_p=0.1)
+@pytest.mark.parametrize("grid", [(14, 14), (14, 20)], ids=["14x14", "several tiles"])
+@pytest.mark.parametrize("method", ["product", "euc", "quant", "cross"])
+def test_larger_grids(method, grid):
+    case = Case(method, "qkv", grid, skip=1, padding=True, dropout_p=0.1, batch=2)
     problem = Problem(case, library, "cpu")
     check(problem.by_kernels(), problem.by_oracle(), torch.float32)
 
@@ -59,7 +51,7 @@ def test_a_feature_map_of_detr():
 
 def test_inputs_and_gradients_of_any_strides():
     problem = Problem(Case(rpe_on="kv", grid=(2, 3), heads=2), library, "cpu")
-    for name in ("q", "v", "lookup_k", "grad_sums"):
+    for name in ("q", "v", "table_k", "table_v"):
         x = getattr(problem, name)
         setattr(problem, name, x.transpose(-1, -2).contiguous().transpose(-1, -2))
     problem.k = problem.k.repeat_interleave(2, -1)[..., ::2]

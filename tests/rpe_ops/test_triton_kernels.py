@@ -1,6 +1,6 @@
 """Triton's fused attention against the float64 oracle; on the CPU in Triton's interpreter.
 
-Every case compares out, sums, lse and every gradient, on memory that is NaN before it is written.
+Every case compares out, lse and every gradient, on memory that is NaN before it is written.
 """
 
 import pytest
@@ -11,7 +11,7 @@ import rpe_ops
 from irpe_core import RPEConfig, build_rpe, rpe_attention, set_implementation
 from irpe_core.buckets import grid_buckets
 from rpe_ops import triton_kernels
-from tests.rpe_ops.attention_cases import DEVICE, Case, Problem, check
+from tests.rpe_ops.attention_cases import DEVICE, GRIDS, SETTINGS, Case, Problem, check
 from tests.rpe_ops.attention_oracle import Results
 
 pytestmark = [
@@ -34,6 +34,8 @@ CASES = {
     ),
     "product-qkv-float16": Case(rpe_on="qkv", grid=(4, 3), dtype=FLOAT16, dropout_p=0.1, dim=32),
     "product-bias-qk": Case(rpe_on="qk", skip=1, bias=True),
+    "product-bias-of-heads": Case(rpe_on="qk", bias=True, shared=False, batch=2, heads=2),
+    "product-qkv-of-heads": Case(rpe_on="qkv", skip=1, shared=False, batch=2, heads=2),
     "euc-qkv": Case("euc", "qkv", skip=2, padding=True, dropout_p=0.1, batch=2),
     "euc-k-float16": Case("euc", dtype=FLOAT16, skip=1),
     "euc-qkv-1x17": Case("euc", "qkv", (1, 17), 1),
@@ -58,12 +60,24 @@ def test_attention_and_gradients_follow_the_equations(case):
     check(problem.by_kernels(), problem.by_oracle(), case.dtype)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16], ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}x{grid[1]}")
+@pytest.mark.parametrize("method", ["product", "euc", "quant", "cross"])
+def test_every_combination_follows_the_equations(method, grid, dtype):
+    for setting in SETTINGS:
+        case = setting._replace(method=method, grid=grid, dtype=dtype)
+        problem = Problem(case, triton_kernels)
+        check(problem.by_kernels(), problem.by_oracle(), dtype)
+
+
 def test_rows_that_attend_nowhere_are_zero():
     problem = Problem(CASES["cross-qkv"]._replace(grid=(2, 2)), triton_kernels)
     found = problem.by_kernels()
     assert torch.isneginf(found.lse[1]).all()
     for name, x in zip(Results._fields, found, strict=True):
-        assert name == "lse" or not x[1].any(), name
+        of_images = name in ("out", "grad_q", "grad_k", "grad_v")
+        assert not of_images or not x[1].any(), name
 
 
 def test_two_runs_are_equal_in_every_bit():
@@ -75,7 +89,7 @@ def test_two_runs_are_equal_in_every_bit():
 def test_inputs_and_gradients_of_any_strides():
     problem = Problem(Case(rpe_on="kv", grid=(2, 3), heads=2), triton_kernels)
     # The last dimension strided, then not dense in memory either.
-    for name in ("q", "v", "lookup_k", "grad_sums"):
+    for name in ("q", "v", "table_k", "table_v"):
         x = getattr(problem, name)
         setattr(problem, name, x.transpose(-1, -2).contiguous().transpose(-1, -2))
     problem.k = problem.k.repeat_interleave(2, -1)[..., ::2]

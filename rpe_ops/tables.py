@@ -1,0 +1,122 @@
+"""Attention with tables, composed of an attention with lookups and products of matrices.
+
+    lookup_k = scale·q T_k,   lookup_q = scale·k T_q,   out += sums T_v
+
+and the gradients of all of them. A bias is its own lookup, the same for every token. Lookups are
+made anew in the backward: kept, they would take K/d times the memory of the queries.
+
+What attends with lookups is given, as `rpe_ops.reference.lookup_forward` and `lookup_backward`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rpe_ops.grid import GridBuckets
+
+__all__ = ["attention_forward", "attention_backward"]
+
+
+def attention_forward(
+    lookup_forward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table_k: Tensor | None,
+    table_q: Tensor | None,
+    table_v: Tensor | None,
+    buckets: GridBuckets,
+    key_padding: Tensor | None,
+    seed: Tensor,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend; see `rpe_ops.attention`.
+
+    Returns:
+        `out (B, H, L, d)`, in memory `(B, L, H, d)`; the bucket sums of the weights
+        `(B, H, L, T·K)` where there is `table_v`, else an empty tensor; and the logarithm
+        `(B, H, L)` of every row's sum of exponentials, float32 or wider, -inf where it attends
+        nowhere.
+    """
+    lookups = _lookup(q, table_k, scale), _lookup(k, table_q, scale)
+    rest = (buckets, key_padding, seed, table_v is not None, scale, dropout_p)
+    out, sums, lse = lookup_forward(q, k, v, *lookups, *rest)
+    if table_v is not None:
+        out += sums @ _of_heads(table_v)
+    return out, sums, lse
+
+
+def attention_backward(
+    lookup_backward: Callable[..., tuple[Tensor | None, ...]],
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table_k: Tensor | None,
+    table_q: Tensor | None,
+    table_v: Tensor | None,
+    buckets: GridBuckets,
+    key_padding: Tensor | None,
+    seed: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    lse: Tensor,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, table_k, table_q and table_v; None where there is no such input."""
+    lookups = _lookup(q, table_k, scale), _lookup(k, table_q, scale)
+    # Of all outputs, the part of the values included: the sums' own product is in it.
+    delta = (grad_out.to(lse.dtype) * out).sum(-1)
+    grad_sums = grad_table_v = None
+    if table_v is not None:
+        grad_sums = grad_out @ _of_heads(table_v).transpose(-2, -1)
+        grad_table_v = _product(sums, grad_out, table_v)
+    rest = (buckets, key_padding, seed, delta, lse, scale, dropout_p)
+    grad_q, grad_k, grad_v, *grad_lookups = lookup_backward(
+        grad_out, grad_sums, q, k, v, *lookups, *rest
+    )
+    grad_table_k = _through_table(grad_lookups[0], q, table_k, scale, grad_q)
+    grad_table_q = _through_table(grad_lookups[1], k, table_q, scale, grad_k)
+    return grad_q, grad_k, grad_v, grad_table_k, grad_table_q, grad_table_v
+
+
+def _of_heads(table: Tensor) -> Tensor:
+    """A shared table as one matrix: its product with all heads is a flat one."""
+    return table[0] if len(table) == 1 else table
+
+
+def _lookup(x: Tensor, table: Tensor | None, scale: float) -> Tensor | None:
+    """A value per token of `x (B, H, L, d)` and bucket, `(B, H, L, T·K)`."""
+    if table is None:
+        return None
+    if table.ndim == 2:
+        return table[None, :, None].expand(*x.shape[:-1], -1)
+    return x @ (_of_heads(table) * scale)
+
+
+def _through_table(
+    grad_lookup: Tensor | None, x: Tensor, table: Tensor | None, scale: float, grad_x: Tensor
+) -> Tensor | None:
+    """The gradient of a table; adds that of the tokens `x` to `grad_x`."""
+    if table is None:
+        return None
+    if table.ndim == 2:
+        grad = grad_lookup.sum((0, 2), dtype=_wide(x))
+        return (grad.sum(0, keepdim=True) if len(table) == 1 else grad).to(x.dtype)
+    grad_x += grad_lookup @ (_of_heads(table) * scale).transpose(-2, -1)
+    return _product(x, grad_lookup, table, scale)
+
+
+def _product(x: Tensor, y: Tensor, like: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale·xᵀ y` of `(B, H, L, m)` and `(B, H, L, n)`, added up as the heads of `like` are."""
+    if len(like) == 1:
+        x, y = x.flatten(0, 2), y.flatten(0, 2)
+        return scale * (x.T @ y)[None]
+    return (scale * (x.transpose(-2, -1) @ y).sum(0, dtype=_wide(x))).to(x.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
