@@ -6,7 +6,7 @@ Build an encoding with `get_rpe_config` and `build_rpe`, attend with `rpe_attent
 
 from irpe_core.add import add_irpe
 from irpe_core.buckets import BucketCache, bucket_ids, piecewise_index
-from irpe_core.checkpoint import CheckpointError, load_checkpoint, load_weights
+from irpe_core.checkpoint import load_checkpoint, load_weights
 from irpe_core.config import (
     METHODS,
     MODES,
@@ -16,6 +16,7 @@ from irpe_core.config import (
     parse_rpe_spec,
 )
 from irpe_core.encoding import BiasRPE, ContextualRPE, CrossRPE, ValueRPE, build_rpe
+from irpe_core.errors import CheckpointError
 from irpe_core.functional import rpe_attention, set_implementation
 from irpe_core.modules import RPEAttention
 from irpe_core.multihead import RPEMultiheadAttention

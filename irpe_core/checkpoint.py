@@ -8,18 +8,15 @@ A checkpoint is a dict whose `model` entry is a state dict. The originals also h
 import argparse
 import pickle
 import re
-import urllib.error
 from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
 
+from irpe_core.download import download
+from irpe_core.errors import CheckpointError
+
 __all__ = ["CheckpointError", "load_checkpoint", "load_weights"]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read, or does not fit the model; the message says why."""
 
 
 def load_checkpoint(source: str | Path) -> dict:
@@ -35,7 +32,9 @@ def load_checkpoint(source: str | Path) -> dict:
     Raises:
         CheckpointError: Missing, truncated, not a checkpoint, or with code in it.
     """
-    path = _fetch(str(source)) if str(source).startswith(("http://", "https://")) else Path(source)
+    path = (
+        download(str(source)) if str(source).startswith(("http://", "https://")) else Path(source)
+    )
     if not path.is_file():
         state = "is not a file" if path.exists() else "does not exist"
         raise CheckpointError(f"checkpoint {str(path)!r} {state}")
@@ -66,18 +65,6 @@ def _normalise(checkpoint: object, path: Path) -> dict:
                 checkpoint["args"] = vars(args)
             return checkpoint
     raise CheckpointError(f"{str(path)!r} holds no weights: a dict with an entry 'model' is needed")
-
-
-def _fetch(url: str) -> Path:
-    """Download into the torch hub cache, unless it is there."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path))
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"cannot download {url}: {error}") from error
-    return path
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:

@@ -147,31 +147,6 @@ def test_an_unreadable_file_is_not_called_truncated(tmp_path, monkeypatch):
         load_checkpoint(path)
 
 
-def test_an_address_is_downloaded_once(tmp_path, monkeypatch):
-    downloads: list[str] = []
-
-    def download(url: str, target: str) -> None:
-        downloads.append(url)
-        saved(Path(target), {"model": STATE})
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    url = "https://example.com/zoo/deit.pth"
-    for _ in range(2):
-        assert torch.equal(load_checkpoint(url)["model"]["bias"], STATE["bias"])
-    assert downloads == [url]
-
-
-def test_a_failed_download_is_a_checkpoint_error(tmp_path, monkeypatch):
-    def fail(url: str, target: str) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(CheckpointError, match=r"cannot download https://.*no route to host"):
-        load_checkpoint("https://example.com/deit.pth")
-
-
 def test_weights_are_loaded_strictly_or_not_at_all():
     model = nn.Linear(3, 2)
     load_weights(model, STATE)

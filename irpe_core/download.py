@@ -1,0 +1,249 @@
+"""Downloading checkpoints: resumable, whole or not at all, by one process at a time.
+
+What arrives is kept as `<name>.part`, and `<name>.part.json` says of which version of the file it
+is. A later call asks for the rest alone (RFC 9110: `Range`, on the condition `If-Range`); a server
+that does not know ranges, or has another version by now, sends everything, and the file starts
+anew. Only a whole file takes the final name. The partial file is its own lock, which the system
+lifts when a process dies; whoever waited finds the file finished.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import BinaryIO
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import torch
+
+from irpe_core.errors import CheckpointError
+
+__all__ = ["download"]
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT = 30.0  # seconds without an answer or a byte
+_CHUNK = 1 << 20  # bytes
+
+
+def download(
+    url: str,
+    directory: str | Path | None = None,
+    *,
+    sha256: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Fetch a file, unless one of its name is there.
+
+    Several processes may call it at once for the same file: one downloads, the others wait. An
+    interrupted download goes on where it stopped when the function is called again.
+
+    Args:
+        url: An `http(s)://` address, whose last part names the file.
+        directory: Where to put it; None for the checkpoints of the torch hub cache.
+        sha256: The file's checksum in hexadecimal; also checked of a file that is there.
+        progress: Show a bar where stderr is a terminal, in the process that downloads.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        CheckpointError: The address cannot be fetched, the connection broke (what was received is
+            kept), the checksum is another, or the directory cannot be written.
+    """
+    name = _file_name(url)
+    folder = Path(directory) if directory else Path(torch.hub.get_dir()) / "checkpoints"
+    path, part = folder / name, folder / f"{name}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(part, path) as file:
+            if file is not None:
+                _complete(file, url, part, sha256, progress)
+                part.replace(path)
+                _notes(part).unlink(missing_ok=True)
+            elif sha256 and (found := _sha256(path)) != sha256.lower():
+                raise CheckpointError(
+                    f"{str(path)!r} has the SHA-256 {found} instead of {sha256}: "
+                    "remove it to download it again"
+                )
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot store {url} as {error.filename or part}: {_why(error)}"
+        ) from error
+    return path
+
+
+def _file_name(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        name, host = Path(parts.path).name, parts.hostname
+    except ValueError:
+        name = host = None
+    if not host or parts.scheme not in ("http", "https") or name in ("", ".."):
+        raise CheckpointError(f"{url!r} is not the http:// or https:// address of a file")
+    return name
+
+
+@contextmanager
+def _locked(part: Path, path: Path) -> Iterator[BinaryIO | None]:
+    """The partial file, open and locked; None where `path` exists, at once or after waiting."""
+    import fcntl  # POSIX alone has it
+
+    while not path.is_file():
+        with part.open("ab", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("waiting for another process that downloads %s", path.name)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file, part):
+                yield file
+                return
+    yield None
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether the open file is there still; another process may have renamed or removed it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _complete(file: BinaryIO, url: str, part: Path, sha256: str | None, progress: bool) -> None:
+    """Bring the partial file to its whole length, and check it; left empty, it is removed."""
+    notes = _notes(part)
+    try:
+        response, start, total = _request(url, *_kept(file, url, notes))
+        with response:
+            if start == 0:
+                file.truncate(0)
+                notes.write_text(json.dumps({"url": url, "version": _version(response)}))
+            logger.info("downloading %s from byte %d of %s", url, start, total or "?")
+            size, why = _copy(response, file, part.stem, total, progress)
+        if why or total not in (None, size):
+            raise CheckpointError(
+                f"the download of {url} broke off at {size} of {total or 'unknown'} bytes, "
+                f"which are kept in {part}: {why or 'the server closed the connection'}"
+            )
+        if sha256 and (found := _sha256(part)) != sha256.lower():
+            file.truncate(0)
+            raise CheckpointError(
+                f"{url} has the SHA-256 {found} instead of {sha256}: what came is removed"
+            )
+        os.fsync(file.fileno())
+    finally:
+        if os.fstat(file.fileno()).st_size == 0:
+            part.unlink(missing_ok=True)
+            notes.unlink(missing_ok=True)
+
+
+def _notes(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
+
+
+def _kept(file: BinaryIO, url: str, notes: Path) -> tuple[int, str | None]:
+    """Bytes that a former call left, and the version they are of; 0 where that is not known."""
+    try:
+        known = json.loads(notes.read_text())
+        version = known["version"] if known["url"] == url else None
+    except (OSError, ValueError, KeyError, TypeError):
+        version = None
+    return (os.fstat(file.fileno()).st_size if version else 0), version
+
+
+def _version(response: HTTPResponse) -> str | None:
+    """What `If-Range` takes: a strong entity tag, or else the date of the last change."""
+    tag = response.headers.get("ETag", "")
+    return tag if tag.startswith('"') else response.headers.get("Last-Modified")
+
+
+def _request(url: str, have: int, version: str | None) -> tuple[HTTPResponse, int, int | None]:
+    """Ask for what is missing: the answer, the byte it starts at, and the whole file's length."""
+    headers = {"User-Agent": "irpe_core"}
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": version}
+    try:
+        response = urlopen(Request(url, headers=headers), timeout=_TIMEOUT)
+    except HTTPError as error:
+        error.close()
+        if error.code == 416 and have:
+            return _request(url, 0, None)
+        raise CheckpointError(
+            f"cannot download {url}: the server answered {error.code} {error.reason}"
+        ) from error
+    except (OSError, HTTPException, ValueError) as error:
+        raise CheckpointError(f"cannot download {url}: {_why(error)}") from error
+    length = response.headers.get("Content-Length", "")
+    if response.status == 206 and have:
+        place = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        if place and int(place[1]) == have:
+            return response, have, int(place[2])
+        response.close()
+        return _request(url, 0, None)
+    problem = None
+    if response.status != 200:
+        problem = f"the server answered {response.status} {response.reason}"
+    elif response.headers.get_content_type() == "text/html":
+        problem = "the server sent a web page instead of a file"
+    elif not (length.isdigit() and int(length) > 0) and not response.chunked:
+        problem = "the server does not say how long the file is, or it is empty"
+    if problem:
+        response.close()
+        raise CheckpointError(f"cannot download {url}: {problem}")
+    return response, 0, None if response.chunked else int(length)
+
+
+def _copy(
+    response: HTTPResponse, file: BinaryIO, title: str, total: int | None, progress: bool
+) -> tuple[int, str | None]:
+    """Append what comes; the length of the file then, and why no more came, if there is a why."""
+    size = file.seek(0, os.SEEK_END)
+    bar = torch.hub.tqdm(
+        total=total,
+        initial=size,
+        desc=title,
+        disable=not (progress and sys.stderr.isatty()),
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+    )
+    bar.n = size  # what torch takes where tqdm is not installed knows no `initial`
+    with bar:
+        while True:
+            try:
+                chunk = response.read1(_CHUNK)
+            except (OSError, HTTPException) as error:
+                return size, _why(error)
+            if not chunk:
+                return size, None
+            rest = memoryview(chunk)
+            while rest:
+                rest = rest[file.write(rest) :]
+            size += len(chunk)
+            bar.update(len(chunk))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _why(error: Exception) -> str:
+    """The reason without Python's numbers and wrappings."""
+    if isinstance(error, URLError) and isinstance(error.reason, Exception):
+        error = error.reason
+    if isinstance(error, TimeoutError):
+        return f"no answer within {_TIMEOUT:g} s"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

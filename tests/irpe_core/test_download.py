@@ -1,0 +1,294 @@
+"""Downloads: resumed, whole or not at all, by one process at a time; failures in one sentence."""
+
+import errno
+import hashlib
+import io
+import os
+import random
+import resource
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from irpe_core import CheckpointError, load_checkpoint
+from irpe_core.download import download
+from tests.web_server import serve
+
+CONTENT = random.Random(1).randbytes(300_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def site():
+    with serve(weights=CONTENT) as site:
+        yield site
+
+
+@pytest.fixture
+def url(site) -> str:
+    return site.url("weights.pth")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def failure(url: str, folder: Path, **options) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        download(url, folder, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_file_is_fetched_once_and_nothing_else_is_left(site, url, tmp_path):
+    for _ in range(2):
+        path = download(url, tmp_path / "new" / "folder", sha256=SHA256.upper())
+        assert path.read_bytes() == CONTENT
+    assert path == tmp_path / "new" / "folder" / "weights.pth"
+    assert names(path.parent) == ["weights.pth"]
+    assert len(site.requests) == 1
+
+
+def test_it_goes_to_the_torch_hub_cache_by_default(url, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert download(url) == tmp_path / "hub" / "checkpoints" / "weights.pth"
+
+
+def test_a_query_does_not_belong_to_the_name(site, tmp_path):
+    site.files["/weights.pth?token=1/2"] = CONTENT
+    assert download(site.url("weights.pth?token=1/2"), tmp_path).name == "weights.pth"
+
+
+@pytest.mark.parametrize(
+    "version",
+    [
+        {"ETag": '"one"'},
+        {"Last-Modified": "Sat, 01 Jan 2022 00:00:00 GMT"},
+        {"ETag": 'W/"weak"', "Last-Modified": "Sat, 01 Jan 2022 00:00:00 GMT"},
+    ],
+    ids=["tag", "date", "weak-tag-and-date"],
+)
+def test_an_interrupted_download_goes_on_where_it_stopped(site, url, tmp_path, version):
+    site.version, site.break_after = version, [100_000, 50_000]
+    for kept in (100_000, 150_000):
+        message = failure(url, tmp_path)
+        assert f"broke off at {kept} of 300000 bytes, which are kept in " in message
+        assert (tmp_path / "weights.pth.part").read_bytes() == CONTENT[:kept]
+        assert not (tmp_path / "weights.pth").exists()
+    assert download(url, tmp_path).read_bytes() == CONTENT
+    assert [r.get("Range") for r in site.requests] == [None, "bytes=100000-", "bytes=150000-"]
+    assert names(tmp_path) == ["weights.pth"]
+
+
+def test_a_server_that_ignores_ranges_sends_it_anew(site, url, tmp_path):
+    site.ranges, site.break_after = False, [100_000]
+    failure(url, tmp_path)
+    assert download(url, tmp_path, sha256=SHA256).read_bytes() == CONTENT
+    assert site.requests[1]["Range"] == "bytes=100000-"
+
+
+def test_a_file_that_changed_meanwhile_is_not_mixed_with_the_old(site, url, tmp_path):
+    site.break_after = [100_000]
+    failure(url, tmp_path)
+    site.files["/weights.pth"], site.version = CONTENT[::-1], {"ETag": '"two"'}
+    assert download(url, tmp_path).read_bytes() == CONTENT[::-1]
+    assert site.requests[1]["If-Range"] == '"one"'
+
+
+def test_a_part_of_unknown_version_or_another_address_is_not_used(site, url, tmp_path):
+    for spoil in ("no version", "another address", "damaged notes"):
+        (tmp_path / spoil).mkdir()
+        site.break_after = [100_000]
+        site.version = {} if spoil == "no version" else {"ETag": '"one"'}
+        failure(url, tmp_path / spoil)
+        notes = tmp_path / spoil / "weights.pth.part.json"
+        if spoil == "another address":
+            notes.write_text(notes.read_text().replace("http:", "https:"))
+        elif spoil == "damaged notes":
+            notes.write_text(notes.read_text()[:9])
+        assert download(url, tmp_path / spoil, sha256=SHA256).read_bytes() == CONTENT
+        assert "Range" not in site.requests[-1]
+
+
+@pytest.mark.parametrize("answer", ["bytes 5-9/10", "bytes */300000", "nonsense"])
+def test_a_part_of_another_place_is_not_taken(site, url, tmp_path, answer):
+    site.break_after = [100_000]
+    failure(url, tmp_path)
+    site.headers = {"Content-Range": answer}
+    assert download(url, tmp_path).read_bytes() == CONTENT
+
+
+def test_a_part_that_is_already_whole_is_fetched_anew(site, url, tmp_path):
+    """A kill between the last byte and the renaming: no byte is left to ask for."""
+    site.break_after = [300_000 - 1]
+    failure(url, tmp_path)
+    with (tmp_path / "weights.pth.part").open("ab") as file:
+        file.write(CONTENT[-1:])
+    assert download(url, tmp_path).read_bytes() == CONTENT
+
+
+def test_chunks_without_a_length_are_taken_whole_or_not_at_all(site, url, tmp_path):
+    site.chunked, site.break_after = True, [100_000]
+    assert "broke off at 100000 of unknown bytes" in failure(url, tmp_path)
+    assert names(tmp_path) == ["weights.pth.part", "weights.pth.part.json"]
+    site.ranges = False
+    assert download(url, tmp_path).read_bytes() == CONTENT
+
+
+def test_a_missing_file_names_address_and_status(site, tmp_path):
+    url = site.url("none.pth")
+    assert failure(url, tmp_path) == f"cannot download {url}: the server answered 404 Not Found"
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ({"Content-Type": "text/html; charset=utf-8"}, "a web page instead of a file"),
+        ({"Content-Length": "0"}, "empty"),
+        ({"Content-Length": "many"}, "does not say how long"),
+    ],
+    ids=["page", "empty", "no-length"],
+)
+def test_an_answer_that_is_no_file_is_not_kept(site, url, tmp_path, headers, words):
+    site.headers = headers
+    assert words in failure(url, tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_no_network_is_said(tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/weights.pth"
+        assert failure(url, tmp_path) == f"cannot download {url}: Connection refused"
+    assert failure("http://nowhere.invalid/weights.pth", tmp_path).startswith("cannot download")
+    assert names(tmp_path) == []
+
+
+def test_a_silent_server_is_not_waited_for_for_ever(site, url, tmp_path, monkeypatch):
+    monkeypatch.setattr("irpe_core.download._TIMEOUT", 0.3)
+    site.break_after, site.stall = [100_000], True
+    message = failure(url, tmp_path)
+    assert "broke off at 100000 of 300000" in message
+    assert message.endswith("no answer within 0.3 s")
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}/weights.pth"
+        assert failure(url, tmp_path).endswith("no answer within 0.3 s")
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://host/a.pth", "file:///a.pth", "http://host/", "http:///a.pth", "http://[/a", "a"]
+)
+def test_what_is_no_address_of_a_file_is_said(url, tmp_path):
+    assert "is not the http:// or https:// address of a file" in failure(url, tmp_path)
+
+
+@pytest.mark.parametrize("url", ["http://host:port/a.pth", "http://127.0.0.1:1/a b.pth"])
+def test_a_malformed_address_is_one_sentence(url, tmp_path):
+    assert f"cannot download {url}: " in failure(url, tmp_path)
+
+
+def test_a_wrong_checksum_names_both_and_keeps_nothing(site, url, tmp_path):
+    message = failure(url, tmp_path, sha256="0" * 64)
+    assert SHA256 in message
+    assert "0" * 64 in message
+    assert names(tmp_path) == []
+    download(url, tmp_path)
+    assert "remove it to download it again" in failure(url, tmp_path, sha256="0" * 64)
+    assert names(tmp_path) == ["weights.pth"]
+
+
+def test_a_part_that_is_damaged_does_not_pass_the_checksum(site, url, tmp_path):
+    site.break_after = [100_000]
+    failure(url, tmp_path)
+    (tmp_path / "weights.pth.part").write_bytes(bytes(100_000))
+    assert "instead of" in failure(url, tmp_path, sha256=SHA256)
+    assert download(url, tmp_path, sha256=SHA256).read_bytes() == CONTENT
+
+
+def test_a_full_disk_is_said_and_the_rest_comes_later(site, url, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        message = failure(url, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    part = tmp_path / "weights.pth.part"
+    assert message == f"cannot store {url} as {part}: File too large"
+    assert part.read_bytes() == CONTENT[:100_000]
+    assert not (tmp_path / "weights.pth").exists()
+    assert download(url, tmp_path).read_bytes() == CONTENT
+    assert site.requests[1]["Range"] == "bytes=100000-"
+
+
+def test_a_disk_without_room_for_a_byte_keeps_nothing(url, tmp_path, monkeypatch):
+    class FullDisk(io.FileIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    real = Path.open
+
+    def opened(self: Path, mode: str = "r", *args, **options):
+        return FullDisk(self, "ab") if mode == "ab" else real(self, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert failure(url, tmp_path).endswith("weights.pth.part: No space left on device")
+    assert names(tmp_path) == []
+
+
+def test_a_directory_that_cannot_be_made_is_named(url, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = failure(url, tmp_path / "file" / "folder")
+    assert f"as {tmp_path / 'file' / 'folder'}: Not a directory" in message
+
+
+def test_of_many_at_once_one_downloads(site, url, tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda _: download(url, tmp_path), range(8)))
+    assert all(path.read_bytes() == CONTENT for path in paths)
+    assert len(site.requests) == 1
+    assert names(tmp_path) == ["weights.pth"]
+
+
+def test_a_killed_process_leaves_no_lock_and_its_part_is_used(site, url, tmp_path):
+    site.break_after, site.stall = [100_000], True
+    program = f"from irpe_core.download import download; download({url!r}, {str(tmp_path)!r})"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ)
+    part, end = tmp_path / "weights.pth.part", time.monotonic() + 60
+    while not part.exists() or part.stat().st_size < 100_000:
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert download(url, tmp_path).read_bytes() == CONTENT
+    assert site.requests[-1]["Range"] == "bytes=100000-"
+
+
+def test_the_bar_is_for_terminals(url, tmp_path, capsys, monkeypatch):
+    download(url, tmp_path / "plain")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    download(url, tmp_path / "silent", progress=False)
+    assert capsys.readouterr().err == ""
+    download(url, tmp_path / "shown")
+    assert "100%" in capsys.readouterr().err
+
+
+def test_a_checkpoint_loads_from_an_address(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.save({"model": {"a": torch.ones(3)}}, tmp_path / "a.pth")
+    with serve(zoo=(tmp_path / "a.pth").read_bytes()) as site:
+        for _ in range(2):
+            assert torch.equal(load_checkpoint(site.url("zoo.pth"))["model"]["a"], torch.ones(3))
+        assert len(site.requests) == 1
+        with pytest.raises(CheckpointError, match="404 Not Found"):
+            load_checkpoint(site.url("none.pth"))
