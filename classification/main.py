@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import timm
@@ -141,11 +142,14 @@ def evaluate_only(
     ema = create_ema(config, model, checkpoint) if has_ema else None
     if config.compile:
         model.compile()
+    start = time.perf_counter()
     test = evaluate_all(config, model, ema, eval_loader(val_data, config, world), world)
+    speed = len(val_data) / (time.perf_counter() - start)
     figures = "  ".join(f"{name} {value:.6g}" for name, value in test.items())
-    logger.info("%d images: %s", len(val_data), figures)
+    logger.info("%d images, %.4g a second: %s", len(val_data), speed, figures)
     if output_dir is not None and world.is_main:
         record = {f"test_{name}": value for name, value in test.items()}
+        record |= {"images": len(val_data), "images_per_s": speed}
         (output_dir / "eval.json").write_text(json.dumps(record) + "\n")
     _warn_of_bad_images(val_data)
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import torch
@@ -164,10 +165,13 @@ def evaluate_only(
         models["ema_"] = ModelEmaV3(model).module
         load_start_weights(config, models["ema_"], {"model": checkpoint["model_ema"]})
     batches = eval_loader(val_data, config, world)
+    start = time.perf_counter()
     figures = evaluate_all(config, models, criterion, postprocessors, val_data, batches, world)
-    logger.info("%d images\n%s", len(val_data), format_figures(figures))
+    speed = len(val_data) / (time.perf_counter() - start)
+    logger.info("%d images, %.4g a second\n%s", len(val_data), speed, format_figures(figures))
     if output_dir is not None and world.is_main:
         record = {f"test_{name}": value for name, value in figures.items()}
+        record |= {"images": len(val_data), "images_per_s": speed}
         (output_dir / "eval.json").write_text(json.dumps(record) + "\n")
 
 

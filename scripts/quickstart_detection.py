@@ -90,6 +90,7 @@ def main(folder: Path) -> int:
     run = folder / "detection"
     lines = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
     evaluated = json.loads((folder / "detection_evaluation" / "eval.json").read_text())
+    evaluated = {name: value for name, value in evaluated.items() if name.startswith("test_")}
     draw_predictions(run, run / "predictions.png")
     draw_curves(lines, run / "curves.png")
     figures = {name.removeprefix("test_"): value for name, value in evaluated.items()}
