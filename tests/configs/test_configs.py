@@ -38,15 +38,6 @@ def test_detection_file_is_read_and_documents_itself(path):
     assert_documented(path)
 
 
-def test_every_published_detector_has_a_file():
-    published = {
-        "rpe-1.9-product-ctx-1-k_150_epochs",
-        "rpe-2.0-product-ctx-1-k_150_epochs",
-        "rpe-2.0-product-ctx-1-k_300_epochs",
-    }
-    assert published <= {path.stem for path in DETECTION}
-
-
 def assert_documented(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("# Row ", "# Expected ", "# Cost ", "# Command ", path.name):

@@ -1,0 +1,203 @@
+"""The zoo's table: models cost what was published, documents repeat it, mistakes are named."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from classification.models import PUBLISHED, default_cfgs
+from engine import UsageError, UserError
+from scripts.zoo.__main__ import main
+from scripts.zoo.macs import cost_of
+from scripts.zoo.rows import ROOT, TASKS, load_zoo
+from tests.commands import failure_of
+
+ROWS = load_zoo().rows
+CLASSIFIERS = [row for row in ROWS if row.task == "classification"]
+DETECTORS = [row for row in ROWS if row.task == "detection"]
+TINY = CLASSIFIERS[0]
+
+
+def write_zoo(folder: Path, task: str = "classification", **rows: dict) -> Path:
+    """A zoo file whose rows have the configuration of the tiny model, unless they say other."""
+    rows = {name: {"config": str(TINY.config_file)} | facts for name, facts in rows.items()}
+    path = folder / "zoo.yaml"
+    path.write_text(yaml.safe_dump({"source": "a test", task: rows}))
+    return path
+
+
+@pytest.mark.parametrize("row", CLASSIFIERS, ids=lambda row: row.name)
+def test_a_model_has_the_published_parameters_and_macs(row):
+    cost = cost_of(row)
+    assert f"{cost.params / 1e6:.2f}" == f"{row.published['params']:.2f}"
+    assert math.ceil(cost.macs / 1e6) == row.published["macs"]
+
+
+def test_values_cost_products_with_buckets_in_place_of_keys():
+    saved = [cost.macs - cost.macs_run for cost in map(cost_of, CLASSIFIERS)]
+    # 12 blocks, 197 tokens, 50 buckets; DeiT-S has 384 channels, DeiT-B 768.
+    assert saved == [0, 0, 0, 12 * 197 * (197 - 50) * 384, 0, 12 * 197 * (197 - 50) * 768]
+
+
+def test_a_detector_costs_what_its_encoding_adds_to_another():
+    few, many, same = (cost_of(row) for row in DETECTORS)
+    # Six tables of 32 channels by 49 or 81 buckets; 25 x 34 tokens in 8 heads and 6 layers.
+    assert many.params - few.params == 6 * 32 * (81 - 49)
+    assert many.macs_run - few.macs_run == 6 * 8 * 25 * 34 * 32 * (81 - 49)
+    assert same == many
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_header_of_a_configuration_expects_the_published_figures(row):
+    p = row.published
+    if row.task == "classification":
+        expected = f"top-1 {p['top1']:.1f}, top-5 {p['top5']:.1f}; {p['params']:.2f} M parameters, "
+        expected += f"{p['macs']:.0f} M MACs"
+    else:
+        expected = ", ".join(f"{name} {value:.3f}" for name, value in p.items())
+    text = row.config_file.read_text()
+    assert f"# Expected  {expected}\n" in text
+    assert (", published checkpoint\n" in text) == (row.checkpoint is not None)
+
+
+def test_every_released_model_is_a_row_with_all_figures_and_the_models_own_address():
+    assert [row.name for row in CLASSIFIERS] == [n for n in PUBLISHED if default_cfgs[n]["url"]]
+    for row in ROWS:
+        assert row.published.keys() == {**TASKS[row.task].costs, **TASKS[row.task].figures}.keys()
+    addresses = [row.checkpoint for row in ROWS if row.checkpoint]
+    assert len(set(addresses)) == 8
+    assert len({address.rpartition("/")[0] for address in addresses}) == 1
+    for row in CLASSIFIERS:
+        assert row.config.model == row.name
+        assert row.checkpoint == default_cfgs[row.name]["url"]
+    for row in DETECTORS:
+        assert row.checkpoint is None or row.checkpoint.endswith(f"/{row.config.enc_rpe2d}.pth")
+
+
+def test_readme_has_the_tables_of_the_zoo():
+    main(["readme", "--check"])
+
+
+def test_a_stale_readme_is_refused_and_brought_up_to_date(tmp_path):
+    path = tmp_path / "README.md"
+    text = (ROOT / "README.md").read_text()
+    path.write_text(text.replace("| 73.7  |", "| 73.8  |"))
+    assert path.read_text() != text
+    with pytest.raises(UserError, match=r"README\.md is stale: run python -m scripts.zoo readme"):
+        main(["readme", "--check", "--readme", str(path)])
+    main(["readme", "--readme", str(path)])
+    assert path.read_text() == text
+
+
+def test_a_readme_without_a_place_for_a_table_is_refused(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("<!-- zoo: classification -->\n<!-- end of zoo -->\n")
+    with pytest.raises(UserError, match="no place for the table of detection"):
+        main(["readme", "--readme", str(path)])
+
+
+def test_table_prints_both_columns_and_fails_where_they_differ(tmp_path, capsys):
+    zoo = write_zoo(
+        tmp_path,
+        right={"published": {"params": 5.76, "macs": 1284}},
+        unknown={},
+        wrong={"published": {"params": 5.76, "macs": 1283}},
+    )
+    code, line = failure_of(main, ["table", "--zoo", str(zoo)], capsys)
+    assert (code, line) == (1, "error: wrong has MACs (M) 1284 in place of 1283")
+    main(["table", "--zoo", str(zoo), "--rows", "right", "unknown"])
+    cells = [
+        re.split(r"\s*\|\s*", line)[1:-1]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("|")
+    ]
+    assert cells[2:] == [
+        ["right", "5.76", "5.76", "1284", "1284", "1284"],
+        ["unknown", "5.76", "—", "1284", "—", "1284"],
+    ]
+
+
+def test_list_says_which_checkpoints_are_in_the_cache(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    (cache / f"{TINY.name}.pth").write_bytes(b"here")
+    main(["list"])
+    lines = capsys.readouterr().out.splitlines()
+    state = {row.name: next(x for x in lines if f"| {row.name} " in x) for row in ROWS}
+    assert "| in the cache " in state[TINY.name]
+    assert "| 73.7 " in state[TINY.name]
+    assert sum("| not in the cache " in line for line in state.values()) == 7
+    assert "| not published " in state["rpe-2.0-product-ctx-1-k_300_epochs"]
+
+
+@pytest.mark.parametrize("command", ["list", "table", "download", "evaluate"])
+def test_an_unknown_row_is_named_with_those_that_there_are(command, capsys):
+    code, line = failure_of(main, [command, "--rows", "deit_huge"], capsys)
+    assert code == 2
+    assert "'deit_huge'" in line
+    assert all(row.name in line for row in ROWS)
+    assert "classification or detection" in line
+
+
+@pytest.mark.parametrize("command", ["download", "evaluate"])
+def test_a_row_without_checkpoint_cannot_be_asked_for(command, capsys):
+    code, line = failure_of(main, [command, "--rows", "rpe-2.0-product-ctx-1-k_300_epochs"], capsys)
+    assert code == 2
+    assert "300_epochs' has no published checkpoint" in line
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "COMMAND"),
+        (["tabel"], "tabel"),
+        (["evaluate"], "needs data"),
+        (["evaluate", "--coco", ".", "--nproc", "0"], "--nproc is 0"),
+        (["evaluate", "--coco", ".", "--nproc", "two"], "--nproc: invalid int value: 'two'"),
+        (["evaluate", "--coco", ".", "--device", "tpu"], "'tpu' but should be auto, cpu"),
+        (["table", "--zoo", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["readme", "--readme", "nowhere.md"], "nowhere.md: No such file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_option_is_one_sentence(argv, words, capsys):
+    code, line = failure_of(main, argv, capsys)
+    assert code == 2
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{source: x, classification: {a: {config: no.yaml}}}", "classification, a: .*no.yaml"),
+        ("{source: x, classification: {a: {weights: b}}}", "a, weights: Extra inputs"),
+        ("{source: x, classification: {a: {published: {AP: 1}}}}", "'AP' is none of .*top1"),
+        ("{source: x, detection: {a: {sha256: abc}}}", "detection, a, sha256"),
+        ("{source: x, classification: {a: {}}, detection: {a: {}}}", "'a' is the name of two"),
+        (
+            "{source: x, detection: {a: {checkpoint: 'http://x/a'}, b: {checkpoint: 'http://y/a'}}}",
+            "http://x/a and http://y/a would be one file",
+        ),
+        ("{classification: {}}", "source: Field required"),
+        ("[", "line 1: not valid YAML"),
+        ("", "should be a valid dictionary"),
+    ],
+)
+def test_a_mistake_in_a_zoo_names_its_place(content, words, tmp_path):
+    path = tmp_path / "zoo.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=words):
+        load_zoo(path)
+
+
+def test_a_row_is_its_configuration_beside_the_zoo(tmp_path):
+    (tmp_path / "classification").mkdir()
+    (tmp_path / "classification" / "mine.yaml").write_text("model: deit_tiny_patch16_224\n")
+    (tmp_path / "zoo.yaml").write_text("{source: me, classification: {mine: {}}}")
+    (row,) = load_zoo(tmp_path / "zoo.yaml").rows
+    assert row.config.model == "deit_tiny_patch16_224"
+    assert row.rpe is None
+    assert row.checkpoint is None
