@@ -99,6 +99,7 @@ def test_checkpoint_of_another_spec_lists_what_does_not_fit(flags, trained, fail
     code, line = failure(*flags, "--enc_rpe2d", "rpe-1.9-product-ctx-1-qkv", "--resume", checkpoint)
     assert code == 1
     assert "lookup_table_weight" in line
+    assert line.endswith("has 9×9 product tables (81 buckets), the model's spec asks for 7×7 (49)")
 
 
 def test_fewer_classes_than_the_data_has_are_refused(flags, failure):
@@ -113,6 +114,7 @@ def test_checkpoint_of_another_class_count_is_refused(flags, trained, failure):
     code, line = failure(*flags, "--num_classes", "30", "--eval", "--resume", checkpoint)
     assert code == 1
     assert "class_embed" in line
+    assert line.endswith("the checkpoint has 11 class outputs, the model 31")
 
 
 def test_output_dir_that_cannot_be_written_is_refused(flags, tmp_path, failure):

@@ -4,10 +4,12 @@ import argparse
 import os
 import pickle
 import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from irpe_core import CheckpointError, load_checkpoint, load_weights
@@ -170,8 +172,58 @@ def test_weights_are_loaded_strictly_or_not_at_all():
         assert torch.equal(model.bias, STATE["bias"])
 
 
-def test_long_lists_of_keys_are_abridged():
-    with pytest.raises(
-        CheckpointError, match=r"8 missing: 0\.weight, 0\.bias, 1\.weight and 5 more"
-    ):
+def test_keys_that_differ_in_numbers_alone_are_listed_as_one():
+    with pytest.raises(CheckpointError, match=r"8 missing: \*\.weight, \*\.bias;"):
         load_weights(nn.Sequential(*[nn.Linear(1, 1) for _ in range(4)]), {})
+
+
+def test_long_lists_of_keys_are_abridged():
+    with pytest.raises(CheckpointError, match=r"5 unexpected: a, b, c and 2 more$"):
+        load_weights(nn.Linear(3, 2), STATE | dict.fromkeys("abcde", torch.ones(1)))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_what_wrappers_put_before_every_name_is_taken_off(tmp_path, prefix):
+    wrapped = {prefix + key: value for key, value in STATE.items()}
+    path = saved(tmp_path / "a.pth", {"model": wrapped, "model_ema": wrapped, "epoch": 3})
+    loaded = load_checkpoint(path)
+    assert loaded["model"].keys() == loaded["model_ema"].keys() == STATE.keys()
+    assert load_checkpoint(saved(tmp_path / "b.pth", wrapped))["model"].keys() == STATE.keys()
+
+
+def test_a_beginning_of_some_names_alone_stays(tmp_path):
+    mixed = STATE | {"module.weight": STATE["weight"]}
+    assert load_checkpoint(saved(tmp_path / "a.pth", mixed))["model"].keys() == mixed.keys()
+
+
+def test_safetensors_are_read_as_weights_alone(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file(STATE, path)
+    loaded = load_checkpoint(path)
+    assert loaded.keys() == {"model"}
+    load_weights(nn.Linear(3, 2), loaded["model"])
+    assert torch.equal(loaded["model"]["weight"], STATE["weight"])
+    save_file({f"module.{key}": value for key, value in STATE.items()}, path, {"format": "pt"})
+    assert load_checkpoint(str(path))["model"].keys() == STATE.keys()
+    whole = path.read_bytes()
+    for content in (b"", whole[:-1], whole[:30], b"not safetensors at all"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"truncated or not a safetensors file$"):
+            load_checkpoint(path)
+    save_file({}, path)
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        load_checkpoint(path)
+
+
+def test_safetensors_without_their_package_say_what_is_missing(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    save_file(STATE, path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors' needs the package safetensors"):
+        load_checkpoint(path)
+
+
+def test_entries_that_have_no_names_are_no_weights(tmp_path):
+    path = saved(tmp_path / "a.pth", {"model": {1: STATE["weight"]}})
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        load_checkpoint(path)
