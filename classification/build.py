@@ -24,6 +24,15 @@ def create_model(
 ) -> nn.Module:
     """The model of a configuration, with the weights that it starts from.
 
+    Training goes on from `checkpoint` only if it fits exactly. To fine-tune or to evaluate, weights
+    of the same model without iRPE do too: its tables then keep their initial values, zero, and that
+    is logged.
+
+    Args:
+        config: The configuration.
+        num_classes: Width of the head.
+        checkpoint: What to resume or evaluate; None for `pretrained`, `finetune` or fresh weights.
+
     Raises:
         UsageError: Options that do not go with the model.
         CheckpointError: Weights that do not fit it.
@@ -52,12 +61,12 @@ def create_model(
     except (ValueError, TypeError, AssertionError) as error:
         raise UsageError(f"model {config.model!r} cannot be built so: {error}") from error
     if checkpoint is not None:
-        load_weights(model, checkpoint["model"])
+        load_weights(model, checkpoint["model"], may_lack_tables=config.eval)
     elif config.finetune:
         source = load_checkpoint(config.finetune)
         size = (source.get("args") or {}).get("input_size")
         size = (size, size) if isinstance(size, int) else size
-        load_weights(model, adapt_weights(source["model"], model, size))
+        load_weights(model, adapt_weights(source["model"], model, size), may_lack_tables=True)
     if config.distillation_type != "none":
         model.set_distilled_training(True)
     return model
@@ -72,7 +81,7 @@ def create_ema(
     device = "cpu" if config.model_ema_force_cpu else None
     ema = ModelEmaV3(model, decay=config.model_ema_decay, device=device)
     if checkpoint is not None and checkpoint.get("model_ema") is not None:
-        load_weights(ema.module, checkpoint["model_ema"])
+        load_weights(ema.module, checkpoint["model_ema"], may_lack_tables=config.eval)
     return ema
 
 

@@ -48,7 +48,7 @@ class ModelConfig(Config):
     pretrained: bool = False
     """Start from (with --eval: evaluate) the published weights."""
     finetune: str = ""
-    """Checkpoint to start from at another image size or number of classes."""
+    """Checkpoint to start from at another image size or number of classes, or without iRPE."""
 
     @field_validator("model")
     @classmethod

@@ -1,4 +1,4 @@
-"""Weights of one model adapted to another image size, number of classes, or to iRPE.
+"""Weights of one model adapted to another image size or number of classes.
 
 The position embedding is resampled bicubically to the new grid, as in DeiT (Touvron et al., ICML
 2021, section 5); a rectangle may become any other. The iRPE tables are carried over as they are:
@@ -21,8 +21,8 @@ def adapt_weights(
 ) -> dict[str, Tensor]:
     """Make a state dict fit a model of another size or number of classes.
 
-    Heads of another width and tables that the weights lack keep the model's fresh values; what was
-    done is logged. Everything else is left to a strict load.
+    Heads of another width keep the model's fresh values; what was done is logged. Everything else
+    is left to `irpe_core.load_weights`.
 
     Args:
         weights: The state dict to start from.
@@ -37,10 +37,6 @@ def adapt_weights(
         if key in own and key in weights and weights[key].shape != own[key].shape:
             logger.info("%s starts anew: %d classes now", key, len(own[key]))
             weights[key] = own[key]
-    tables = [key for key in own if "lookup_table" in key and key not in weights]
-    if tables:
-        logger.info("%d iRPE tables are not in the checkpoint and start at zero", len(tables))
-        weights |= {key: own[key] for key in tables}
     if "pos_embed" in own and "pos_embed" in weights:
         weights["pos_embed"] = _resample(weights, model, image_size)
     return weights

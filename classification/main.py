@@ -24,6 +24,7 @@ from engine import (
     TrainState,
     UsageError,
     World,
+    check_resumable,
     checkpoint_to_resume,
     dump,
     fit,
@@ -59,6 +60,8 @@ def train(
     config: ClassificationConfig, world: World, checkpoint: dict | None, output_dir: Path | None
 ) -> None:
     """Train from scratch, or from where `checkpoint` stopped."""
+    if checkpoint is not None:
+        check_resumable(checkpoint)
     train_data = build_split(config, "train")
     val_data = build_split(config, "val", train_data.classes)
     train_batches = train_loader(train_data, config, world)

@@ -7,6 +7,8 @@ What differs from timm: the class token starts from a normal distribution of sta
 0.02, as in DeiT, where timm starts it near zero.
 """
 
+import logging
+import textwrap
 from collections.abc import Callable
 
 import timm
@@ -15,9 +17,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import register_model
 from torch import nn
 
-from irpe_core import add_irpe, load_checkpoint, load_weights
+from classification.finetune import adapt_weights
+from irpe_core import CheckpointError, add_irpe, load_checkpoint, load_weights
 
 __all__ = ["PUBLISHED", "build_model", "is_deit"]
+
+logger = logging.getLogger(__name__)
 
 # Model name → (size, spec). The last three were defined with the others, and never released.
 PUBLISHED = {
@@ -92,7 +97,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
 
 
 def _load_published(model: nn.Module, name: str) -> None:
-    """Load the released weights; the head stays fresh where the number of classes differs.
+    """Load the released weights, adapted to another number of classes or image size.
 
     Raises:
         ValueError: The model was never released.
@@ -101,11 +106,7 @@ def _load_published(model: nn.Module, name: str) -> None:
     url = default_cfgs[name]["url"]
     if not url:
         raise ValueError(f"model {name!r} has no published checkpoint")
-    weights = load_checkpoint(url)["model"]
-    if model.num_classes != default_cfgs[name]["num_classes"]:
-        own = model.state_dict()
-        weights |= {key: own[key] for key in ("head.weight", "head.bias")}
-    load_weights(model, weights)
+    load_weights(model, adapt_weights(load_checkpoint(url)["model"], model))
 
 
 for _name in PUBLISHED:
@@ -129,14 +130,16 @@ def build_model(
         name: A published model, timm's `deit_*_patch16_224`, or any vision transformer of timm.
         num_classes: Width of the head.
         input_size: `(height, width)` of the images in pixels.
-        pretrained: Load the published weights.
-        rpe: A spec such as `rpe-1.9-product-ctx-1-k` to add; empty for the model as it is.
+        pretrained: Load the published weights, of timm's models those that timm knows.
+        rpe: A spec such as `rpe-1.9-product-ctx-1-k` to add, whose tables start at zero; empty for
+            the model as it is.
         abs_pos_embed: Keep the learned absolute position embedding.
         distillation_token: Add DeiT's distillation token and its head (DeiT models only).
         **kwargs: For timm, such as `drop_path_rate`, `patch_size`, `embed_dim`, `depth`.
 
     Raises:
         ValueError: Names the option that does not go with the model.
+        CheckpointError: The published weights cannot be had or do not fit.
     """
     if rpe and name in PUBLISHED:
         raise ValueError(f"model {name!r} already has iRPE: leave out rpe={rpe!r}")
@@ -144,15 +147,23 @@ def build_model(
         name, kwargs = _with_distillation_token(name, kwargs)
     if not abs_pos_embed and not distillation_token:
         kwargs["pos_embed"] = "none"
-    model = timm.create_model(
-        name, pretrained=pretrained, num_classes=num_classes, img_size=input_size, **kwargs
-    )
+    try:
+        model = timm.create_model(
+            name, pretrained=pretrained, num_classes=num_classes, img_size=input_size, **kwargs
+        )
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        reason = textwrap.shorten(str(error), 400)
+        raise CheckpointError(f"timm cannot load the weights of {name!r}: {reason}") from error
     if is_deit(name) and name not in PUBLISHED and not pretrained:
         _initialise_as_deit(model)
     if not abs_pos_embed and distillation_token:
         # timm's distilled DeiT adds a position embedding unconditionally: add nothing.
         del model.pos_embed
         model.register_buffer("pos_embed", torch.zeros(1, 1, 1), persistent=False)
+    if pretrained and rpe:
+        logger.info("the weights of %s have no iRPE: its tables start at zero", name)
     return add_irpe(model, rpe)
 
 

@@ -29,24 +29,22 @@ StepFn = Callable[[tuple[Tensor, Tensor, list[dict[str, Tensor]]]], dict[str, Te
 def load_start_weights(config: DetectionConfig, model: nn.Module, checkpoint: dict | None) -> None:
     """Load what a run starts from: a checkpoint to go on from, or one to fine-tune.
 
-    For fine-tuning, a class head of another width and iRPE tables that the checkpoint lacks keep
-    the model's fresh values, and that is logged.
+    Training goes on only from a checkpoint that fits exactly. To fine-tune or to evaluate, weights
+    of the same detector without iRPE do too: its tables then keep their initial values, which are
+    random in DETR. So does a class head of another width in fine-tuning. All that is logged.
 
     Raises:
         CheckpointError: The weights cannot be read or do not fit.
     """
     if checkpoint is not None:
-        load_weights(model, checkpoint["model"])
+        load_weights(model, checkpoint["model"], may_lack_tables=config.eval)
     elif config.finetune:
         weights, own = dict(load_checkpoint(config.finetune)["model"]), model.state_dict()
         for key, value in own.items():
             if "class_embed" in key and key in weights and weights[key].shape != value.shape:
                 logger.info("%s starts anew: %d classes now", key, len(value) - 1)
                 weights[key] = value
-            elif "lookup_table" in key and key not in weights:
-                logger.info("%s is not in the checkpoint and keeps its initial value", key)
-                weights[key] = value
-        load_weights(model, weights)
+        load_weights(model, weights, may_lack_tables=True)
 
 
 def create_ema(

@@ -168,7 +168,7 @@ class OptimConfig(Config):
     model_ema_decay: float = Field(0.9997, ge=0, lt=1)
     """Decay of the average per optimizer step."""
     finetune: str = ""
-    """Checkpoint to start from; its class head is replaced where the classes differ."""
+    """Checkpoint to start from, also of plain DETR; its class head is replaced where it differs."""
 
 
 class DetectionConfig(

@@ -30,6 +30,7 @@ from engine import (
     TrainState,
     UsageError,
     World,
+    check_resumable,
     checkpoint_to_resume,
     dump,
     fit,
@@ -65,6 +66,8 @@ def train(
     config: DetectionConfig, world: World, checkpoint: dict | None, output_dir: Path | None
 ) -> None:
     """Train from scratch, or from where `checkpoint` stopped."""
+    if checkpoint is not None:
+        check_resumable(checkpoint)
     train_data = build_split(config, "train")
     labels = train_data.dataset.label_to_category
     val_data = build_split(config, "val", labels)

@@ -20,6 +20,7 @@ from engine.seeding import derive_seed, seed_all
 from engine.signals import Stopped, StopRequest, shield_worker
 from engine.startup import (
     RunConfig,
+    check_resumable,
     checkpoint_to_resume,
     images_per_step,
     resolve_dtype,
@@ -36,6 +37,7 @@ __all__ = [
     "RunConfig",
     "start_run",
     "checkpoint_to_resume",
+    "check_resumable",
     "restore",
     "images_per_step",
     "resolve_dtype",

@@ -122,6 +122,20 @@ def images_per_step(config: RunConfig, world: World) -> int:
     return config.batch_size * config.accumulate_steps * world.world_size
 
 
+def check_resumable(checkpoint: Mapping[str, Any]) -> None:
+    """Tell a checkpoint of weights alone before anything is built for it.
+
+    Raises:
+        UserError: It has no optimizer, schedule or epoch to go on with.
+    """
+    missing = [name for name in ("optimizer", "lr_scheduler", "epoch") if name not in checkpoint]
+    if missing:
+        raise UserError(
+            f"the checkpoint has no {', '.join(missing)} to resume training with: "
+            "use --finetune to start from its weights, or --eval"
+        )
+
+
 def restore(
     state: TrainState, scheduler: Any, checkpoint: Mapping[str, Any], images_per_step: int
 ) -> None:
@@ -134,15 +148,9 @@ def restore(
         images_per_step: Of this run.
 
     Raises:
-        UserError: The checkpoint holds weights alone, is not of this optimizer, or is from the
-            middle of an epoch whose steps were of another size.
+        UserError: The checkpoint is not of this optimizer, or is from the middle of an epoch whose
+            steps were of another size.
     """
-    missing = [name for name in ("optimizer", "lr_scheduler", "epoch") if name not in checkpoint]
-    if missing:
-        raise UserError(
-            f"the checkpoint has no {', '.join(missing)} to resume training with: "
-            "use --finetune to start from its weights, or --eval"
-        )
     before = checkpoint.get("images_per_step", images_per_step)
     if checkpoint.get("step") and before != images_per_step:
         raise UserError(
@@ -151,7 +159,7 @@ def restore(
         )
     try:
         state.load_state_dict(checkpoint)
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the checkpoint's optimizer is not this run's: {error}") from error
     scheduler.load_state_dict(checkpoint["lr_scheduler"])
 

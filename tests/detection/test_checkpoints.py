@@ -1,0 +1,150 @@
+"""Checkpoints of every origin, by every option that takes one; and what is said of a bad one."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from detection.main import main
+from irpe_core import CheckpointError, load_weights
+from tests.detection.models import network
+from tests.web_server import serve
+
+NO_IRPE = "the checkpoint has no iRPE: the 3 tables keep their initial values"
+
+
+@pytest.fixture(scope="session")
+def files(trained, tmp_path_factory) -> dict[str, Path]:
+    """The trained weights as each origin would have written them."""
+    ours = torch.load(trained / "checkpoint.pth", weights_only=True)
+    model, folder = ours["model"], tmp_path_factory.mktemp("origins")
+    args = argparse.Namespace(enc_rpe2d="rpe-2.0-product-ctx-1-qkv", masks=False, lr=1e-3)
+    training = ("model", "optimizer", "lr_scheduler", "epoch")
+    plain = {key: value for key, value in model.items() if "lookup_table" not in key}
+    contents = {
+        "original-training": {name: ours[name] for name in training} | {"args": args},
+        "original-release": {"model": model, "args": args},
+        "original-detr": {"model": plain},
+        "plain-training": ours | {"model": plain},
+        "wrapped": {"model": {f"module.{key}": value for key, value in model.items()}},
+    }
+    paths = {name: folder / f"{name}.pth" for name in contents}
+    for name, content in contents.items():
+        torch.save(content, paths[name])
+    paths |= {"ours": trained / "checkpoint.pth", "safetensors": folder / "model.safetensors"}
+    save_file(model, paths["safetensors"])
+    return paths
+
+
+def evaluation(folder: Path, *argv: str) -> dict:
+    main([*argv, "--eval", "--output_dir", str(folder)])
+    return json.loads((folder / "eval.json").read_text())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
+
+
+def test_training_goes_on_from_the_originals_checkpoint_as_from_ours(flags, files, tmp_path):
+    for name in ("ours", "original-training"):
+        run = [*flags, "--resume", str(files[name]), "--epochs", "3"]
+        main([*run, "--output_dir", str(tmp_path / name)])
+    expected, got = weights(tmp_path / "ours"), weights(tmp_path / "original-training")
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(value, got[key]) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("option", ["--resume", "--finetune"])
+def test_every_origin_evaluates_alike(option, flags, files, trained, tmp_path):
+    expected = json.loads((trained / "log.txt").read_text().splitlines()[-1])
+    for name in ("ours", "original-training", "original-release", "wrapped", "safetensors"):
+        figures = evaluation(tmp_path / name, *flags, option, str(files[name]))
+        assert figures == {key: expected[key] for key in figures}, name
+        assert "test_AP" in figures
+
+
+def test_plain_detr_starts_a_detector_with_fresh_tables(flags, files, tmp_path, caplog):
+    plain = str(files["original-detr"])
+    for option in ("--resume", "--finetune"):
+        caplog.clear()
+        evaluation(tmp_path / option, *flags, option, plain)
+        assert NO_IRPE in caplog.messages
+    caplog.clear()
+    evaluation(tmp_path / "plain", *flags, "--enc_rpe2d", "", "--resume", plain)
+    assert NO_IRPE not in caplog.messages
+    main([*flags, "--finetune", plain, "--epochs", "1", "--output_dir", str(tmp_path / "tuned")])
+    assert any("rpe_v.lookup_table_weight" in key for key in weights(tmp_path / "tuned"))
+
+
+def test_training_does_not_go_on_from_what_is_not_its_own(flags, files, failure):
+    code, line = failure(*flags, "--resume", str(files["plain-training"]))
+    assert code == 1
+    assert "3 missing: transformer.encoder.layers.0.self_attn.rpe_q.lookup_table_weight" in line
+    assert line.endswith("the checkpoint has no iRPE, the model has it on q, k, v")
+    code, line = failure(*flags, "--resume", str(files["original-detr"]))
+    assert code == 1
+    assert "no optimizer, lr_scheduler, epoch to resume training with: use --finetune" in line
+
+
+@pytest.mark.parametrize("option", ["--resume", "--finetune", "--backbone_weights"])
+def test_code_in_a_checkpoint_is_not_run(option, flags, trained, tmp_path, failure):
+    witness = tmp_path / "was-run"
+
+    class Payload:
+        def __reduce__(self):
+            return open, (str(witness), "w")
+
+    content = torch.load(trained / "checkpoint.pth", weights_only=True)
+    torch.save(content | {"args": argparse.Namespace(device=Payload())}, tmp_path / "evil.pth")
+    code, line = failure(*flags, option, str(tmp_path / "evil.pth"))
+    assert code == 1
+    assert "evil.pth' holds objects other than tensors and plain values" in line
+    assert not witness.exists()
+    torch.load(tmp_path / "evil.pth", weights_only=False)["args"].device.close()
+    assert witness.exists(), "the payload is none"
+
+
+def test_a_checkpoint_is_fetched_from_an_address(flags, files, tmp_path, failure, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with serve(detector=files["original-release"].read_bytes()) as site:
+        run = [*flags, "--eval", "--resume", site.url("detector.pth")]
+        site.break_after = [20_000]
+        code, line = failure(*run)
+        assert (code, "broke off at 20000 of " in line) == (1, True)
+        evaluation(tmp_path / "out", *run)
+        assert site.requests[-1]["Range"] == "bytes=20000-"
+        url = site.url("none.pth")
+        code, line = failure(*flags, "--finetune", url)
+        assert (code, f"cannot download {url}: the server answered 404" in line) == (1, True)
+
+
+SMALL = (
+    "--backbone small --backbone_norm batch --hidden_dim 32 --nheads 4 --dim_feedforward 48 "
+    "--enc_layers 2 --dec_layers 3 --num_queries 7 --num_classes 5 --enc_rpe2d "
+)
+SPEC = "rpe-2.0-product-ctx-1-k"
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ("rpe-1.9-product-ctx-1-k", "has 7×7 product tables (49 buckets), the model's spec asks"),
+        ("rpe-2.0-product-ctx-0-k", "has a table for each of 4 heads, the model tables that the"),
+        (f"{SPEC} --num_queries 9", "has 9 object queries, the model 7"),
+        (f"{SPEC} --num_classes 9", "has 10 class outputs, the model 6"),
+        (f"{SPEC} --hidden_dim 64", "is 64 channels wide, the model 32"),
+        (f"{SPEC} --enc_layers 1", "has 1 transformer.encoder.layers, the model 2, and has iRPE"),
+        (f"{SPEC} --backbone resnet18", "has another backbone than the model"),
+        (f"{SPEC} --backbone_norm frozen", "has frozen batch norms, the model ordinary ones"),
+        (f"{SPEC} --masks", "has 'detr.' before its names, which the model has not"),
+    ],
+)
+def test_another_detector_is_recognised(found, expected):
+    weights = network(SMALL + found).state_dict()
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(network(SMALL + SPEC), weights)
+    assert expected in str(caught.value).partition("likely cause: the checkpoint ")[2]
+    assert len(str(caught.value)) < 900
