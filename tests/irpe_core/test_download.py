@@ -283,6 +283,18 @@ def test_the_bar_is_for_terminals(url, tmp_path, capsys, monkeypatch):
     assert "100%" in capsys.readouterr().err
 
 
+def test_the_bar_needs_no_tqdm(site, url, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.hub, "tqdm", torch.hub._Faketqdm)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    site.break_after = [150_000]
+    failure(url, tmp_path)
+    assert capsys.readouterr().err.rstrip().endswith("50.0%")
+    download(url, tmp_path)
+    shown = capsys.readouterr().err
+    assert float(shown.split("\r")[1].rstrip("%\n")) > 50
+    assert shown.rstrip().endswith("100.0%")
+
+
 def test_a_checkpoint_loads_from_an_address(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torch.save({"model": {"a": torch.ones(3)}}, tmp_path / "a.pth")
