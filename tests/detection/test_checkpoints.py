@@ -41,7 +41,8 @@ def files(trained, tmp_path_factory) -> dict[str, Path]:
 
 def evaluation(folder: Path, *argv: str) -> dict:
     main([*argv, "--eval", "--output_dir", str(folder)])
-    return json.loads((folder / "eval.json").read_text())
+    record = json.loads((folder / "eval.json").read_text())
+    return {name: value for name, value in record.items() if name.startswith("test_")}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
