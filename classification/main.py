@@ -10,7 +10,6 @@ import torch
 from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from classification.build import create_ema, create_model, create_optimizer, create_step_fn
@@ -20,15 +19,16 @@ from classification.evaluate import evaluate
 from datasets import DataError
 from engine import (
     CheckpointDir,
-    LoopOptions,
     TrainState,
     UsageError,
     World,
     check_resumable,
     checkpoint_to_resume,
+    distribute,
     dump,
     fit,
     images_per_step,
+    loop_options,
     make_scaler,
     provenance,
     resolve_dtype,
@@ -76,24 +76,18 @@ def train(
     scheduler, _ = create_scheduler(config, optimizer)
     if config.compile:
         model.compile()
-    if world.world_size > 1:
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=ids)
+    model = distribute(model, world)
 
     dtype = _dtype(config, world)
     state = TrainState(model, optimizer, make_scaler(world.device, dtype), config.start_epoch)
     if checkpoint is not None:
         restore(state, scheduler, checkpoint, images_per_step(config, world))
-    options = LoopOptions(
-        device=world.device,
+    options = loop_options(
+        config,
+        world,
         steps=len(train_batches) // config.accumulate_steps,
-        batch_size=config.batch_size,
-        seed=config.seed,
         dtype=dtype,
-        accumulate=config.accumulate_steps,
         clip_grad=config.clip_grad,
-        print_freq=config.print_freq,
-        checkpoint_steps=config.checkpoint_steps or 0,
         output_dir=output_dir,
     )
     step_fn = create_step_fn(config, model, len(train_data.classes), world.device)

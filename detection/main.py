@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from datasets import DataError, ResilientDataset
@@ -26,15 +25,16 @@ from detection.detr import build_model
 from detection.evaluate import evaluate
 from engine import (
     CheckpointDir,
-    LoopOptions,
     TrainState,
     UsageError,
     World,
     check_resumable,
     checkpoint_to_resume,
+    distribute,
     dump,
     fit,
     images_per_step,
+    loop_options,
     make_scaler,
     provenance,
     resolve_dtype,
@@ -86,9 +86,7 @@ def train(
     )
     if config.compile:
         model.compile()
-    if world.world_size > 1:
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=ids)
+    model = distribute(model, world)
 
     dtype = resolve_dtype(config.dtype, auto=torch.float32)
     steps = len(train_batches) // config.accumulate_steps
@@ -96,16 +94,12 @@ def train(
     state = TrainState(model, optimizer, make_scaler(world.device, dtype), config.start_epoch)
     if checkpoint is not None:
         restore(state, scheduler, checkpoint, images_per_step(config, world))
-    options = LoopOptions(
-        device=world.device,
+    options = loop_options(
+        config,
+        world,
         steps=steps,
-        batch_size=config.batch_size,
-        seed=config.seed,
         dtype=dtype,
-        accumulate=config.accumulate_steps,
         clip_grad=config.clip_max_norm or None,
-        print_freq=config.print_freq,
-        checkpoint_steps=config.checkpoint_steps or 0,
         output_dir=output_dir,
     )
     files = CheckpointDir(output_dir, config.keep_checkpoints) if output_dir else None

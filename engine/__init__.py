@@ -7,7 +7,7 @@ puts these together and reads like its recipe.
 from engine.checkpoint import CheckpointDir, atomic_save, check_writable
 from engine.cli import run
 from engine.config import Config, dump, parse_config
-from engine.distributed import World, all_gather_object, init_distributed
+from engine.distributed import World, all_gather_object, distribute, init_distributed
 from engine.errors import UsageError, UserError
 from engine.fit import fit
 from engine.logging import RunLog, setup_logging
@@ -23,6 +23,7 @@ from engine.startup import (
     check_resumable,
     checkpoint_to_resume,
     images_per_step,
+    loop_options,
     resolve_dtype,
     restore,
     start_run,
@@ -40,12 +41,14 @@ __all__ = [
     "check_resumable",
     "restore",
     "images_per_step",
+    "loop_options",
     "resolve_dtype",
     "run",
     "UserError",
     "UsageError",
     "World",
     "init_distributed",
+    "distribute",
     "all_gather_object",
     "derive_seed",
     "seed_all",

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from engine.errors import UsageError
 
@@ -67,6 +69,14 @@ def init_distributed(device: str = "auto") -> World:
             world_size=world_size,
         )
     return World(rank, local_rank, world_size, chosen)
+
+
+def distribute(model: nn.Module, world: World) -> nn.Module:
+    """The model as all processes train it together; the model itself where there is one."""
+    if world.world_size == 1:
+        return model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids)
 
 
 def _by_torchrun() -> bool:

@@ -18,7 +18,7 @@ from engine.config import Config, dump
 from engine.distributed import World, init_distributed
 from engine.errors import UsageError, UserError
 from engine.logging import setup_logging
-from engine.loop import TrainState
+from engine.loop import LoopOptions, TrainState
 from engine.optim import DTYPES
 from engine.provenance import provenance
 
@@ -162,6 +162,30 @@ def restore(
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the checkpoint's optimizer is not this run's: {error}") from error
     scheduler.load_state_dict(checkpoint["lr_scheduler"])
+
+
+def loop_options(
+    config: RunConfig,
+    world: World,
+    *,
+    steps: int,
+    dtype: torch.dtype,
+    clip_grad: float | None,
+    output_dir: Path | None,
+) -> LoopOptions:
+    """What the loop takes from a run's options, and what only its trainer knows."""
+    return LoopOptions(
+        device=world.device,
+        steps=steps,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        dtype=dtype,
+        accumulate=config.accumulate_steps,
+        clip_grad=clip_grad,
+        print_freq=config.print_freq,
+        checkpoint_steps=config.checkpoint_steps or 0,
+        output_dir=output_dir,
+    )
 
 
 def resolve_dtype(name: str, *, auto: torch.dtype) -> torch.dtype:
