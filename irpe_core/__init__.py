@@ -1,10 +1,10 @@
 """Image relative position encoding (iRPE, ICCV 2021) for any attention.
 
 Build an encoding with `get_rpe_config` and `build_rpe`, attend with `rpe_attention`,
-`RPEAttention` or `RPEMultiheadAttention`, or give it to a timm vision transformer with `add_irpe`.
+`RPEAttention` or `RPEMultiheadAttention`, or give it to a finished model with `add_irpe`.
 """
 
-from irpe_core.add import add_irpe
+from irpe_core.add import add_irpe, set_grid
 from irpe_core.buckets import BucketCache, bucket_ids, piecewise_index
 from irpe_core.checkpoint import load_checkpoint, load_weights
 from irpe_core.config import (
@@ -41,6 +41,7 @@ __all__ = [
     "RPEAttention",
     "RPEMultiheadAttention",
     "add_irpe",
+    "set_grid",
     "set_implementation",
     "ImplementationError",
     "CheckpointError",

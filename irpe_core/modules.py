@@ -2,38 +2,23 @@
 
 `RPEAttention` is the attention of timm's vision transformers (`timm.layers.Attention`) with
 `rpe_q`, `rpe_k`, `rpe_v` beside it. It differs in one thing: it has to know the grid of its
-tokens, which a transformer block does not pass on; `grid` holds it.
+tokens, which a transformer block does not pass on; `grid` holds it. EVA's attention
+(`timm.models.eva.EvaAttention`) has other projections, and is taken over with them.
 """
 
-import inspect
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from irpe_core.config import RPEConfig
 from irpe_core.encoding import build_rpe
 from irpe_core.functional import rpe_attention
+from irpe_core.replaceable import TIMM_ATTENTIONS, check_replaceable, class_path
 
 __all__ = ["RPEAttention"]
 
-
-_LAYERS = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
-
-
-def _check_replaceable(attention: nn.Module) -> None:
-    """Raise ValueError unless `RPEAttention` can compute all that `attention` does."""
-    needed = {*_LAYERS, "num_heads", "head_dim", "scale"} - {"norm"}
-    missing = sorted(name for name in needed if not hasattr(attention, name))
-    # A gate, a separate query bias or a second encoding must not be dropped in silence.
-    extra = sorted({name.split(".")[0] for name in attention.state_dict()} - set(_LAYERS))
-    arguments = list(inspect.signature(attention.forward).parameters)
-    foreign = [name for name in arguments if name not in ("x", "attn_mask", "is_causal")]
-    for problem, names in (("has no", missing), ("also has", extra), ("also takes", foreign)):
-        if names:
-            raise ValueError(
-                "RPEAttention takes the place of timm.layers.Attention: "
-                f"{type(attention).__name__} {problem} {', '.join(names)}"
-            )
+_LAYERS = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
+_EVA_LAYERS = ("q_proj", "k_proj", "v_proj", "q_bias", "v_bias")
 
 
 class RPEAttention(nn.Module):
@@ -75,6 +60,7 @@ class RPEAttention(nn.Module):
         self.k_norm: nn.Module = nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
         self.norm: nn.Module = nn.Identity()
+        self.gate: nn.Module | None = None
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.rpe_q, self.rpe_k, self.rpe_v = build_rpe(rpe, self.head_dim, num_heads)
@@ -83,26 +69,35 @@ class RPEAttention(nn.Module):
     def from_attention(
         cls, attention: nn.Module, rpe: RPEConfig, grid: tuple[int, int] | None = None
     ) -> "RPEAttention":
-        """Take over the layers and weights of a `timm.layers.Attention`.
+        """Take over the layers and weights of a `timm.layers.Attention`, or of EVA's.
 
         The encodings start at zero, so the result computes what `attention` did.
 
         Raises:
-            ValueError: `attention` is not of this form or computes more than `RPEAttention` does.
+            ValueError: `attention` is of another class, be it a subclass, or computes more than
+                `RPEAttention` does.
         """
-        _check_replaceable(attention)
+        check_replaceable(attention, TIMM_ATTENTIONS)
+        is_eva = class_path(attention).endswith("EvaAttention")
         # On the meta device: nothing is allocated and no random numbers are drawn.
         with torch.device("meta"):
-            self = cls(attention.num_heads * attention.head_dim, attention.num_heads, grid=grid)
-        self.scale = attention.scale
-        for name in _LAYERS:
-            setattr(self, name, getattr(attention, name, nn.Identity()))
-        tables = build_rpe(rpe, self.head_dim, self.num_heads)
-        weight = attention.qkv.weight
+            self = (_RPEEvaAttention if is_eva else cls)(
+                attention.proj.in_features, attention.num_heads, grid=grid
+            )
+        # Before the layers are taken over, each of which keeps its own mode.
+        self.train(attention.training)
+        if not getattr(attention, "fused_attn", False):
+            # Torch's own attention, which timm calls otherwise, is not told of it.
+            self.scale = attention.scale
+        for name in _LAYERS + (_EVA_LAYERS if is_eva else ()):
+            # Older releases of timm lack some of them.
+            setattr(self, name, getattr(attention, name, getattr(self, name)))
+        weight = self.proj.weight
         self.rpe_q, self.rpe_k, self.rpe_v = (
-            None if table is None else table.to(weight.device, weight.dtype) for table in tables
+            table and table.to(weight.device, weight.dtype).train(attention.training)
+            for table in build_rpe(rpe, self.head_dim, self.num_heads)
         )
-        return self.train(attention.training)
+        return self
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -122,14 +117,10 @@ class RPEAttention(nn.Module):
         """
         if is_causal:
             raise ValueError("is_causal=True has no meaning on a two-dimensional grid")
-        batch, length, _ = x.shape
-        # Split before the heads: the backward joins the three gradients in one copy, not in two.
-        q, k, v = (
-            part.view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
-            for part in self.qkv(x).chunk(3, -1)
-        )
+        gate = None if self.gate is None else self.gate(x).sigmoid()
+        q, k, v = self._project(x)
         height, width = self.grid or (None, None)
-        x = rpe_attention(
+        out = rpe_attention(
             self.q_norm(q),
             self.k_norm(k),
             v,
@@ -142,5 +133,44 @@ class RPEAttention(nn.Module):
             dropout_p=self.attn_drop.p if self.training else 0.0,
             scale=self.scale,
         )
-        x = x.transpose(1, 2).reshape(batch, length, self.num_heads * self.head_dim)
-        return self.proj_drop(self.proj(self.norm(x)))
+        out = self.norm(out.transpose(1, 2).flatten(2))
+        return self.proj_drop(self.proj(out if gate is None else out * gate))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values `(B, H, L, d)`."""
+        return self._cut(self.qkv(x))
+
+    def _cut(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        # Into three before the heads: the backward joins their gradients in one copy, not in two.
+        heads = self.num_heads, self.head_dim
+        return tuple(part.unflatten(-1, heads).transpose(1, 2) for part in qkv.chunk(3, -1))
+
+
+class _RPEEvaAttention(RPEAttention):
+    """EVA's projections: one without a bias on keys, or three. RoPE is never given to it."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        for name in _EVA_LAYERS:
+            setattr(self, name, None)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """As `RPEAttention`; `rope` is in EVA's signature and must be None."""
+        if rope is not None:
+            raise ValueError("iRPE does not go with rotary position embeddings (rope)")
+        return super().forward(x, attn_mask, is_causal)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.qkv is None:
+            parts = [project(x) for project in (self.q_proj, self.k_proj, self.v_proj)]
+            return self._cut(torch.cat(parts, -1))
+        if self.q_bias is None:
+            return self._cut(self.qkv(x))
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        return self._cut(F.linear(x, self.qkv.weight, bias))

@@ -5,7 +5,7 @@
 
 Source: iRPE (Wu et al., ICCV 2021), whose DETR has it in the encoder. Without an encoding it is
 torch's module, to the last bit. With one, two things differ: the grid of the tokens must be known
-(`hw=`), and a query that may attend nowhere yields zeros, never NaN.
+(`hw=` or `grid`), and a query that may attend nowhere yields zeros, never NaN.
 """
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from irpe_core.config import RPEConfig
 from irpe_core.encoding import build_rpe
 from irpe_core.functional import add_mask, attention_weights, logit_bias, rpe_attention
+from irpe_core.replaceable import TORCH_ATTENTIONS, check_replaceable
 
 __all__ = ["RPEMultiheadAttention"]
 
@@ -29,6 +30,8 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         bias: Whether the projections have biases.
         batch_first: Tokens are `(B, L, C)` instead of `(L, B, C)`.
         rpe: The encoding; None for plain attention.
+        grid: `(height, width)` of the tokens behind `rpe.skip`, where `hw` is not passed; None for
+            a square.
         device: Where the parameters are.
         dtype: Of the parameters.
 
@@ -45,6 +48,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         batch_first: bool = False,
         rpe: RPEConfig | None = None,
         *,
+        grid: tuple[int, int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -59,14 +63,53 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             device=device,
             dtype=dtype,
         )
+        self.grid = grid
+        self._set_encodings(rpe, device, dtype)
+
+    def _set_encodings(
+        self,
+        rpe: RPEConfig | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
         self.rpe_q, self.rpe_k, self.rpe_v = (
             encoding and encoding.to(device=device, dtype=dtype)
-            for encoding in build_rpe(rpe, self.head_dim, num_heads)
+            for encoding in build_rpe(rpe, self.head_dim, self.num_heads)
         )
         if rpe is not None:
             # nn.TransformerEncoderLayer, in evaluation, feeds the weights of an attention of equal
             # widths to a kernel of its own, which would leave the encodings out.
             self._qkv_same_embed_dim = False
+
+    @classmethod
+    def from_attention(
+        cls,
+        attention: nn.MultiheadAttention,
+        rpe: RPEConfig,
+        grid: tuple[int, int] | None = None,
+    ) -> "RPEMultiheadAttention":
+        """Take over the weights of an `nn.MultiheadAttention`.
+
+        The encodings start at zero, so the result computes what `attention` did.
+
+        Raises:
+            ValueError: `attention` is of another class, or no plain self-attention.
+        """
+        check_replaceable(attention, TORCH_ATTENTIONS)
+        self = cls(
+            attention.embed_dim,
+            attention.num_heads,
+            attention.dropout,
+            batch_first=attention.batch_first,
+            grid=grid,
+            device="meta",
+        )
+        self._set_encodings(rpe, attention.in_proj_weight.device, attention.in_proj_weight.dtype)
+        # Before the layers are taken over, each of which keeps its own mode.
+        self.train(attention.training)
+        for name in ("in_proj_weight", "in_proj_bias", "out_proj"):
+            setattr(self, name, getattr(attention, name))
+        return self
 
     @property
     def has_rpe(self) -> bool:
@@ -99,7 +142,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             average_attn_weights: Return the mean of the weights over the heads.
             is_causal: A hint that `attn_mask` is causal.
             hw: Height and width of the grid behind `rpe.skip` tokens, which lie row by row; None
-                for a square. Without an encoding it has no effect.
+                for `grid`, or a square without it. Without an encoding it has no effect.
 
         Returns:
             The output, shaped like `query`, and the weights `(B, L, L)`, `(B, num_heads, L, L)`
@@ -120,6 +163,11 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
                 average_attn_weights,
                 is_causal,
             )
+        if query.is_nested:
+            raise ValueError(
+                "relative positions need padded tensors, got a nested one: build the "
+                "nn.TransformerEncoder with enable_nested_tensor=False or give it to add_irpe"
+            )
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True is a hint about attn_mask, which is None")
         if query.shape != key.shape:
@@ -135,7 +183,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = self._project(query, key, value)
         allowed = self._merge_masks(key_padding_mask, attn_mask, *q.shape[:3], q.dtype)
-        out, weights = self._attend(q, k, v, allowed, hw or (None, None), need_weights)
+        out, weights = self._attend(q, k, v, allowed, hw or self.grid or (None, None), need_weights)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)

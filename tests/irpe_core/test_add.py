@@ -1,4 +1,4 @@
-"""add_irpe on timm's vision transformers: same outputs at first, and the grid of every image."""
+"""add_irpe: the grid of every image, the layers chosen, refusals. Families: test_add_timm.py."""
 
 import copy
 import pickle
@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from irpe_core import RPEAttention, RPEConfig, add_irpe
+from irpe_core import RPEAttention, RPEConfig, add_irpe, set_grid
 from tests.irpe_core import naive
 from tests.recipes import fill
 
@@ -46,26 +46,12 @@ def assert_follows_the_equations(model: nn.Module, x: torch.Tensor, grid: tuple[
         torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize(
-    ("options", "skip"),
-    [
-        ({}, 1),
-        ({"class_token": False, "global_pool": "avg"}, 0),
-        ({"reg_tokens": 3}, 4),
-        ({"reg_tokens": 2, "class_token": False, "global_pool": "avg"}, 2),
-        ({"no_embed_class": True, "qk_norm": True}, 1),
-    ],
-    ids=["class", "no-class", "registers", "registers-only", "qk-norm"],
-)
-def test_outputs_stay_the_same_until_the_tables_are_trained(options, skip):
-    model, x = vit(**options), images(32, 64)
-    fill(model)
-    before = model(x)
-    assert add_irpe(model, SPEC) is model
-    torch.testing.assert_close(model(x), before)
-    assert {block.attn.rpe_k.config.skip for block in model.blocks} == {skip}
-    fill(model)
-    assert (model(x) - before).abs().max() > 1e-3
+def test_class_and_register_tokens_are_skipped_in_any_combination():
+    for tokens in ({"reg_tokens": 3}, {"reg_tokens": 2, "class_token": False}, {}):
+        model = add_irpe(vit(**tokens, global_pool="avg"), SPEC)
+        skip = tokens.get("reg_tokens", 0) + tokens.get("class_token", True)
+        assert {block.attn.rpe_k.config.skip for block in model.blocks} == {skip}
+        assert_follows_the_equations(fill(model), images(32, 64), (2, 4))
 
 
 @pytest.mark.parametrize("method", ["cross", "product"])
@@ -156,21 +142,107 @@ def test_an_empty_spec_leaves_the_model_alone():
     assert [block.attn for block in add_irpe(model, "").blocks] == attentions
 
 
+def test_any_module_that_gives_the_feature_map_tells_the_grid():
+    model = fill(add_irpe(vit(dynamic_img_size=True), SPEC, grid="patch_embed.proj"))
+    for size in [(64, 32), (32, 64), (48, 80)]:
+        assert_follows_the_equations(model, images(*size), (size[0] // 16, size[1] // 16))
+    model = add_irpe(vit(), SPEC, grid="patch_embed.norm")
+    with pytest.raises(
+        ValueError, match=r"must return \(B, C, height, width\), Identity.*\(2, 8, 12\)"
+    ):
+        model(images(32, 64))
+
+
 @pytest.mark.parametrize(
-    ("build", "message"),
+    ("layers", "equipped"),
     [
-        (lambda: nn.Linear(2, 2), "Linear has no num_prefix_tokens, no blocks, no patch_embed"),
-        (lambda: add_irpe(vit(), SPEC), "RPEAttention also has rpe_k, rpe_q, rpe_v"),
-        (lambda: vit(block_fn=timm.models.vision_transformer.ParallelThingsBlock), "attn in every"),
+        ([0, 2], {0, 2}),
+        ([-1], {2}),
+        (["blocks.1.attn"], {1}),
+        ("blocks.1.attn", {1}),
+        (None, {0, 1, 2}),
     ],
-    ids=["no-vit", "twice", "parallel-blocks"],
+    ids=["indices", "last", "name", "bare-name", "all"],
 )
-def test_a_model_of_another_form_is_refused_and_left_alone(build, message):
-    model = build()
-    names = [name for name, _ in model.named_modules()]
+def test_only_the_chosen_layers_are_equipped(layers, equipped):
+    model = add_irpe(vit(depth=3), SPEC, layers=layers)
+    kinds = [isinstance(block.attn, RPEAttention) for block in model.blocks]
+    assert {i for i, kind in enumerate(kinds) if kind} == equipped
+
+
+def test_layers_may_be_equipped_one_after_the_other_and_all_follow_the_images():
+    model = add_irpe(vit(dynamic_img_size=True), SPEC, layers=[0])
+    add_irpe(model, "rpe-2.0-cross-bias-0-k", layers=[1])
+    fill(model)(images(64, 32))
+    assert [block.attn.grid for block in model.blocks] == [(4, 2), (4, 2)]
+    assert [block.attn.rpe_k.config.method for block in model.blocks] == ["product", "cross"]
+
+
+def test_parallel_attentions_are_equipped_by_name():
+    model = vit(block_fn=timm.models.vision_transformer.ParallelThingsBlock)
+    fill(model)
+    x = images(32, 64)
+    before = model(x)
+    names = [f"blocks.{i}.attns.{j}.attn" for i in range(2) for j in range(2)]
+    add_irpe(model, SPEC, layers=names)
+    torch.testing.assert_close(model(x), before)
+    assert model.blocks[1].attns[1].attn.grid == (2, 4)
+
+
+def test_an_attention_alone_is_replaced_not_changed():
+    attention = timm.layers.Attention(24, 3)
+    ours = add_irpe(attention, RPEConfig(skip=1, rpe_on="qkv"), grid=(2, 4))
+    x = torch.randn(2, 9, 24)
+    torch.testing.assert_close(ours(x), attention(x))
+    assert type(attention) is timm.layers.Attention
+    plain = add_irpe(RPEAttention(24, 3), SPEC, grid=(2, 4))
+    assert plain.rpe_v.config.skip == 0
+
+
+def test_set_grid_tells_every_attention_of_a_model():
+    model = add_irpe(vit(), SPEC, grid=(4, 2))
+    set_grid(model, (2, 4))
+    assert_follows_the_equations(fill(model), images(32, 64), (2, 4))
+    with pytest.raises(ValueError, match=r"whole numbers >= 1, got \(0, 2\)"):
+        set_grid(model, (0, 2))
+    with pytest.raises(ValueError, match="Linear has no attention with iRPE: use add_irpe"):
+        set_grid(nn.Linear(2, 2), (2, 4))
+
+
+BAD_ARGUMENTS = {
+    "index": ({"layers": [2]}, "indices of the 2 attentions found in VisionTransformer .*got 2$"),
+    "unknown": (
+        {"layers": ["blocks.0.attention"]},
+        "names of its modules, got 'blocks.0.attention'",
+    ),
+    "another": (
+        {"layers": [0, "blocks.1.mlp"]},
+        r"blocks\.1\.mlp \(timm.*Mlp\) is not timm's Attention",
+    ),
+    "no-layers": ({"layers": []}, "layers must name at least one attention, got none"),
+    "grid": ({"grid": (2, 4.0)}, r"grid must be \(height, width\).*got \(2, 4\.0\)"),
+    "square": ({"grid": 4}, r"grid must be \(height, width\).*got 4"),
+    "no-module": ({"grid": "patch"}, "grid='patch' is no module of VisionTransformer"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_a_bad_argument_is_named_and_the_model_left_alone(case):
+    options, message = BAD_ARGUMENTS[case]
+    model = vit()
+    modules = list(model.named_modules())
     with pytest.raises(ValueError, match=message):
+        add_irpe(model, SPEC, **options)
+    assert list(model.named_modules()) == modules
+    assert not model.patch_embed._forward_hooks
+
+
+def test_a_second_irpe_is_refused_and_the_first_left_alone():
+    model = add_irpe(vit(), SPEC)
+    modules = list(model.named_modules())
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn .*RPEAttention\) already has iRPE"):
         add_irpe(model, SPEC)
-    assert [name for name, _ in model.named_modules()] == names
+    assert list(model.named_modules()) == modules
 
 
 def test_a_bad_spec_is_refused_before_anything_changes():

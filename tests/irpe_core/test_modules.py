@@ -6,6 +6,7 @@ import pickle
 import pytest
 import timm.layers
 import torch
+from timm.models.eva import EvaAttention
 from torch import nn
 
 from irpe_core import RPEAttention, RPEConfig
@@ -17,6 +18,7 @@ VARIANTS = {
     "no-bias": {"qkv_bias": False, "proj_bias": False},
     "qk-norm": {"qkv_bias": True, "qk_norm": True, "norm_layer": nn.LayerNorm},
     "scale-norm": {"scale_norm": True, "norm_layer": nn.LayerNorm},
+    "gated": {"gated": True, "scale_norm": True, "norm_layer": nn.LayerNorm},
     "other-head-dim": {"num_heads": 5, "attn_head_dim": 8},
     "other-output": {"dim_out": 32},
 }
@@ -60,11 +62,19 @@ def test_it_takes_over_layers_mode_dtype_and_device_and_draws_no_random_numbers(
     assert {p.device.type for p in ours.parameters()} == {"meta"}
 
 
-def test_it_takes_over_a_scale_of_its_own():
+@pytest.mark.parametrize("fused", [False, True])
+def test_it_takes_over_a_scale_of_its_own_where_timm_heeds_it(fused):
     attention = fill(timm.layers.Attention(24, 3, qkv_bias=True))
-    attention.scale, attention.fused_attn = 0.9, False
+    attention.scale, attention.fused_attn = 0.9, fused
     ours, x = RPEAttention.from_attention(attention, CONFIG), torch.randn(2, 10, 24)
     torch.testing.assert_close(ours(x), attention(x))
+
+
+def test_it_takes_over_the_mode_of_every_layer():
+    attention = timm.layers.Attention(24, 3).train()
+    attention.attn_drop.eval()
+    ours = RPEAttention.from_attention(attention, CONFIG)
+    assert (ours.training, ours.attn_drop.training, ours.proj_drop.training) == (True, False, True)
 
 
 def test_parameters_have_timms_names_and_the_published_ones():
@@ -73,20 +83,68 @@ def test_parameters_have_timms_names_and_the_published_ones():
     assert {name for name, _ in RPEAttention(24, 3, CONFIG).named_parameters()} == names
 
 
-def test_an_attention_that_computes_more_or_less_is_refused():
-    class Rotary(timm.layers.Attention):
-        def forward(self, x, rope=None):
-            return super().forward(x)
+class Subclass(timm.layers.Attention):
+    """Computes the same, which cannot be known."""
 
-    gated = timm.layers.Attention(24, 3, gated=True)
-    with pytest.raises(ValueError, match="Attention also has gate"):
-        RPEAttention.from_attention(gated, CONFIG)
-    with pytest.raises(ValueError, match="Rotary also takes rope"):
-        RPEAttention.from_attention(Rotary(24, 3), CONFIG)
-    with pytest.raises(ValueError, match="RPEAttention also has rpe_k, rpe_q, rpe_v"):
-        RPEAttention.from_attention(RPEAttention(24, 3, CONFIG), CONFIG)
-    with pytest.raises(ValueError, match=r"MultiheadAttention has no attn_drop.*qkv"):
-        RPEAttention.from_attention(nn.MultiheadAttention(24, 3), CONFIG)
+
+def with_a_parameter() -> nn.Module:
+    attention = timm.layers.Attention(24, 3)
+    attention.sink = nn.Parameter(torch.zeros(3))
+    return attention
+
+
+def with_a_hook() -> nn.Module:
+    attention = timm.layers.Attention(24, 3)
+    attention.register_forward_pre_hook(lambda module, args: None)
+    return attention
+
+
+def with_a_forward() -> nn.Module:
+    attention = timm.layers.Attention(24, 3)
+    attention.forward = lambda x: x
+    return attention
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (Subclass(24, 3), "Subclass is not timm's Attention or timm's EvaAttention: what else"),
+        (timm.layers.AttentionRope(24, 3, num_prefix_tokens=1), r"already rotates.*\(RoPE\)"),
+        (RPEAttention(24, 3, CONFIG), "RPEAttention already has iRPE"),
+        (nn.MultiheadAttention(24, 3), "MultiheadAttention is not timm's Attention"),
+        (with_a_parameter(), "Attention also has sink, which would be lost"),
+        (with_a_hook(), "Attention has hooks, which would be lost"),
+        (with_a_forward(), "Attention has a forward of its own"),
+    ],
+    ids=["subclass", "rope", "twice", "torchs", "parameter", "hook", "forward"],
+)
+def test_an_attention_that_may_compute_more_is_refused(attention, message):
+    with pytest.raises(ValueError, match=message):
+        RPEAttention.from_attention(attention, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"qk_norm": True},
+        {"qkv_bias": False},
+        {"qkv_bias_separate": True, "scale_norm": False},
+        {"qkv_fused": False, "qk_norm": True},
+        {"gated": True},
+    ],
+    ids=["no-key-bias", "normed", "no-bias", "bias-apart", "three-projections", "gated"],
+)
+def test_evas_attention_is_taken_over_with_its_projections(options):
+    attention = EvaAttention(24, 3, norm_layer=nn.LayerNorm, **{"scale_norm": True, **options})
+    fill(attention.double())
+    ours = RPEAttention.from_attention(attention, RPEConfig(skip=1, rpe_on="qkv"), (2, 5))
+    x = torch.randn(2, 11, 24, dtype=torch.float64)
+    torch.testing.assert_close(ours(x, rope=None), attention(x, rope=None))
+    added = set(ours.state_dict()) - set(attention.state_dict())
+    assert added == {f"rpe_{letter}.lookup_table_weight" for letter in "qkv"}
+    with pytest.raises(ValueError, match="does not go with rotary"):
+        ours(x, rope=torch.ones(10, 16))
 
 
 @pytest.mark.parametrize("grid", [(2, 5), (5, 2), None], ids=["2x5", "5x2", "square"])
