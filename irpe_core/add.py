@@ -58,7 +58,7 @@ def add_irpe(
     chosen = _choose(model, layers)
     _check(model, chosen)
     source = _grid_source(model, grid)
-    start = getattr(source, "grid_size", None) if source else grid
+    start = grid if source is None else getattr(source, "grid_size", None)
     equipped = {name: _equip(old, config, start) for name, old in chosen.items()}
     if source is not None:
         source.register_forward_hook(_GridFollower(list(equipped.values())))

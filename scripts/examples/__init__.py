@@ -1,0 +1,1 @@
+"""Short programs to read: iRPE in a model that was built without it."""
