@@ -122,7 +122,7 @@ class _GridFollower:
 
 
 def _find(model: nn.Module) -> dict[str, nn.Module]:
-    """The attentions to replace by default, by name; a model that is one itself has none."""
+    """The attentions to replace by default, by name, which is empty for the model itself."""
     if isinstance(model, nn.MultiheadAttention) or class_path(model) in TIMM_ATTENTIONS:
         return {"": model}
     if _has_blocks(model):
@@ -149,14 +149,12 @@ def _choose(model: nn.Module, layers: Sequence[int | str] | None) -> dict[str, n
             raise ValueError(_nothing_found(model))
         return found
     names = list(found)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     chosen = {}
-    for layer in [layers] if isinstance(layers, str) else layers:
-        if isinstance(layer, int) and -len(names) <= layer < len(names):
-            name = names[layer]
-        else:
-            name = layer
-        if name not in modules:
+    for layer in [layers] if isinstance(layers, (int, str)) else layers:
+        in_range = isinstance(layer, int) and -len(names) <= layer < len(names)
+        name = names[layer] if in_range else layer
+        if not isinstance(name, str) or name not in modules:
             raise ValueError(
                 f"layers must hold indices of the {len(names)} attentions found in "
                 f"{type(model).__name__} or names of its modules, got {layer!r}"

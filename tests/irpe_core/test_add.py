@@ -160,9 +160,10 @@ def test_any_module_that_gives_the_feature_map_tells_the_grid():
         ([-1], {2}),
         (["blocks.1.attn"], {1}),
         ("blocks.1.attn", {1}),
+        (0, {0}),
         (None, {0, 1, 2}),
     ],
-    ids=["indices", "last", "name", "bare-name", "all"],
+    ids=["indices", "last", "name", "bare-name", "bare-index", "all"],
 )
 def test_only_the_chosen_layers_are_equipped(layers, equipped):
     model = add_irpe(vit(depth=3), SPEC, layers=layers)
@@ -219,6 +220,7 @@ BAD_ARGUMENTS = {
         {"layers": [0, "blocks.1.mlp"]},
         r"blocks\.1\.mlp \(timm.*Mlp\) is not timm's Attention",
     ),
+    "nested": ({"layers": [[0]]}, r"names of its modules, got \[0\]"),
     "no-layers": ({"layers": []}, "layers must name at least one attention, got none"),
     "grid": ({"grid": (2, 4.0)}, r"grid must be \(height, width\).*got \(2, 4\.0\)"),
     "square": ({"grid": 4}, r"grid must be \(height, width\).*got 4"),
