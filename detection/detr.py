@@ -115,7 +115,7 @@ class DETR(nn.Module):
         projected = self.input_proj(features[-1])
         hw = projected.shape[-2:]
         if mask is None:
-            positions_of = projected.new_zeros((len(images), *hw), dtype=torch.bool)
+            positions_of = projected.new_zeros((images.shape[0], *hw), dtype=torch.bool)
         else:
             mask = F.interpolate(mask[:, None].float(), size=hw)[:, 0].bool()
             positions_of = mask

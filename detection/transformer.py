@@ -206,6 +206,6 @@ class Transformer(nn.Module):
         tokens, pos = (x.flatten(2).transpose(1, 2) for x in (features, pos))
         padding = None if mask is None else mask.flatten(1)
         memory = self.encoder(tokens, pos, padding, hw)
-        queries = queries.expand(len(tokens), -1, -1)
+        queries = queries.expand(tokens.shape[0], -1, -1)
         outputs = self.decoder(torch.zeros_like(queries), queries, memory, pos, padding)
         return outputs, memory.transpose(1, 2).unflatten(2, hw)

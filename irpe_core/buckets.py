@@ -61,7 +61,7 @@ def piecewise_index(x: Tensor, alpha: float, beta: float, gamma: float) -> Tenso
 
 
 @functools.lru_cache(maxsize=64)
-def _piecewise_steps(ratio: float) -> tuple[int, ...]:
+def piecewise_steps(ratio: float) -> tuple[int, ...]:
     """Distances at which g grows by one: `g(x) = sign(x)·#{steps <= |x|}` for whole numbers x."""
     with torch.inference_mode(False):
         distances = torch.arange(math.ceil(8 * ratio) + 2, device="cpu")
@@ -73,10 +73,11 @@ def _index_of_integers(x: Tensor, ratio: float, largest: int) -> Tensor:
     """`piecewise_index` of whole numbers up to `largest` in size, without leaving the device."""
     distance = x.abs()
     index = torch.zeros_like(x)
-    for step in _piecewise_steps(ratio):
-        if step > largest:
+    for step in piecewise_steps(ratio):
+        # A symbolic size may become any: all steps are needed.
+        if isinstance(largest, int) and step > largest:
             break
-        index += distance >= step
+        index = index + (distance >= step)
     return x.sign() * index
 
 
@@ -89,8 +90,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("irpe_core::bucket_table", "default")
-def _compute_table(
+def compute_table(
     method: str,
     axis: int,
     height: int,
@@ -103,6 +103,9 @@ def _compute_table(
     config = RPEConfig(ratio=ratio, method=method, skip=skip)
     buckets = grid_buckets(config, height, width, device)
     return buckets.pair_index()[axis] - axis * config.num_buckets
+
+
+torch.library.impl("irpe_core::bucket_table", "default", compute_table)
 
 
 @torch.library.register_fake("irpe_core::bucket_table")
@@ -118,8 +121,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("irpe_core::grid_tables", "default")
-def _compute_grid_tables(
+def compute_grid_tables(
     method: str, height: int, width: int, ratio: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The tables of `rpe_ops.GridBuckets`, computed anew."""
@@ -142,6 +144,9 @@ def _compute_grid_tables(
             row_base, local = torch.stack((rows, none(rows))), torch.stack((none(cols), cols))
     terms = 2 if method == "cross" else 1
     return row_base.view(terms, -1).int(), local.view(terms, -1, 2 * width - 1).int()
+
+
+torch.library.impl("irpe_core::grid_tables", "default", compute_grid_tables)
 
 
 @torch.library.register_fake("irpe_core::grid_tables")

@@ -34,7 +34,7 @@ def bucket_sum(pairs: Tensor, index: Tensor, num_buckets: int) -> Tensor:
     """Sum the pairs of every bucket, low precision in float32; see `rpe_ops.bucket_sum`."""
     accumulate_dtype = torch.promote_types(pairs.dtype, torch.float32)
     sums = pairs.new_zeros(*pairs.shape[:-1], num_buckets, dtype=accumulate_dtype)
-    sums.scatter_add_(-1, index.long().expand_as(pairs), pairs.to(accumulate_dtype))
+    sums = sums.scatter_add(-1, index.long().expand_as(pairs), pairs.to(accumulate_dtype))
     return sums.to(pairs.dtype)
 
 

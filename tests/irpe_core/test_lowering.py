@@ -1,0 +1,175 @@
+"""Lowered programs: the same values and buckets, on any grid, in standard operators alone."""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+import rpe_ops
+from irpe_core import METHODS, RPEConfig, bucket_ids, build_rpe, rpe_attention, set_implementation
+from irpe_core.lowering import lower
+from tests.recipes import fill
+
+RATIOS = {"euc": 2.0, "quant": 3.0, "cross": 1.9, "product": 2.0}
+# Mode, shared head, rpe_on, skipped tokens.
+VARIANTS = [
+    ("ctx", True, "k", 0),
+    ("ctx", True, "v", 0),
+    ("ctx", False, "qkv", 2),
+    ("bias", False, "qk", 0),
+]
+GRIDS = [(2, 2), (3, 5), (8, 2), (7, 9)]
+
+
+class Attentions(nn.Module):
+    """Every variant of a method over the same tokens, of which the map gives the grid."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.names = []
+        for mode, shared, on, skip in VARIANTS:
+            config = RPEConfig(RATIOS[method], method, mode, shared, skip, on)
+            self.names.append(f"{method}_{mode}_{shared:d}_{on}_{skip}")
+            self.add_module(self.names[-1], nn.ModuleList(build_rpe(config, 4, 2)))
+
+    def forward(self, x: Tensor, padding: Tensor) -> dict[str, Tensor]:
+        """From maps `(B, 8, h, w)` and padding `(B, h, w)` to outputs `(B, 2, skip + h·w, 4)`."""
+        height, width = x.shape[-2:]
+        results = {}
+        for name in self.names:
+            encodings = getattr(self, name)
+            skip = next(e for e in encodings if e is not None).config.skip
+            q = nn.functional.pad(x.flatten(2), (skip, 0), value=0.5)
+            q = q.unflatten(1, (2, 4)).transpose(-2, -1)
+            allowed = nn.functional.pad(~padding.flatten(1), (skip, 0), value=True)
+            k, v, mask = q.flip(-1), q.sin(), allowed[:, None, None]
+            results[name] = rpe_attention(
+                q, k, v, *encodings, height=height, width=width, attn_mask=mask
+            )
+        return results
+
+
+class Buckets(nn.Module):
+    """The tables of all methods for the grid of a map."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        height, width = x.shape[-2:]
+        tables = {}
+        for method, ratio in RATIOS.items():
+            table = bucket_ids(method, height, width, ratio, skip=1)
+            tables |= dict(zip((method, f"{method}_columns"), as_tuple(table), strict=False))
+        return tables
+
+
+def as_tuple(table: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return table if isinstance(table, tuple) else (table,)
+
+
+def sample(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Maps and their padding, a column and a row of it but for the first image."""
+    padding = torch.zeros(batch, height, width, dtype=torch.bool)
+    padding[1:, -1], padding[1:, :, -1] = True, True
+    return torch.randn(batch, 8, height, width), padding
+
+
+def export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    """Batch, height and width dynamic."""
+    axes = [range(x.dim()) if x.dim() == 3 else (0, 2, 3) for x in inputs]
+    dynamic = tuple(dict.fromkeys(dims, Dim.DYNAMIC) for dims in axes)
+    with torch.no_grad():
+        return torch.export.export(module, inputs, dynamic_shapes=dynamic)
+
+
+def run_onnx(program: ExportedProgram, names: list[str]):
+    """A function of the inputs that runs the program in onnxruntime."""
+    reason = "a package of requirements-export.txt is missing"
+    onnxruntime = pytest.importorskip("onnxruntime", reason=reason)
+    pytest.importorskip("onnxscript", reason=reason)
+    exported = torch.onnx.export(program, output_names=names, verbose=False)
+    session = onnxruntime.InferenceSession(exported.model_proto.SerializeToString())
+    inputs = [node.name for node in session.get_inputs()]
+
+    def predict(*tensors: Tensor) -> dict[str, Tensor]:
+        feeds = {name: x.numpy() for name, x in zip(inputs, tensors, strict=True)}
+        return dict(zip(names, map(torch.from_numpy, session.run(names, feeds)), strict=True))
+
+    return predict
+
+
+@functools.cache
+def attentions(method: str) -> tuple[nn.Module, ExportedProgram]:
+    module = fill(Attentions(method).eval().requires_grad_(False))
+    set_implementation(module, "reference", "cpu")
+    program = lower(export(module, sample(2, 4, 6)))
+    # What it is compared with is what people run.
+    set_implementation(module, "auto", "cpu")
+    return module, program
+
+
+@functools.cache
+def tables() -> ExportedProgram:
+    return lower(export(Buckets(), (torch.randn(2, 8, 4, 6),)))
+
+
+def assert_same_attention(method: str, predict) -> None:
+    module, _ = attentions(method)
+    for batch, (height, width) in enumerate(GRIDS, 1):
+        inputs = sample(batch, height, width)
+        found, expected = predict(*inputs), module(*inputs)
+        for name in module.names:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+def assert_same_buckets(predict) -> None:
+    for height, width in [(2, 2), (2, 17), (5, 3), (31, 12)]:
+        found = predict(torch.randn(1, 8, height, width))
+        for method, ratio in RATIOS.items():
+            expected = as_tuple(bucket_ids(method, height, width, ratio, skip=1))
+            for name, table in zip((method, f"{method}_columns"), expected, strict=False):
+                assert torch.equal(found[name], table), (name, height, width)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attention_of_every_kind_is_the_same_on_any_grid(method):
+    assert_same_attention(method, attentions(method)[1].module())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "cross",
+        "product",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("euc", "quant")),
+    ],
+)
+def test_attention_of_every_kind_is_the_same_in_onnxruntime(method):
+    module, program = attentions(method)
+    assert_same_attention(method, run_onnx(program, module.names))
+
+
+def test_buckets_are_exact_on_any_grid():
+    assert_same_buckets(tables().module())
+
+
+def test_buckets_are_exact_in_onnxruntime():
+    names = ["euc", "quant", "cross", "cross_columns", "product"]
+    assert_same_buckets(run_onnx(tables(), names))
+
+
+def test_layers_share_the_table_of_a_grid():
+    targets = [str(node.target) for node in attentions("product")[1].graph.nodes]
+    # One for rows and one for columns of the table of each number of skipped tokens.
+    assert targets.count("aten.sign.default") == 2 * len({skip for *_, skip in VARIANTS})
+
+
+def test_fused_attention_cannot_be_lowered_and_the_error_says_what_to_do():
+    class Fused(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            grid = rpe_ops.GridBuckets(*[torch.zeros(1, 1, dtype=torch.int32)] * 2, 1, 1, 0, 1, 1)
+            return rpe_ops.attention(x, x, x, grid._replace(local=grid.local[None]))[0]
+
+    program = torch.export.export(Fused(), (torch.randn(1, 1, 1, 4),))
+    with pytest.raises(ValueError, match=r"rpe_ops\.attention.*set_implementation"):
+        lower(program)
