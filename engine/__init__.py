@@ -4,7 +4,7 @@ Configuration, processes, seeds, the loop, checkpoints, logs, and how to stop. A
 puts these together and reads like its recipe.
 """
 
-from engine.checkpoint import CheckpointDir, atomic_save, check_writable
+from engine.checkpoint import CheckpointDir, atomic_save, check_writable, replacing
 from engine.cli import run
 from engine.config import Config, dump, parse_config
 from engine.distributed import World, all_gather_object, distribute, init_distributed
@@ -67,6 +67,7 @@ __all__ = [
     "CheckpointDir",
     "atomic_save",
     "check_writable",
+    "replacing",
     "RunLog",
     "setup_logging",
     "StopRequest",

@@ -28,7 +28,7 @@ def atomic_save(obj: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         UserError: the file cannot be written, a full disk for example.
     """
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         _write(obj, temporary)
 
 
@@ -90,7 +90,7 @@ class CheckpointDir:
             UserError: a file cannot be written.
         """
         last = self._dir / LAST
-        with _replacing(last) as temporary:
+        with replacing(last) as temporary:
             _write(state, temporary)
             # The other names come first: a crash before the last one is renamed repeats the epoch
             # and writes them again, whereas a state that calls itself the best would not.
@@ -114,8 +114,14 @@ class CheckpointDir:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which then takes its place in one move."""
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, which then takes its place in one move.
+
+    Whatever is raised inside leaves `path` as it was.
+
+    Raises:
+        UserError: the file cannot be written, a full disk for example.
+    """
     # A fixed name: what a crash leaves behind is overwritten by the next save.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -144,7 +150,7 @@ def _write(obj: Any, path: Path) -> None:
 
 def _alias(source: Path, target: Path) -> None:
     """Gives a file a second name, atomically."""
-    with _replacing(target) as temporary:
+    with replacing(target) as temporary:
         temporary.unlink(missing_ok=True)
         try:
             temporary.hardlink_to(source)

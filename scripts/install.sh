@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 stamp=.venv/installed
-wanted=$(cat requirements.txt requirements-dev.txt constraints.txt | cksum)
+wanted=$(cat requirements*.txt constraints.txt | cksum)
 kernels=$(cat rpe_ops/setup.py rpe_ops/csrc/* | cksum)
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     echo "Installing into .venv (some minutes: PyTorch is large)"
