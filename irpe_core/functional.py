@@ -97,8 +97,8 @@ def rpe_attention(
         `(B, H, L, d)`.
 
     Raises:
-        ValueError: The tokens do not form the grid, queries and keys differ in number, or the mask
-            is neither boolean nor floating point.
+        ValueError: The tokens do not form the grid, queries and keys differ in number, the scale is
+            0, or the mask is neither boolean nor floating point.
     """
     if rpe_q is None and rpe_k is None and rpe_v is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, scale=scale)
@@ -108,10 +108,12 @@ def rpe_attention(
             f"got {q.shape[-2]} queries and {k.shape[-2]} keys"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale == 0:
+        raise ValueError("scale must not be 0")
     encodings = rpe_q, rpe_k, rpe_v
     fused = _fused_implementation(_first(encodings).implementation, q.device)
     takes = fused is not None and not rpe_ops.reason_against_input(fused, q)
-    if takes and _is_key_padding(attn_mask, q):
+    if takes and _is_key_padding(attn_mask, q) and _share_buckets(encodings):
         return _fused_attention(
             q, k, v, encodings, (height, width), attn_mask, dropout_p, scale, fused
         )
@@ -132,6 +134,16 @@ def _first(encodings: tuple[nn.Module | None, ...]) -> nn.Module:
     return next(encoding for encoding in encodings if encoding is not None)
 
 
+def _share_buckets(encodings: tuple[nn.Module | None, ...]) -> bool:
+    """Whether all encodings have the same buckets and operators; else each goes its own way."""
+    kinds = {
+        (e.config.method, e.config.ratio, e.config.skip, e.implementation)
+        for e in encodings
+        if e is not None
+    }
+    return len(kinds) == 1
+
+
 def _is_key_padding(mask: Tensor | None, q: Tensor) -> bool:
     """Whether there is no mask, or a boolean one of keys alone, `(B, 1, 1, L)`."""
     if mask is None:
@@ -150,7 +162,7 @@ def _fused_attention(
     scale: float,
     implementation: str,
 ) -> Tensor:
-    if torch.is_autocast_enabled(q.device.type):
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         # As autocast does with torch's attention.
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

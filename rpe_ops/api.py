@@ -99,10 +99,11 @@ def attention(
         logits[i, j] = scale·q_i·(k_j + T_k[bucket(i, j)]) + scale·k_j·T_q[bucket(j, i)]
         A = dropout(softmax(logits));  out_i = Σ_j A[i, j]·(v_j + T_v[bucket(i, j)])
 
-    with all terms of the buckets added. Products with the tables come first, `O(L·K·d)` in all, and
-    nothing of size L × L is held, forward or backward, but by the implementation "reference".
-    Differentiable once in `q`, `k`, `v` and the tables; float16 and bfloat16 are accumulated in
-    float32. The mask of dropout is drawn from torch's generator and is the same in the backward.
+    with the T terms of the buckets added, each of K buckets (`GridBuckets`). Products with the
+    tables come first, `O(L·K·d)` in all, and nothing of size L × L is held, forward or backward,
+    but by the implementation "reference". Differentiable once in `q`, `k`, `v` and the tables;
+    float16 and bfloat16 are accumulated in float32. The mask of dropout is drawn from torch's
+    generator and is the same in the backward.
 
     Args:
         q: Queries `(B, H, L, d)`, float16, bfloat16, float32 (float64 on the CPU); any strides.
@@ -116,7 +117,7 @@ def attention(
         key_padding: `(B, L)` bool, True on keys that nothing attends to. A query left without any
             key yields zeros.
         dropout_p: Probability of dropping an attention weight, in [0, 1).
-        scale: Factor on the products, not 0, default `d**-0.5`.
+        scale: Factor on the products, finite and not 0, default `d**-0.5`.
         implementation: `"auto"` or a name in `rpe_ops.IMPLEMENTATIONS`.
 
     Returns:
@@ -126,9 +127,9 @@ def attention(
         ValueError: A wrong shape, dtype, device, probability or implementation name.
         ImplementationError: An explicit implementation that cannot run here.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     tables = {"table_k": table_k, "table_q": table_q, "table_v": table_v}
     validation.check_attention(q, k, v, buckets, tables, key_padding, dropout_p, scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = implementations.resolve(implementation, q.device, "attention")
     if reason := implementations.reason_against_input(chosen, q):
         raise ValueError(reason)

@@ -57,14 +57,17 @@ def _bucket_sum(pairs: Tensor, index: Tensor, num_buckets: int, implementation: 
 def _attention(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
     tables, buckets, rest, implementation = _split(rest)
     forward = implementations.load(implementation).attention_forward
-    return forward(q, k, v, *tables, buckets, *rest)
+    # One node, also to autocast: its inputs have the dtype to compute with.
+    with torch.autocast(q.device.type, enabled=False):
+        return forward(q, k, v, *tables, buckets, *rest)
 
 
 @torch.library.impl("rpe_ops::attention_backward", "default")
 def _attention_backward(grad_out, q, k, v, *rest) -> tuple[Tensor, ...]:
     tables, buckets, rest, implementation = _split(rest)
     backward = implementations.load(implementation).attention_backward
-    grads = backward(grad_out, q, k, v, *tables, buckets, *rest)
+    with torch.autocast(q.device.type, enabled=False):
+        grads = backward(grad_out, q, k, v, *tables, buckets, *rest)
     # An operator returns tensors alone: an empty one stands for no gradient.
     return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -144,6 +147,13 @@ def _attention_grad(ctx, grad_out: Tensor | None, *_):
     return (*grads[:3], *of_tables, *[None] * 12)
 
 
+def _no_second_derivative(ctx, *grads: Tensor | None):
+    raise RuntimeError(
+        "rpe_ops.attention has one derivative, not two: for the second choose an implementation "
+        "of irpe_core.rpe_attention that is not fused, such as 'reference'"
+    )
+
+
 torch.library.register_autograd("rpe_ops::gather", _gather_backward, setup_context=_gather_setup)
 torch.library.register_autograd(
     "rpe_ops::bucket_sum", _bucket_sum_backward, setup_context=_bucket_sum_setup
@@ -151,6 +161,7 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "rpe_ops::attention", _attention_grad, setup_context=_attention_setup
 )
+torch.library.register_autograd("rpe_ops::attention_backward", _no_second_derivative)
 
 gather = torch.ops.rpe_ops.gather.default
 bucket_sum = torch.ops.rpe_ops.bucket_sum.default

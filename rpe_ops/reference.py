@@ -12,8 +12,6 @@ and holds whole L × L tensors. On CUDA the bucket sum uses atomics, so its last
 to run.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,14 @@ from rpe_ops import tables
 from rpe_ops.dropout import keep_mask
 from rpe_ops.grid import GridBuckets
 
-__all__ = ["gather", "bucket_sum", "attention_forward", "attention_backward"]
+__all__ = [
+    "gather",
+    "bucket_sum",
+    "attention_forward",
+    "attention_backward",
+    "lookup_forward",
+    "lookup_backward",
+]
 
 
 def gather(lookup: Tensor, index: Tensor) -> Tensor:
@@ -94,8 +99,8 @@ def lookup_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, lookup_k and lookup_q; None where there is no such input.
 
-    `delta (B, H, L)` is the product of every query's outputs with their gradients, added up, in the
-    dtype of `lse`.
+    `delta (B, H, L)` is, of every query, the sum of all its outputs, sums included, times their
+    gradients, in the dtype of `lse`.
     """
     logits, index = _logits(q, k, lookup_k, lookup_q, buckets, key_padding, scale)
     weights, survivors = _weights(logits, lse), _survivors(seed, logits, dropout_p)
@@ -161,5 +166,23 @@ def _survivors(seed: Tensor, logits: Tensor, dropout_p: float) -> Tensor | float
     return keep_mask(seed, *logits.shape, dropout_p).to(logits.dtype) / (1 - dropout_p)
 
 
-attention_forward = partial(tables.attention_forward, lookup_forward)
-attention_backward = partial(tables.attention_backward, lookup_backward)
+def attention_forward(q: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend; see `rpe_ops.tables.attention_forward`. Computed wide, and rounded once."""
+    out, sums, lse = tables.attention_forward(lookup_forward, *_widened(q, *rest))
+    return out.to(q.dtype), sums.to(q.dtype), lse
+
+
+def attention_backward(grad_out: Tensor, q: Tensor, *rest) -> tuple[Tensor | None, ...]:
+    """Gradients of attention; see `rpe_ops.tables.attention_backward`."""
+    grads = tables.attention_backward(lookup_backward, *_widened(grad_out, q, *rest))
+    return tuple(None if grad is None else grad.to(q.dtype) for grad in grads)
+
+
+def _widened(*arguments) -> tuple:
+    """Floating-point tensors in float32 or wider; all else as it is."""
+    return tuple(
+        x.to(torch.promote_types(x.dtype, torch.float32))
+        if isinstance(x, Tensor) and x.is_floating_point()
+        else x
+        for x in arguments
+    )

@@ -44,7 +44,7 @@ def attention_forward(
     rest = (buckets, key_padding, seed, table_v is not None, scale, dropout_p)
     out, sums, lse = lookup_forward(q, k, v, *lookups, *rest)
     if table_v is not None:
-        out += sums @ _of_heads(table_v)
+        out += _product(sums, table_v)
     return out, sums, lse
 
 
@@ -72,8 +72,8 @@ def attention_backward(
     delta = (grad_out.to(lse.dtype) * out).sum(-1)
     grad_sums = grad_table_v = None
     if table_v is not None:
-        grad_sums = grad_out @ _of_heads(table_v).transpose(-2, -1)
-        grad_table_v = _product(sums, grad_out, table_v)
+        grad_sums = _product(grad_out, table_v.transpose(-2, -1))
+        grad_table_v = _sum_of_products(sums, grad_out, table_v)
     rest = (buckets, key_padding, seed, delta, lse, scale, dropout_p)
     grad_q, grad_k, grad_v, *grad_lookups = lookup_backward(
         grad_out, grad_sums, q, k, v, *lookups, *rest
@@ -83,18 +83,13 @@ def attention_backward(
     return grad_q, grad_k, grad_v, grad_table_k, grad_table_q, grad_table_v
 
 
-def _of_heads(table: Tensor) -> Tensor:
-    """A shared table as one matrix: its product with all heads is a flat one."""
-    return table[0] if len(table) == 1 else table
-
-
 def _lookup(x: Tensor, table: Tensor | None, scale: float) -> Tensor | None:
     """A value per token of `x (B, H, L, d)` and bucket, `(B, H, L, T·K)`."""
     if table is None:
         return None
     if table.ndim == 2:
         return table[None, :, None].expand(*x.shape[:-1], -1)
-    return x @ (_of_heads(table) * scale)
+    return _product(x, table, scale)
 
 
 def _through_table(
@@ -104,19 +99,27 @@ def _through_table(
     if table is None:
         return None
     if table.ndim == 2:
-        grad = grad_lookup.sum((0, 2), dtype=_wide(x))
+        grad = grad_lookup.sum((0, 2), dtype=torch.promote_types(x.dtype, torch.float32))
         return (grad.sum(0, keepdim=True) if len(table) == 1 else grad).to(x.dtype)
-    grad_x += grad_lookup @ (_of_heads(table) * scale).transpose(-2, -1)
-    return _product(x, grad_lookup, table, scale)
+    grad_x += _product(grad_lookup, table.transpose(-2, -1), scale)
+    return _sum_of_products(x, grad_lookup, table, scale)
 
 
-def _product(x: Tensor, y: Tensor, like: Tensor, scale: float = 1.0) -> Tensor:
-    """`scale·xᵀ y` of `(B, H, L, m)` and `(B, H, L, n)`, added up as the heads of `like` are."""
-    if len(like) == 1:
-        x, y = x.flatten(0, 2), y.flatten(0, 2)
-        return scale * (x.T @ y)[None]
-    return (scale * (x.transpose(-2, -1) @ y).sum(0, dtype=_wide(x))).to(x.dtype)
+def _product(x: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale·x (B, H, L, m) @ table (Hs, m, n)`, scaled before it is rounded."""
+    rows = _rows_of_tables(x, table)
+    product = torch.baddbmm(x.new_zeros(()), rows, table, beta=0, alpha=scale)
+    if len(table) == 1:
+        return product.view(*x.shape[:-1], -1)
+    return product.unflatten(1, (len(x), -1)).transpose(0, 1)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _sum_of_products(x: Tensor, y: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale·xᵀ y` of `(B, H, L, m)` and `(B, H, L, n)`, added up for every table."""
+    x, y = _rows_of_tables(x, table), _rows_of_tables(y, table)
+    return torch.baddbmm(x.new_zeros(()), x.transpose(1, 2), y, beta=0, alpha=scale)
+
+
+def _rows_of_tables(x: Tensor, table: Tensor) -> Tensor:
+    """The tokens that share a table below each other: `(B, H, L, n)` as `(Hs, rows, n)`."""
+    return x.flatten(0, 2)[None] if len(table) == 1 else x.transpose(0, 1).flatten(1, 2)

@@ -1,11 +1,15 @@
 """Checks of the operators' arguments, one message per rule."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from rpe_ops.grid import GridBuckets
 
 __all__ = ["check_pair_index", "check_floating", "check_bounds", "check_attention"]
+
+_ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -48,12 +52,17 @@ def check_attention(
     tables: dict[str, Tensor | None],
     key_padding: Tensor | None,
     dropout_p: float,
-    scale: float,
+    scale: float | None,
 ) -> None:
     """Raise ValueError unless the arguments of `rpe_ops.attention` go together."""
-    if q.ndim != 4 or q.shape[-2] != buckets.num_tokens or not q.is_floating_point():
+    if (
+        q.ndim != 4
+        or q.shape[-2] != buckets.num_tokens
+        or q.shape[-1] == 0
+        or q.dtype not in _ATTENTION_DTYPES
+    ):
         raise ValueError(
-            "q must be a floating-point tensor of shape (B, H, L, d), "
+            "q must be a tensor of float16, bfloat16, float32 or float64 and shape (B, H, L, d), "
             f"L = {buckets.num_tokens} on this grid, got {q.dtype} of shape {tuple(q.shape)}"
         )
     for name, tensor in (("k", k), ("v", v)):
@@ -74,8 +83,8 @@ def check_attention(
     _check_padding(key_padding, (q.shape[0], q.shape[2]), q.device)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if scale == 0:
-        raise ValueError("scale must not be 0")
+    if scale is not None and (scale == 0 or not math.isfinite(scale)):
+        raise ValueError(f"scale must be finite and not 0, got {scale}")
 
 
 def _check_table(name: str, table: Tensor, heads: int, dim: int, num_lookups: int) -> None:

@@ -1,4 +1,5 @@
-// Fused attention with encodings on the CPU; the mathematics are those of rpe_ops/reference.py.
+// Fused attention with encodings on the CPU; the mathematics are those of rpe_ops/reference.py and
+// rpe_ops/tables.py.
 //
 // A tile holds the logits of some query rows of one head and stays in the cache, so nothing of size
 // L x L is ever held. Matrix products are torch's own. The backward computes the weights anew from
@@ -117,18 +118,18 @@ struct Tiles {
     weights = at::empty({in.block(), in.tokens()}, options);
     grad = at::empty_like(weights);
     if (in.dropout.p > 0) factors = at::empty({in.tokens()}, options);
-    buckets = at::empty({in.block(), in.grid.lookups()}, options);
+    if (in.table_k || in.table_v) buckets = at::empty({in.block(), in.grid.lookups()}, options);
     if (in.table_q) of_keys = HeadScratch(in, from, until);
   }
 };
 
 // The gradient of the logits of a block from that of the weights, in place.
 template <typename scalar_t>
-void through_rows(const Tensor& weights_tile, const Tensor& grad_tile, const Tiles& tiles,
-                  const Inputs& in, const BlockIndex& index, int64_t bh, const Gradients& g) {
+void through_rows(const Tiles& tiles, const Inputs& in, const BlockIndex& index, int64_t bh,
+                  const Gradients& g) {
   const int64_t tokens = in.tokens(), dim = in.q.size(3), lookups = in.grid.lookups();
-  scalar_t* weights = weights_tile.mutable_data_ptr<scalar_t>();
-  scalar_t* grads = grad_tile.mutable_data_ptr<scalar_t>();
+  scalar_t* weights = tiles.weights.mutable_data_ptr<scalar_t>();
+  scalar_t* grads = tiles.grad.mutable_data_ptr<scalar_t>();
   scalar_t* factors = in.dropout.p > 0 ? tiles.factors.mutable_data_ptr<scalar_t>() : nullptr;
   const scalar_t *grad_out = in.data<scalar_t>(g.grad_out, bh), *out = in.data<scalar_t>(g.out, bh);
   const scalar_t* of_sums = in.table_v ? tiles.buckets.const_data_ptr<scalar_t>() : nullptr;
@@ -171,10 +172,11 @@ void backward_block(const Tiles& tiles, const Lookups& lookups, const Inputs& in
   for (int64_t r = 0; r < rows; ++r) exponentials(row + r * tokens, lse[r], tokens);
 
   const Tensor grad_out = block_of(g.grad_out);
-  Tensor grad = tiles.grad.narrow(0, 0, rows), buckets = tiles.buckets.narrow(0, 0, rows);
+  Tensor grad = tiles.grad.narrow(0, 0, rows), buckets;
+  if (tiles.buckets.defined()) buckets = tiles.buckets.narrow(0, 0, rows);
   at::mm_out(grad, grad_out, in.slice(in.v, bh).t());
   if (in.table_v) at::mm_out(buckets, grad_out, in.slice(*in.table_v, bh).t());
-  through_rows<scalar_t>(weights, grad, tiles, in, index, bh, g);
+  through_rows<scalar_t>(tiles, in, index, bh, g);
 
   // The first block of a head writes the gradients of what all queries meet, the others add to them.
   const int64_t beta = first ? 0 : 1;

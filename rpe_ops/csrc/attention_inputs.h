@@ -147,7 +147,9 @@ struct Lookups {
   HeadScratch of_keys;
 
   Lookups(const Inputs& in, int64_t from, int64_t until) {
-    of_queries = at::empty({in.block(), in.grid.lookups()}, in.q.options());
+    if (in.table_k && !in.table_k->is_bias()) {
+      of_queries = at::empty({in.block(), in.grid.lookups()}, in.q.options());
+    }
     if (in.table_q && !in.table_q->is_bias()) of_keys = HeadScratch(in, from, until);
   }
 };

@@ -87,7 +87,7 @@ RPE_OPS_CLONES void through_softmax(scalar_t* __restrict gradients, scalar_t* __
   }
 }
 
-// e^x for x up to 88, to about one rounding; 0 below the smallest normal number. Cephes' expf: a power
+// e^x for x up to 88, to about one rounding; 0 for x below -87. Cephes' expf: a power
 // of two from the exponent's bits, times a polynomial. A loop over it becomes vectors, std::exp's not.
 inline float exponential(float x) {
   constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the integer

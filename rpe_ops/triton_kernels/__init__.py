@@ -1,7 +1,8 @@
 """Triton kernels of every operator; the only package here that imports Triton.
 
-Same functions and signatures as `rpe_ops.reference`. Deterministic: every output element is
-summed by one program in a fixed order, without atomics.
+Same functions and signatures as `rpe_ops.reference`. Deterministic: every element that a kernel
+writes is summed by one program in a fixed order, without atomics; products with the tables are
+torch's.
 """
 
 from functools import partial

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from rpe_ops.grid import GridBuckets
 
-__all__ = ["RUNTIME_SIZES", "Tiles", "choose_tiles", "common_arguments", "matrices", "device_of"]
+__all__ = [
+    "RUNTIME_SIZES",
+    "Tiles",
+    "choose_tiles",
+    "common_arguments",
+    "matrices",
+    "sums_block",
+    "device_of",
+]
 
 # Sizes of every grid and batch would otherwise be compiled for, by Triton's habit, where they
 # happen to be 1 or a multiple of 16.

@@ -87,6 +87,23 @@ def test_values_and_all_gradients_equal_the_equations(method, mode, rpe_on, shar
     torch.testing.assert_close(evaluated, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [RPEConfig(1.3, "quant", rpe_on="v"), RPEConfig(1.4, "euc", rpe_on="v")],
+    ids=["method", "ratio"],
+)
+def test_encodings_of_other_buckets_keep_their_own(other):
+    # Both have as many buckets as the first: nothing else would tell.
+    first = RPEConfig(1.3, "euc", rpe_on="k")
+    assert first.num_buckets == other.num_buckets
+    rpe_k, rpe_v = encoders(first)[1], encoders(other)[2]
+    q, k, v = tokens(16)
+    out = rpe_attention(q, k, v, None, rpe_k, rpe_v)
+    scaled = q * q.shape[-1] ** -0.5
+    attn = (scaled @ k.transpose(-2, -1) + rpe_k(scaled)).softmax(-1)
+    torch.testing.assert_close(out, attn @ v + rpe_v(attn))
+
+
 @pytest.mark.parametrize("kind", MASKS)
 @encodings
 def test_masks_apply_after_the_encodings(mode, rpe_on, kind):

@@ -100,7 +100,7 @@ class Problem:
         numbers = (self.scale, self.case.dropout_p)
         out, sums, lse = self.kernels.attention_forward(*inputs, *numbers)
         grads = self.kernels.attention_backward(self.grad_out, *inputs, out, sums, lse, *numbers)
-        return Results(out, lse, *grads)
+        return Results(out, None if self.table_v is None else sums, lse, *grads)
 
     def by_oracle(self) -> Results:
         inputs = (self.q, self.k, self.v, self.table_k, self.table_q, self.table_v)
@@ -108,11 +108,14 @@ class Problem:
         return attend(self.config, *self.case.grid, *inputs, self.padding, self.seed, *numbers)
 
 
-def check(actual: Results, expected: Results, dtype: torch.dtype) -> None:
-    """Within a few roundings of the largest element.
+def check(
+    actual: Results, expected: Results, dtype: torch.dtype, *, rounds_lookups: bool = False
+) -> None:
+    """Within 32 roundings of the largest element, where 20 were seen; 4 in 16 bits, where 3 were.
 
-    More than one: weights and lookups are rounded before their products, and the gradient of a
-    table is a sum over all tokens, whose terms partly cancel.
+    More than one: weights are rounded before their products, and the gradient of a table is a sum
+    over all tokens, whose terms partly cancel. With `rounds_lookups` the logits are no more exact
+    than `dtype`, which may be narrower than that of lse.
     """
     for name, x, y in zip(Results._fields, actual, expected, strict=True):
         assert (x is None) == (y is None), name
@@ -125,11 +128,12 @@ def check(actual: Results, expected: Results, dtype: torch.dtype) -> None:
         assert (x.transpose(1, 2) if of_tokens else x).is_contiguous(), name
         finite = torch.isfinite(y)
         largest = y[finite].abs().max().item() if finite.any() else 0.0
-        roundings = 8 if dtype.itemsize == 2 else 32
+        precision = dtype if rounds_lookups else wanted
+        roundings = 4 if precision.itemsize == 2 else 32
         torch.testing.assert_close(
             x.double(),
             y,
             rtol=0,
-            atol=roundings * torch.finfo(dtype).eps * max(1.0, largest),
+            atol=roundings * torch.finfo(precision).eps * max(1.0, largest),
             msg=lambda message, name=name: f"{name}: {message}",
         )

@@ -15,13 +15,14 @@ from irpe_core import RPEConfig
 from rpe_ops.dropout import keep_mask
 from tests.irpe_core.naive import buckets
 
-__all__ = ["Results", "attend", "one_hot_buckets"]
+__all__ = ["Results", "attend"]
 
 
 class Results(NamedTuple):
     """Outputs and gradients, None where there is no such input or output."""
 
     out: Tensor
+    sums: Tensor | None
     lse: Tensor
     grad_q: Tensor
     grad_k: Tensor
@@ -72,14 +73,15 @@ def attend(
     weights = torch.where(lse[..., None] == float("-inf"), 0.0, logits.softmax(-1))
     if dropout_p > 0:
         weights = weights * keep_mask(seed, *weights.shape, dropout_p) / (1 - dropout_p)
-    out = weights @ v
+    out, sums = weights @ v, None
     if table_v is not None:
-        table_v = table_v.expand(q.shape[1], -1, -1)
-        out = out + torch.einsum("bhij,ijn,hnd->bhid", weights, index, table_v)
+        sums = torch.einsum("bhij,ijn->bhin", weights, index).detach()
+        of_heads = table_v.expand(q.shape[1], -1, -1)
+        out = out + torch.einsum("bhij,ijn,hnd->bhid", weights, index, of_heads)
     present = [x for x in inputs if x is not None]
     grads = iter(torch.autograd.grad((out * grad_out).sum(), present))
     grads = [None if x is None else next(grads) for x in inputs]
-    return Results(out.detach(), lse.detach(), *grads)
+    return Results(out.detach(), sums, lse.detach(), *grads)
 
 
 def _encoding(x: Tensor, table: Tensor, index: Tensor) -> Tensor:

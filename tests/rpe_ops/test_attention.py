@@ -57,22 +57,47 @@ def test_derivatives_are_those_of_finite_differences(implementation, method, dro
     torch.autograd.gradcheck(seeded, inputs(config=config), fast_mode=True)
 
 
-@pytest.mark.parametrize("given", ["qkv", "k", "bias", "none"])
+@pytest.mark.parametrize("given", ["qkv", "k", "bias", "none", "padded bfloat16 qkv"])
 def test_opcheck(implementation, given):
-    q, k, v, *tables = inputs()
+    hard = "padded" in given
+    q, k, v, *tables = inputs(torch.bfloat16 if hard else torch.float64)
+    padding = torch.arange(LENGTH).expand(2, -1) > 9 if hard else None
     if given == "bias":
         tables = [table[:, 0].detach().requires_grad_() for table in tables[:2]] + [None]
     else:
-        tables = [x if n in given else None for n, x in zip("kqv", tables, strict=True)]
-    tail = (None, torch.zeros(1, dtype=torch.int64), 0.3, 0.0, implementation)
+        on = given.split()[-1] if given != "none" else ""
+        tables = [x if n in on else None for n, x in zip("kqv", tables, strict=True)]
+    numbers = (0.3, 0.1 if hard else 0.0, implementation)
+    tail = (padding, torch.zeros(1, dtype=torch.int64), *numbers)
     arguments = (q, k, v, *tables, *grid_buckets(CONFIG, *GRID), *tail)
     torch.library.opcheck(torch.ops.rpe_ops.attention.default, arguments)
     outputs = torch.ops.rpe_ops.attention.default(*arguments)
     backward = (torch.randn_like(outputs[0]), *arguments[:15], *outputs)
     backward = [x.detach() if isinstance(x, Tensor) else x for x in backward]
-    torch.library.opcheck(
-        torch.ops.rpe_ops.attention_backward.default, (*backward, 0.3, 0.0, implementation)
-    )
+    torch.library.opcheck(torch.ops.rpe_ops.attention_backward.default, (*backward, *numbers))
+
+
+def test_a_second_derivative_is_refused_and_not_left_out(implementation):
+    args = inputs()
+    out = attend(*args, implementation=implementation)
+    (grad,) = torch.autograd.grad(out.square().sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="one derivative, not two"):
+        (out.sum() + grad.square().sum()).backward()
+
+
+def test_autocast_changes_nothing_inside(implementation):
+    args = inputs(torch.float32)
+    plain = torch.ops.rpe_ops.attention.default
+    tail = (None, torch.zeros(1, dtype=torch.int64), 0.3, 0.0, implementation)
+    arguments = (*args, *grid_buckets(CONFIG, *GRID), *tail)
+    expected = plain(*arguments)
+    wanted = torch.autograd.grad(expected[0].sum(), args)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = plain(*arguments)
+        grads = torch.autograd.grad(found[0].sum(), args)
+    for x, y in zip((*found, *grads), (*expected, *wanted), strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)
 
 
 def test_it_compiles_and_checkpoints_into_the_same(implementation):
@@ -148,7 +173,9 @@ WRONG = {
     ),
     "key_padding must be bool": lambda a: a.update(key_padding=torch.zeros(2, LENGTH)),
     r"dropout_p must be in \[0, 1\), got 1": lambda a: a.update(dropout_p=1),
-    "scale must not be 0": lambda a: a.update(scale=0.0),
+    "scale must be finite and not 0, got 0": lambda a: a.update(scale=0.0),
+    "scale must be finite and not 0, got nan": lambda a: a.update(scale=float("nan")),
+    r"got torch.float8_e4m3fn of shape": lambda a: a.update(q=a["q"].to(torch.float8_e4m3fn)),
     "unknown rpe_ops implementation 'fast'": lambda a: a.update(implementation="fast"),
 }
 

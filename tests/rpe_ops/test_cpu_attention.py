@@ -60,8 +60,17 @@ def test_inputs_and_gradients_of_any_strides():
     check(problem.by_kernels(), problem.by_oracle(), torch.float32)
 
 
-def test_runs_and_numbers_of_threads_are_equal_in_every_bit():
-    case = Case("cross", "qkv", (14, 14), 1, torch.bfloat16, dropout_p=0.1, batch=2, heads=3)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("cross", "qkv", (14, 20), 1, dropout_p=0.1, batch=2, heads=3),
+        Case("product", "qkv", (14, 20), 1, shared=False, padding=True, batch=2, heads=3),
+        Case("product", "qk", (14, 20), bias=True, shared=False, batch=2, heads=3),
+        Case("product", "qk", (14, 20), bias=True, padding=True, batch=2, heads=3),
+    ],
+    ids=["cross", "tables of heads", "biases of heads", "bias"],
+)
+def test_runs_and_numbers_of_threads_are_equal_in_every_bit(case):
     problem = Problem(case, library, "cpu")
     first = problem.by_kernels()
     torch.set_num_threads(3)
@@ -70,7 +79,8 @@ def test_runs_and_numbers_of_threads_are_equal_in_every_bit():
     finally:
         torch.set_num_threads(1)
     for name, x, y in zip(Results._fields, first, second, strict=True):
-        assert torch.equal(x, y), name
+        assert x is y or torch.equal(x, y), name
+    check(first, problem.widened(reference).by_kernels(), torch.float32)
 
 
 def test_a_grid_with_a_bucket_out_of_range_is_refused():
