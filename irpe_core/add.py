@@ -53,6 +53,8 @@ def add_irpe(
     config = parse_rpe_spec(rpe, skip=skip or 0) if isinstance(rpe, str) else rpe
     if config is None:
         return model
+    if not isinstance(config, RPEConfig):
+        raise ValueError(f"rpe must be a spec or an RPEConfig, got {config!r}")
     if skip is not None and config.skip != skip:
         raise ValueError(f"rpe.skip must equal the model's {skip} prefix tokens, got {config.skip}")
     chosen = _choose(model, layers)
@@ -151,8 +153,9 @@ def _choose(model: nn.Module, layers: Sequence[int | str] | None) -> dict[str, n
     names = list(found)
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen = {}
-    for layer in [layers] if isinstance(layers, (int, str)) else layers:
-        in_range = isinstance(layer, int) and -len(names) <= layer < len(names)
+    several = isinstance(layers, Sequence) and not isinstance(layers, str)
+    for layer in layers if several else [layers]:
+        in_range = type(layer) is int and -len(names) <= layer < len(names)
         name = names[layer] if in_range else layer
         if not isinstance(name, str) or name not in modules:
             raise ValueError(
@@ -169,6 +172,9 @@ def _nothing_found(model: nn.Module) -> str:
     """Says of a model without known attention what it has instead."""
     message = f"add_irpe finds no blocks with attn and no layers with self_attn in {_name(model)}"
     for name, module in model.named_modules():
+        if hasattr(module, "num_prefix_tokens") and _has_blocks(module):
+            return f"{message}: call it on its {name}, which is a {_name(module)}"
+    for name, module in model.named_modules():
         if name and any(word in type(module).__name__.lower() for word in ("attn", "attention")):
             reason = reason_against(module) or "can be named in layers="
             return f"{message}, whose {name} ({class_path(module)}) {reason}"
@@ -179,7 +185,7 @@ def _nothing_found(model: nn.Module) -> str:
 def _check(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
     """Raise ValueError where a replacement would not compute what the model does."""
     for name, attention in chosen.items():
-        reason = reason_against(attention)
+        reason = reason_against(attention) or _reason_against_place(model, name)
         if reason:
             raise ValueError(f"{name or 'the module'} ({class_path(attention)}) {reason}")
     if getattr(model, "rope", None) is not None:
@@ -189,6 +195,21 @@ def _check(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
             f"{_name(model)} drops patches in training, and the others form no grid: "
             "build it with patch_drop_rate=0"
         )
+
+
+def _reason_against_place(model: nn.Module, name: str) -> str:
+    """Why an attention cannot have iRPE where it stands; empty where it can."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        owner = ".".join(parts[:depth])
+        if hasattr(model.get_submodule(owner), "num_prefix_tokens"):
+            return f"is part of {owner}, which knows its tokens and their grid: call add_irpe on it"
+    neighbor = getattr(model.get_submodule(".".join(parts[:-1])), "self_attn", None)
+    if name and parts[-1] != "self_attn" and isinstance(neighbor, nn.MultiheadAttention):
+        return (
+            "stands beside self_attn: it attends to other tokens, which share no grid with its own"
+        )
+    return ""
 
 
 def _grid_source(model: nn.Module, grid: tuple[int, int] | str | None) -> nn.Module | None:
@@ -221,7 +242,7 @@ def _check_grid(grid: tuple[int, int] | None) -> None:
     if (
         not isinstance(grid, (tuple, list))
         or len(grid) != 2
-        or not all(isinstance(side, int) and side >= 1 for side in grid)
+        or not all(type(side) is int and side >= 1 for side in grid)
     ):
         raise ValueError(f"grid must be (height, width), whole numbers >= 1, got {grid!r}")
 

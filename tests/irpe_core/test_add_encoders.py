@@ -265,6 +265,25 @@ def test_an_attention_that_computes_something_else_is_refused(attention, message
         RPEMultiheadAttention.from_attention(nn.Linear(2, 2), RPEConfig())
 
 
+def test_attention_to_other_tokens_is_refused_by_name():
+    layer = nn.TransformerDecoderLayer(DIM, HEADS, 24)
+    decoder = nn.TransformerDecoder(layer, 1)
+    with pytest.raises(ValueError, match=r"multihead_attn .* stands beside self_attn"):
+        add_irpe(decoder, SPEC, layers=["layers.0.multihead_attn"])
+    add_irpe(decoder, SPEC, layers=["layers.0.self_attn"])
+
+
+@pytest.mark.parametrize("layers", [1.5, [True], {"layers.0.self_attn": 1}], ids=str)
+def test_layers_that_are_no_names_or_indices_are_refused(layers):
+    with pytest.raises(ValueError, match="layers must hold indices of the 2 attentions"):
+        add_irpe(encoder(), SPEC, grid=GRID, layers=layers)
+
+
+def test_an_encoding_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="rpe must be a spec or an RPEConfig, got 5"):
+        add_irpe(encoder(), 5, grid=GRID)
+
+
 def test_equipped_encoders_are_copied_with_their_grids():
     model = add_irpe(encoder(), SPEC, grid=GRID)
     twin = copy.deepcopy(model)

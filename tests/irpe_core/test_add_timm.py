@@ -1,5 +1,7 @@
 """add_irpe on the families of timm's vision transformers: taken over exactly, or refused."""
 
+from collections import OrderedDict
+
 import pytest
 import timm
 import torch
@@ -153,3 +155,14 @@ def test_a_family_that_computes_something_else_is_refused_and_left_alone(case):
     assert "\n" not in str(refusal.value)
     assert list(model.named_modules()) == modules
     assert not any(module._forward_hooks for _, module in modules)
+
+
+def test_a_wrapped_model_is_named_and_not_equipped_past_its_owner():
+    inner = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=24)
+    model = nn.Sequential(OrderedDict(net=inner, head=nn.Linear(1000, 2)))
+    with pytest.raises(ValueError, match="call it on its net, which is a VisionTransformer"):
+        add_irpe(model, "rpe-1.9-product-ctx-1-k")
+    with pytest.raises(ValueError, match=r"is part of net, .* call add_irpe on it"):
+        add_irpe(model, "rpe-1.9-product-ctx-1-k", layers=["net.blocks.0.attn"])
+    assert type(inner.blocks[0].attn).__name__ == "Attention"
+    add_irpe(model.net, "rpe-1.9-product-ctx-1-k")
