@@ -1,7 +1,5 @@
 """Checks of the operators' arguments, one message per rule."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -83,7 +81,8 @@ def check_attention(
     _check_padding(key_padding, (q.shape[0], q.shape[2]), q.device)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if scale is not None and (scale == 0 or not math.isfinite(scale)):
+    # Not math.isfinite: torch.compile cannot take it of a symbolic number.
+    if scale is not None and not 0 < abs(scale) < float("inf"):
         raise ValueError(f"scale must be finite and not 0, got {scale}")
 
 
