@@ -26,7 +26,7 @@ import torch
 
 from irpe_core.errors import CheckpointError
 
-__all__ = ["download"]
+__all__ = ["download", "sha256_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def download(
                 _complete(file, url, part, sha256, progress)
                 part.replace(path)
                 _notes(part).unlink(missing_ok=True)
-            elif sha256 and (found := _sha256(path)) != sha256.lower():
+            elif sha256 and (found := sha256_of(path)) != sha256.lower():
                 raise CheckpointError(
                     f"{str(path)!r} has the SHA-256 {found} instead of {sha256}: "
                     "remove it to download it again"
@@ -134,7 +134,7 @@ def _complete(file: BinaryIO, url: str, part: Path, sha256: str | None, progress
                 f"the download of {url} broke off at {size} of {total or 'unknown'} bytes, "
                 f"which are kept in {part}: {why or 'the server closed the connection'}"
             )
-        if sha256 and (found := _sha256(part)) != sha256.lower():
+        if sha256 and (found := sha256_of(part)) != sha256.lower():
             file.truncate(0)
             raise CheckpointError(
                 f"{url} has the SHA-256 {found} instead of {sha256}: what came is removed"
@@ -232,7 +232,8 @@ def _copy(
             bar.update(len(chunk))
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """A file's checksum in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

@@ -1,16 +1,16 @@
 """The zoo's checkpoints in the torch hub cache, where the trainers' `--pretrained` looks too."""
 
-import hashlib
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 
 from irpe_core import CheckpointError
-from irpe_core.download import download
+from irpe_core.download import download, sha256_of
 from scripts.zoo.rows import Row, file_name
 
-__all__ = ["cached", "fetch", "sha256_of"]
+__all__ = ["cached", "fetch"]
 
 
 def cached(row: Row) -> Path | None:
@@ -53,25 +53,14 @@ def fetch(row: Row, mirror: str | None = None) -> Path:
     return target
 
 
-def sha256_of(path: Path) -> str:
-    """A file's checksum in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _place(row: Row) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / file_name(row.checkpoint)
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, and not in the way of another process that copies the same file."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        shutil.copyfile(source, temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        copy = Path(folder) / target.name
+        shutil.copyfile(source, copy)
+        copy.replace(target)

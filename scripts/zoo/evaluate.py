@@ -20,8 +20,9 @@ import torch
 
 from engine import UserError, provenance
 from irpe_core import CheckpointError
+from irpe_core.download import sha256_of
 from scripts.benchmark_train import machine
-from scripts.zoo.checkpoints import cached, fetch, sha256_of
+from scripts.zoo.checkpoints import cached, fetch
 from scripts.zoo.report import Record, Report, compare, verdict
 from scripts.zoo.rows import ROOT, TASKS, Row
 

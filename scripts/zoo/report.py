@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine import UserError
+from engine import UserError, replacing
 from scripts.zoo.rows import TASKS, Row, Zoo
 from scripts.zoo.tables import markdown
 
@@ -141,13 +141,8 @@ def _read(path: Path) -> dict[str, Record]:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _csv(found: _Found) -> str:

@@ -23,8 +23,9 @@ from datasets.scenes import SceneOptions, write_scenes
 from detection.detr import build_network
 from engine import UserError
 from irpe_core import CheckpointError
+from irpe_core.download import sha256_of
 from scripts.zoo.__main__ import main
-from scripts.zoo.checkpoints import fetch, sha256_of
+from scripts.zoo.checkpoints import fetch
 from scripts.zoo.report import Record, Report, compare, verdict
 from scripts.zoo.rows import Zoo, load_zoo
 from tests.commands import failure_of
@@ -331,6 +332,25 @@ def test_a_mirrored_folder_that_fails_leaves_nothing_in_the_cache(
     with pytest.raises(CheckpointError, match=words):
         fetch(zoo.rows[0], str(tmp_path))
     assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_two_copies_from_a_mirrored_folder_do_not_meet(checkpoints, cache, tmp_path, monkeypatch):
+    row = make_zoo(tmp_path, "http://nowhere").rows[0]
+    (tmp_path / "digits.pth").write_bytes(checkpoints["digits"])
+    copy, places = shutil.copyfile, []
+
+    def slow_copy(source: Path, target: Path) -> Path:
+        places.append(target)
+        if len(places) == 1:  # another call starts and ends while this one is at work
+            assert fetch(row, str(tmp_path)).read_bytes() == checkpoints["digits"]
+        return copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", slow_copy)
+    fetch(row, str(tmp_path))
+    assert len(set(places)) == 2
+    assert {p.name: p.read_bytes() for p in cache.iterdir()} == {
+        "digits.pth": checkpoints["digits"]
+    }
 
 
 @pytest.mark.parametrize(
