@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from engine import UserError, provenance
-from irpe_core import CheckpointError
+from irpe_core import CheckpointError, load_checkpoint
 from irpe_core.download import sha256_of
+from irpe_core.mismatch import TABLE
 from scripts.benchmark_train import machine
 from scripts.zoo.checkpoints import cached, fetch
 from scripts.zoo.report import Record, Report, compare, verdict
@@ -138,6 +139,7 @@ def _evaluate(row: Row, options: EvalOptions, folder: Path, place: str) -> Recor
     if not Path(data).is_dir():
         raise UserError(f"{task.option} {data} is not a folder")
     checkpoint = fetch(row, options.mirror)
+    _check_tables(row, checkpoint)
     settings = _settings(row, options)
     print(f"{place} evaluating, what it says goes to {folder / _OUTPUT}", flush=True)
     figures = _run_trainer(row, checkpoint, options, folder)
@@ -150,6 +152,17 @@ def _evaluate(row: Row, options: EvalOptions, folder: Path, place: str) -> Recor
         settings=settings,
         machine=_machine(options),
     )
+
+
+def _check_tables(row: Row, checkpoint: Path) -> None:
+    """Raises CheckpointError where the trainer would take weights without iRPE for the row's."""
+    if row.rpe is None:
+        return
+    if not any(map(TABLE.search, load_checkpoint(checkpoint)["model"])):
+        raise CheckpointError(
+            f"checkpoint {str(checkpoint)!r} has no iRPE, the row has it on "
+            f"{', '.join(row.rpe.rpe_on)}: its tables would keep their initial values"
+        )
 
 
 def _run_trainer(

@@ -103,6 +103,14 @@ def saved(model: nn.Module) -> bytes:
     return buffer.getvalue()
 
 
+def without_tables(checkpoint: bytes) -> bytes:
+    """The same weights as a model without iRPE has them."""
+    weights = torch.load(io.BytesIO(checkpoint))["model"]
+    buffer = io.BytesIO()
+    torch.save({"model": {k: v for k, v in weights.items() if ".rpe_" not in k}}, buffer)
+    return buffer.getvalue()
+
+
 def make_zoo(folder: Path, address: str, **classifiers: dict) -> Zoo:
     """A zoo in a file: `digits`, more classifiers of its configuration, and `scenes`."""
     for name, config in (("digits", CLASSIFIER), ("scenes", DETECTOR)):
@@ -149,7 +157,9 @@ def test_the_zoo_is_downloaded_evaluated_and_compared_and_goes_on_where_it_faile
         digits={"checkpoint": site.url("digits.pth"), "published": published},
         gone={"checkpoint": site.url("gone.pth")},
         foreign={"checkpoint": site.url("scenes.pth")},
+        plain={"checkpoint": site.url("plain.pth")},
     )
+    site.files["/plain.pth"] = without_tables(checkpoints["digits"])
     out = tmp_path / "out"
     run = ["evaluate", "--zoo", str(tmp_path / "zoo.yaml"), "--output", str(out), *data]
 
@@ -158,18 +168,19 @@ def test_the_zoo_is_downloaded_evaluated_and_compared_and_goes_on_where_it_faile
     code, line = failure_of(main, run, capsys)
     assert code == 1
     assert line.endswith(
-        "4 of 4 rows failed or are outside of the tolerance: "
-        + ", ".join(["digits", "gone", "foreign", "scenes"])
+        "5 of 5 rows failed or are outside of the tolerance: "
+        + ", ".join(["digits", "gone", "foreign", "plain", "scenes"])
     )
     first = records(out)
     assert "broke off at" in first["digits"]["reason"]
     assert "the server answered 404" in first["gone"]["reason"]
     assert "the checkpoint does not fit VisionTransformer: " in first["foreign"]["reason"]
+    assert "plain.pth' has no iRPE, the row has it on q, k, v: " in first["plain"]["reason"]
     assert first["scenes"]["verdict"] == "outside"
     assert first["scenes"]["images"] == 5
     assert first["scenes"]["images_per_s"] > 0
     assert first["scenes"]["settings"]["flags"][-3:] == ["--eval-padding", "--batch-size", "2"]
-    assert {path.name for path in cache.glob("*.pth")} == {"scenes.pth"}
+    assert {path.name for path in cache.glob("*.pth")} == {"plain.pth", "scenes.pth"}
 
     asked = len(site.requests)
     capsys.readouterr()
@@ -196,7 +207,7 @@ def check_documents(out: Path, published: dict[str, float]) -> None:
     """Markdown and CSV say what the JSON says."""
     with (out / "zoo.csv").open() as file:
         lines = {(line["row"], line["figure"]): line for line in csv.DictReader(file)}
-    assert len(lines) == 2 + 1 + 1 + 6
+    assert len(lines) == 2 + 1 + 1 + 1 + 6
     top1 = lines["digits", "top1"]
     assert float(top1["published"]) == published["top1"]
     assert abs(float(top1["difference"])) <= 0.05
