@@ -125,12 +125,14 @@ def evaluate(args: argparse.Namespace, zoo: Zoo) -> None:
         raise UsageError("start this command once, without torchrun: --nproc N starts processes")
     if args.nproc < 1:
         raise UsageError(f"--nproc is {args.nproc} but should be at least 1")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UsageError(f"--batch-size is {args.batch_size} but should be at least 1")
     if not args.imagenet and not args.coco:
         raise UsageError("evaluate needs data: --imagenet FOLDER, --coco FOLDER or both")
     given = {"--dtype": args.dtype, "--num-workers": args.num_workers}
     flags = [word for flag, value in given.items() if value is not None for word in (flag, value)]
     flags = [str(word) for word in flags]
-    of_classifiers = ["--batch-size", str(args.batch_size)] if args.batch_size else []
+    of_classifiers = ["--batch-size", str(args.batch_size)] if args.batch_size is not None else []
     of_classifiers += ["--load-tar"] if args.load_tar else []
     options = EvalOptions(
         data={"classification": args.imagenet, "detection": args.coco},

@@ -156,6 +156,7 @@ def test_a_row_without_checkpoint_cannot_be_asked_for(command, capsys):
         (["tabel"], "tabel"),
         (["evaluate"], "needs data"),
         (["evaluate", "--coco", ".", "--nproc", "0"], "--nproc is 0"),
+        (["evaluate", "--imagenet", ".", "--batch-size", "0"], "--batch-size is 0 but should be"),
         (["evaluate", "--coco", ".", "--nproc", "two"], "--nproc: invalid int value: 'two'"),
         (["evaluate", "--coco", ".", "--device", "tpu"], "'tpu' but should be auto, cpu"),
         (["table", "--zoo", "nowhere.yaml"], "nowhere.yaml: No such file"),
