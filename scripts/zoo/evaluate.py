@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +111,11 @@ def _kept(row: Row, options: EvalOptions, report: Report) -> Record | None:
     record = report.records.get(row.name)
     if record is None or record.reason or record.checkpoint != row.checkpoint:
         return None
-    if options.data[row.task] and record.settings != _settings(row, options):
-        return None
+    if options.data[row.task]:
+        if record.settings != _settings(row, options):
+            return None
+        # It is what is asked for, whatever became of other settings meanwhile.
+        record = replace(record, failed_later="")
     file = cached(row)
     return record if file is None or sha256_of(file) == record.sha256 else None
 

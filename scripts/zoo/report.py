@@ -8,7 +8,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ class Record:
         checkpoint: Its address; `sha256` is of the file that was read.
         settings: What, with the checkpoint, decides about the figures and their speed.
         machine: Where the figures come from.
+        failed_later: Why a later evaluation of the same checkpoint gave no figures.
     """
 
     reason: str = ""
@@ -41,6 +42,7 @@ class Record:
     sha256: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
+    failed_later: str = ""
 
 
 class Comparison(NamedTuple):
@@ -95,13 +97,18 @@ class Report:
         self.records = _read(folder / "zoo.json")
 
     def put(self, row: Row, record: Record) -> None:
-        """Keep a row's record and write the three files; a failure takes no figures' place.
+        """Keep a row's record and write the three files.
+
+        A failure stands beside the figures of an earlier evaluation of the same checkpoint, and
+        takes the place of another's.
 
         Raises:
             UserError: They cannot be written.
         """
-        if not record.reason or self.records.get(row.name, record).reason:
-            self.records[row.name] = record
+        known = self.records.get(row.name, record)
+        if record.reason and not known.reason and known.checkpoint == record.checkpoint:
+            record = replace(known, failed_later=record.reason)
+        self.records[row.name] = record
         found = [(r, self.records[r.name]) for r in self.zoo.rows if r.name in self.records]
         _write(self.folder / "zoo.json", self._json(found))
         _write(self.folder / "zoo.csv", _csv(found))
@@ -153,7 +160,7 @@ def _csv(found: _Found) -> str:
     writer.writerow([*header, "torch", "sha256", "reason"])
     for row, record in found:
         facts = [record.images, record.images_per_s, record.machine.get("device")]
-        facts += [record.machine.get("torch"), record.sha256, record.reason]
+        facts += [record.machine.get("torch"), record.sha256, record.reason or record.failed_later]
         nothing = {"": (None,) * len(Comparison._fields)}
         for name, comparison in (compare(row, record) or nothing).items():
             writer.writerow([row.name, row.task, name, *comparison, *facts])
@@ -170,7 +177,7 @@ def _markdown(zoo: Zoo, found: _Found) -> str:
         ran = [(row, rec) for row, rec in found if row.task == task and not rec.reason]
         if ran:
             parts.append(f"## {task}\n\n{_figures(task, ran)}")
-    missing = [f"- {row.name}: {record.reason}\n" for row, record in found if record.reason]
+    missing = [f"- {row.name}: {why}\n" for row, record in found if (why := _why(record))]
     if missing:
         parts.append("## Not run\n\n" + "".join(missing))
     machines: dict[str, list[str]] = {}
@@ -182,6 +189,13 @@ def _markdown(zoo: Zoo, found: _Found) -> str:
         lines = [f"- {facts}: {', '.join(names)}\n" for facts, names in machines.items()]
         parts.append("## Measured on\n\n" + "".join(lines))
     return "\n".join(parts)
+
+
+def _why(record: Record) -> str:
+    """Why the last evaluation gave no figures; empty where it did."""
+    if record.failed_later:
+        return f"{record.failed_later}; its figures above are of an earlier evaluation"
+    return record.reason
 
 
 def _figures(task: str, ran: _Found) -> str:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,14 @@ def test_the_zoo_is_downloaded_evaluated_and_compared_and_goes_on_where_it_faile
     assert (cache / "digits.pth").read_bytes() == checkpoints["digits"]
     check_documents(out, published)
 
+    # Other settings fail: the figures stay, with the reason beside them until they are asked for.
+    code, _ = failure_of(main, [*run, "--rows", "digits", "--imagenet", "nowhere"], capsys)
+    assert code == 1
+    failed = digits | {"failed_later": "--imagenet nowhere is not a folder"}
+    assert records(out)["digits"] == failed
+    main([*run, "--rows", "digits"])
+    assert records(out)["digits"] == digits
+
 
 def check_documents(out: Path, published: dict[str, float]) -> None:
     """Markdown and CSV say what the JSON says."""
@@ -376,12 +385,42 @@ def test_the_tolerance_is_a_tenth_of_a_point_inclusive(top1, expected, tmp_path)
     assert compare(row, record)["top1"].difference == pytest.approx(top1 - 82.3)
 
 
-def test_neither_a_failure_nor_another_zoo_takes_finished_figures_away(tmp_path):
+def test_figures_outlive_a_failure_which_is_told_beside_them(tmp_path):
+    zoo = make_zoo(tmp_path, "http://nowhere")
+    row, address = zoo.rows[0], "http://nowhere/digits.pth"
+    record = Record(
+        measured={"top1": 1.0, "top5": 2.0}, images=1, images_per_s=1.0, checkpoint=address
+    )
+    Report(tmp_path, zoo).put(row, record)
+    assert "## Not run" not in (tmp_path / "zoo.md").read_text()
+    Report(tmp_path, zoo).put(row, Record(reason="no network", checkpoint=address))
+    assert Report(tmp_path, zoo).records == {"digits": replace(record, failed_later="no network")}
+    text = (tmp_path / "zoo.md").read_text()
+    assert "| 1.00 " in text
+    assert "- digits: no network; its figures above are of an earlier evaluation\n" in text
+    with (tmp_path / "zoo.csv").open() as file:
+        assert {line["reason"] for line in csv.DictReader(file)} == {"no network"}
+    Report(tmp_path, zoo).put(row, record)
+    assert "no network" not in (tmp_path / "zoo.md").read_text()
+
+
+def test_figures_of_another_checkpoint_give_way_to_the_reason(tmp_path):
+    zoo = make_zoo(tmp_path, "http://nowhere")
+    record = Record(
+        measured={"top1": 1.0, "top5": 2.0}, images=1, images_per_s=1.0, checkpoint="http://old/a"
+    )
+    Report(tmp_path, zoo).put(zoo.rows[0], record)
+    failure = Record(reason="no network", checkpoint="http://nowhere/digits.pth")
+    Report(tmp_path, zoo).put(zoo.rows[0], failure)
+    assert Report(tmp_path, zoo).records == {"digits": failure}
+    assert "| 1.00 " not in (tmp_path / "zoo.md").read_text()
+    assert "- digits: no network\n" in (tmp_path / "zoo.md").read_text()
+
+
+def test_another_zoo_takes_no_figures_away(tmp_path):
     zoo = make_zoo(tmp_path, "http://nowhere")
     record = Record(measured={"top1": 1.0, "top5": 2.0}, images=1, images_per_s=1.0)
     Report(tmp_path, zoo).put(zoo.rows[0], record)
-    Report(tmp_path, zoo).put(zoo.rows[0], Record(reason="no network"))
-    assert Report(tmp_path, zoo).records == {"digits": record}
     other = load_zoo()
     Report(tmp_path, other).put(other.rows[0], record)
     assert Report(tmp_path, zoo).records == {"digits": record, other.rows[0].name: record}
