@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from engine import UsageError, UserError, check_writable, init_distributed, run
+from engine import UsageError, UserError, check_writable, init_distributed, replacing, run
 from engine.distributed import launched_as
 from irpe_core import CheckpointError
 from scripts.zoo import tables
@@ -162,6 +162,8 @@ def readme(args: argparse.Namespace, zoo: Zoo) -> None:
         text = args.readme.read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--readme {args.readme}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--readme {args.readme}: not a text file in UTF-8") from error
     fresh, found = tables.fill_in(text, zoo)
     if missing := {row.task for row in zoo.rows} - found:
         raise UserError(
@@ -171,7 +173,8 @@ def readme(args: argparse.Namespace, zoo: Zoo) -> None:
     if args.check and fresh != text:
         raise UserError(f"{args.readme} is stale: run python -m scripts.zoo readme")
     if not args.check:
-        args.readme.write_text(fresh, encoding="utf-8")
+        with replacing(args.readme) as temporary:
+            temporary.write_text(fresh, encoding="utf-8")
 
 
 COMMANDS = {

@@ -1,6 +1,8 @@
 """The zoo's table: models cost what was published, documents repeat it, mistakes are named."""
 
+import errno
 import math
+import os
 import re
 from pathlib import Path
 
@@ -96,6 +98,32 @@ def test_a_readme_without_a_place_for_a_table_is_refused(tmp_path):
     path.write_text("<!-- zoo: classification -->\n<!-- end of zoo -->\n")
     with pytest.raises(UserError, match="no place for the table of detection"):
         main(["readme", "--readme", str(path)])
+
+
+def test_a_readme_in_another_encoding_is_refused_and_kept(tmp_path, capsys):
+    path = tmp_path / "README.md"
+    content = (ROOT / "README.md").read_text().replace("73.7", "73.8").encode("utf-16")
+    path.write_bytes(content)
+    code, line = failure_of(main, ["readme", "--readme", str(path)], capsys)
+    assert (code, line) == (2, f"error: --readme {path}: not a text file in UTF-8")
+    assert path.read_bytes() == content
+
+
+def test_a_readme_that_cannot_be_written_is_kept_whole(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "README.md"
+    stale = (ROOT / "README.md").read_text().replace("| 73.7  |", "| 73.8  |")
+    path.write_text(stale)
+
+    def full_disk(path: Path, text: str, **options: str) -> None:
+        with path.open("w", **options) as file:
+            file.write(text[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    code, line = failure_of(main, ["readme", "--readme", str(path)], capsys)
+    assert (code, line) == (1, f"error: cannot write {path}: No space left on device")
+    assert path.read_text() == stale
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_table_prints_both_columns_and_fails_where_they_differ(tmp_path, capsys):
