@@ -82,6 +82,16 @@ def test_readme_has_the_tables_of_the_zoo():
     main(["readme", "--check"])
 
 
+def test_readme_says_how_much_less_is_computed_with_encodings_of_values():
+    costs = [cost_of(row) for row in CLASSIFIERS if "v" in row.rpe.rpe_on]
+    run, published = (
+        " and ".join(str(math.ceil(count / 1e6)) for count in counts)
+        for counts in ([cost.macs_run for cost in costs], [cost.macs for cost in costs])
+    )
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"published convention counts: {run} in place of {published} million." in text
+
+
 def test_a_stale_readme_is_refused_and_brought_up_to_date(tmp_path):
     path = tmp_path / "README.md"
     text = (ROOT / "README.md").read_text()
