@@ -38,11 +38,12 @@ def load_checkpoint(source: str | Path) -> dict:
     Returns:
         The checkpoint; a bare state dict comes back as `{"model": state_dict}`, names without what
         DistributedDataParallel or torch.compile put before all of them, and an
-        `argparse.Namespace` under `args` as a dict.
+        `argparse.Namespace` under `args` as a dict. `model`, and `model_ema` unless it is None,
+        hold tensors under strings and nothing else.
 
     Raises:
-        CheckpointError: Missing, truncated, not a checkpoint, with code in it, or not to be had
-            from its address.
+        CheckpointError: Missing, truncated, not a checkpoint, with code in it, with something else
+            than tensors among its weights, or not to be had from its address.
     """
     remote = str(source).startswith(("http://", "https://"))
     path = download(str(source)) if remote else Path(source)
@@ -88,24 +89,46 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _normalise(checkpoint: object, path: Path) -> dict:
-    if isinstance(checkpoint, dict) and checkpoint:
-        if all(isinstance(value, Tensor) for value in checkpoint.values()):
-            checkpoint = {"model": checkpoint}
-        weights = checkpoint.get("model")
-        if isinstance(weights, dict) and all(isinstance(key, str) for key in weights):
-            for name in ("model", "model_ema"):
-                if isinstance(checkpoint.get(name), dict):
-                    checkpoint[name] = _unwrapped(checkpoint[name])
-            args = checkpoint.get("args")
-            if isinstance(args, argparse.Namespace):
-                checkpoint["args"] = vars(args)
-            return checkpoint
-    raise CheckpointError(f"{str(path)!r} holds no weights: a dict with an entry 'model' is needed")
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    if entries and all(isinstance(value, Tensor) for value in entries.values()):
+        checkpoint = {"model": entries}
+    elif not isinstance(entries.get("model"), dict):
+        raise CheckpointError(
+            f"{str(path)!r} holds no weights: a dict with an entry 'model' is needed"
+        )
+    for name in ("model", "model_ema"):
+        if checkpoint.get(name) is not None:
+            _check_weights(checkpoint[name], f"{name!r} of {str(path)!r}")
+            checkpoint[name] = _unwrapped(checkpoint[name])
+    args = checkpoint.get("args")
+    if isinstance(args, argparse.Namespace):
+        checkpoint["args"] = vars(args)
+    elif args is not None and not isinstance(args, dict):
+        raise CheckpointError(
+            f"'args' of {str(path)!r} is a {type(args).__name__}: a dict or an argparse.Namespace "
+            "is needed"
+        )
+    return checkpoint
 
 
-def _unwrapped(weights: dict) -> dict:
+def _check_weights(weights: object, place: str) -> None:
+    """Weights are tensors under names, so that nobody who reads them has to ask."""
+    if not isinstance(weights, dict):
+        raise CheckpointError(
+            f"{place} holds no weights but a {type(weights).__name__}: a dict of tensors is needed"
+        )
+    for key, value in weights.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{place} has {key!r} among its names: strings are needed")
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{place} has a {type(value).__name__} under {key!r}: a tensor is needed"
+            )
+
+
+def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for prefix in _WRAPPERS:
-        if weights and all(str(key).startswith(prefix) for key in weights):
+        if weights and all(key.startswith(prefix) for key in weights):
             return _unwrapped({key[len(prefix) :]: value for key, value in weights.items()})
     return weights
 

@@ -109,6 +109,17 @@ def test_fewer_classes_than_the_data_has_are_refused(flags, failure):
     assert "9" in line
 
 
+@pytest.mark.parametrize("name", ["model", "model_ema"])
+def test_weights_that_are_no_tensors_are_refused(name, flags, trained, tmp_path, failure):
+    content = torch.load(trained / "checkpoint.pth", weights_only=True)
+    content[name] = content["model"] | {"class_embed.weight": 3.0}
+    torch.save(content, tmp_path / "odd.pth")
+    code, line = failure(*flags, "--finetune", str(tmp_path / "odd.pth"))
+    assert code == 1
+    assert f"{name!r} of " in line
+    assert "odd.pth' has a float under 'class_embed.weight': a tensor is needed" in line
+
+
 def test_checkpoint_of_another_class_count_is_refused(flags, trained, failure):
     checkpoint = str(trained / "checkpoint.pth")
     code, line = failure(*flags, "--num_classes", "30", "--eval", "--resume", checkpoint)

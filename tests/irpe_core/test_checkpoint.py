@@ -223,7 +223,34 @@ def test_safetensors_without_their_package_say_what_is_missing(tmp_path, monkeyp
         load_checkpoint(path)
 
 
-def test_entries_that_have_no_names_are_no_weights(tmp_path):
-    path = saved(tmp_path / "a.pth", {"model": {1: STATE["weight"]}})
-    with pytest.raises(CheckpointError, match="holds no weights"):
+@pytest.mark.parametrize("name", ["model", "model_ema"])
+@pytest.mark.parametrize(
+    ("weights", "fault"),
+    [
+        ({1: STATE["weight"]}, "has 1 among its names: strings are needed"),
+        (STATE | {"bias": 3.0}, "has a float under 'bias': a tensor is needed"),
+        (STATE | {"bias": None}, "has a NoneType under 'bias': a tensor is needed"),
+        (STATE | {"bias": {"a": STATE["bias"]}}, "has a dict under 'bias': a tensor is needed"),
+    ],
+    ids=["key", "number", "none", "nested"],
+)
+def test_weights_are_tensors_under_names_and_nothing_else(tmp_path, name, weights, fault):
+    path = saved(tmp_path / "a.pth", {"model": STATE, "epoch": 1} | {name: weights})
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path)
+    assert str(caught.value) == f"{name!r} of {str(path)!r} {fault}"
+
+
+def test_an_average_of_another_kind_is_refused_and_none_is_none(tmp_path):
+    path = saved(tmp_path / "a.pth", {"model": STATE, "model_ema": [STATE]})
+    with pytest.raises(CheckpointError, match=r"'model_ema' of .* holds no weights but a list"):
+        load_checkpoint(path)
+    path = saved(tmp_path / "b.pth", {"model": STATE, "model_ema": None, "args": None})
+    assert load_checkpoint(path)["model_ema"] is None
+
+
+@pytest.mark.parametrize("args", [["--lr", "1"], "lr", 0, STATE["bias"]])
+def test_args_of_another_kind_are_refused(tmp_path, args):
+    path = saved(tmp_path / "a.pth", {"model": STATE, "epoch": 1, "args": args})
+    with pytest.raises(CheckpointError, match=r"'args' of .*a\.pth' is a (list|str|int|Tensor): a"):
         load_checkpoint(path)
