@@ -57,7 +57,8 @@ def download(
 
     Raises:
         CheckpointError: The address cannot be fetched, the connection broke (what was received is
-            kept), the checksum is another, or the directory cannot be written.
+            kept, of use if the server said of which version it is), the checksum is another, or
+            the directory cannot be written.
     """
     name = _file_name(url)
     folder = Path(directory) if directory else Path(torch.hub.get_dir()) / "checkpoints"
@@ -122,17 +123,24 @@ def _complete(file: BinaryIO, url: str, part: Path, sha256: str | None, progress
     """Bring the partial file to its whole length, and check it; left empty, it is removed."""
     notes = _notes(part)
     try:
-        response, start, total = _request(url, *_kept(file, url, notes))
+        have, version = _kept(file, url, notes)
+        response, start, total = _request(url, have, version)
         with response:
             if start == 0:
                 file.truncate(0)
-                notes.write_text(json.dumps({"url": url, "version": _version(response)}))
+                version = _version(response)
+                notes.write_text(json.dumps({"url": url, "version": version}))
             logger.info("downloading %s from byte %d of %s", url, start, total or "?")
             size, why = _copy(response, file, part.stem, total, progress)
         if why or total not in (None, size):
+            kept = f"which are kept in {part}"
+            if not version:
+                kept = (
+                    "and starts anew next time, as the server does not say of which version it is"
+                )
             raise CheckpointError(
                 f"the download of {url} broke off at {size} of {total or 'unknown'} bytes, "
-                f"which are kept in {part}: {why or 'the server closed the connection'}"
+                f"{kept}: {why or 'the server closed the connection'}"
             )
         if sha256 and (found := sha256_of(part)) != sha256.lower():
             file.truncate(0)

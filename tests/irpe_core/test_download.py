@@ -108,7 +108,11 @@ def test_a_part_of_unknown_version_or_another_address_is_not_used(site, url, tmp
         (tmp_path / spoil).mkdir()
         site.break_after = [100_000]
         site.version = {} if spoil == "no version" else {"ETag": '"one"'}
-        failure(url, tmp_path / spoil)
+        message = failure(url, tmp_path / spoil)
+        anew = "and starts anew next time, as the server does not say of which version it is: "
+        assert (anew in message, "which are kept" in message) == (
+            (True, False) if spoil == "no version" else (False, True)
+        )
         notes = tmp_path / spoil / "weights.pth.part.json"
         if spoil == "another address":
             notes.write_text(notes.read_text().replace("http:", "https:"))
