@@ -64,12 +64,24 @@ def create_model(
         load_weights(model, checkpoint["model"], may_lack_tables=config.eval)
     elif config.finetune:
         source = load_checkpoint(config.finetune)
-        size = (source.get("args") or {}).get("input_size")
-        size = (size, size) if isinstance(size, int) else size
-        load_weights(model, adapt_weights(source["model"], model, size), may_lack_tables=True)
+        weights = adapt_weights(source["model"], model, _image_size(source, config.finetune))
+        load_weights(model, weights, may_lack_tables=True)
     if config.distillation_type != "none":
         model.set_distilled_training(True)
     return model
+
+
+def _image_size(checkpoint: dict, source: str) -> tuple[int, int] | None:
+    """Height and width in pixels that a checkpoint was trained at, if it says so."""
+    size = (checkpoint.get("args") or {}).get("input_size")
+    if size is None:
+        return None
+    pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
+        raise CheckpointError(
+            f"args of {source}: input_size is {size!r}: pixels, or height and width, are needed"
+        )
+    return pair
 
 
 def create_ema(

@@ -115,6 +115,37 @@ def test_truncated_checkpoint_is_refused(flags, trained, tmp_path, failure):
     assert "half.pth" in line
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"args": ["--model", "deit"]}, ["'args' of", "is a list", "a dict"]),
+        ({"args": {"input_size": "16"}}, ["input_size is '16'", "height and width"]),
+        ({"args": {"input_size": [3, 16, 16]}}, ["input_size is [3, 16, 16]", "height and width"]),
+        ({"args": {"input_size": [16, None]}}, ["input_size is [16, None]", "height and width"]),
+        ({"args": {"input_size": 0}}, ["input_size is 0", "height and width"]),
+        ({"args": {"input_size": 20}}, ["of 16 patches, which are not the 5 x 5", "20 x 20"]),
+        ({"head.weight": 3.0}, ["a float under 'head.weight'", "a tensor is needed"]),
+        ({"pos_embed": None}, ["a NoneType under 'pos_embed'", "a tensor is needed"]),
+        ({"pos_embed": torch.zeros(3)}, ["pos_embed is (3,), the model's is (1, 17, 32)"]),
+        ({"pos_embed": torch.zeros(1, 4, 32)}, ["of 3 patches, which are not the 4 x 4"]),
+    ],
+    ids=[
+        *("args", "size-text", "size-three", "size-none", "size-zero", "size-other"),
+        *("head-number", "positions-none", "positions-1-d", "positions-few"),
+    ],
+)
+def test_checkpoint_with_something_else_inside_is_refused(
+    changes, words, flags, trained, tmp_path, failure
+):
+    content = torch.load(trained / "checkpoint.pth", weights_only=True)
+    target = content if "args" in changes else content["model"]
+    target |= changes
+    torch.save(content, tmp_path / "odd.pth")
+    code, line = failure(*flags, "--finetune", str(tmp_path / "odd.pth"))
+    assert code == 1
+    assert all(word in line for word in words), line
+
+
 def test_missing_checkpoint_is_named(flags, failure):
     code, line = failure(*flags, "--resume", "nowhere.pth")
     assert code == 1

@@ -7,7 +7,7 @@ from torch import nn
 
 from classification.finetune import adapt_weights
 from classification.models import PUBLISHED, build_model
-from irpe_core import RPEAttention, load_weights
+from irpe_core import CheckpointError, RPEAttention, load_weights
 from tests.recipes import fill
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
@@ -127,6 +127,98 @@ def test_adapted_weights_carry_tables_and_resample_positions_of_rectangles():
     grid = old.pos_embed[0, 1:].reshape(4, 9, 32).permute(2, 0, 1)[None]
     resized = nn.functional.interpolate(grid, size=(6, 5), mode="bicubic", antialias=True)
     torch.testing.assert_close(new.pos_embed[0, 1:], resized[0].permute(1, 2, 0).reshape(30, 32))
+
+
+def test_positions_that_fit_stay_where_no_image_size_is_known():
+    """On a 2 x 8 grid 16 patches are no square of 4 x 4, and must not be read as one."""
+    model, fresh = fill(small(size=(8, 32))), small(size=(8, 32))
+    weights = adapt_weights(model.state_dict(), fresh)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    model, fresh = fill(small(size=(16, 24))), small(size=(16, 24))
+    load_weights(fresh, adapt_weights(model.state_dict(), fresh))
+    assert torch.equal(fresh.pos_embed, model.pos_embed)
+
+
+def test_positions_of_as_many_patches_are_resampled_where_the_grids_differ():
+    old, new = fill(small(size=(8, 32))), small()
+    weights = adapt_weights(old.state_dict(), new, (8, 32))
+    grid = old.pos_embed[0, 1:].reshape(2, 8, 32).permute(2, 0, 1)[None]
+    resized = nn.functional.interpolate(grid, size=(4, 4), mode="bicubic", antialias=True)
+    expected = resized[0].permute(1, 2, 0).reshape(16, 32)
+    torch.testing.assert_close(weights["pos_embed"][0, 1:], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("deit_tiny_patch16_224", 1),
+        ("deit_tiny_distilled_patch16_224", 2),
+        ("deit3_small_patch16_224", 0),
+        ("vit_medium_patch16_gap_240", 0),
+        ("vit_betwixt_patch16_reg4_gap_256", 0),
+        ("vit_base_patch16_reg4_gap_256", 0),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False], ids=["known", "square"])
+def test_positions_are_resampled_with_as_many_prefix_tokens_as_the_model_embeds(
+    name, prefix, known, caplog
+):
+    caplog.set_level("INFO")
+    sizes = ((16, 24), (24, 36)) if known else ((16, 16), (24, 24))
+    old, new = (small(name, size) for size in sizes)
+    weights = adapt_weights(fill(old).state_dict(), new, sizes[0] if known else None)
+    load_weights(new, weights)
+    assert torch.equal(new.pos_embed[:, :prefix], old.pos_embed[:, :prefix])
+    rows, columns = old.patch_embed.grid_size
+    grid = old.pos_embed[0, prefix:].reshape(rows, columns, 32).permute(2, 0, 1)[None]
+    size = new.patch_embed.grid_size
+    resized = nn.functional.interpolate(grid, size=size, mode="bicubic", antialias=True)
+    expected = resized[0].permute(1, 2, 0).flatten(0, 1)
+    torch.testing.assert_close(new.pos_embed[0, prefix:], expected)
+    assumed = "the checkpoint does not tell its image size: it is taken for a square"
+    assert (assumed in caplog.messages) != known
+
+
+@pytest.mark.parametrize(
+    ("tokens", "image_size", "fault"),
+    [
+        (1 + 6, None, "of 6 patches, which are no square, and the checkpoint does not tell its"),
+        (1, None, "of 0 patches, which are no square"),
+        (0, None, "of 0 patches, which are no square"),
+        (1 + 8, (16, 36), "of 8 patches, which are not the 4 x 9 of its image size, 16 x 36"),
+        (1, (3, 3), "of 0 patches, which are not the 0 x 0 of its image size, 3 x 3"),
+    ],
+)
+def test_positions_of_an_unknown_grid_are_refused(tokens, image_size, fault):
+    model = small()
+    weights = model.state_dict() | {"pos_embed": torch.zeros(1, tokens, 32)}
+    with pytest.raises(CheckpointError, match=fault):
+        adapt_weights(weights, model, image_size)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"pos_embed": torch.zeros(3)}, r"pos_embed is \(3,\), the model's is \(1, 17, 32\)"),
+        ({"pos_embed": torch.tensor(3.0)}, r"pos_embed is \(\), the model's"),
+        ({"pos_embed": torch.zeros(2, 26, 32)}, r"pos_embed is \(2, 26, 32\), the model's"),
+        ({"pos_embed": torch.zeros(1, 26, 48)}, r"pos_embed is \(1, 26, 48\), the model's"),
+        ({"patch_embed.proj.weight": torch.zeros(3)}, r"patch_embed.proj.weight is \(3,\)"),
+        (
+            {"dist_token": torch.zeros(1, 1, 32), "pos_embed": torch.zeros(1, 18, 32)},
+            "has a distillation token, the model none",
+        ),
+    ],
+    ids=["1-d", "0-d", "batch", "width", "patch", "token"],
+)
+@pytest.mark.parametrize("image_size", [None, (20, 20)])
+def test_weights_that_differ_in_more_than_the_grid_are_left_to_the_loading(
+    changes, fault, image_size
+):
+    model = small()
+    weights = adapt_weights(model.state_dict() | changes, model, image_size)
+    with pytest.raises(CheckpointError, match=fault):
+        load_weights(model, weights)
 
 
 def test_weights_without_tables_leave_the_tables_at_zero():
