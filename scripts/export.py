@@ -103,13 +103,14 @@ def classifier(options: ClassifierExport, checkpoint: dict | None) -> Exportable
         model = create_model(options, num_classes)
     else:
         weights = _weights(options, checkpoint)
-        if "head.weight" not in weights:
+        head = weights.get("head.weight")
+        if head is None or head.ndim != 2:
             raise UserError(
-                f"{options.checkpoint} holds neither a classifier (head.weight) nor a detector "
-                "(class_embed.weight)"
+                f"{options.checkpoint} holds neither a classifier (a matrix head.weight) nor a "
+                "detector (a matrix class_embed.weight)"
             )
         options = _complete(options, checkpoint, [ModelConfig], needed="model")
-        model = create_model(options, len(weights["head.weight"]), {"model": weights})
+        model = create_model(options, len(head), {"model": weights})
 
     def samples() -> Iterable[tuple[Tensor, ...]]:
         for batch in (2, 1, 3):
@@ -127,11 +128,16 @@ def detector(options: DetectorExport, checkpoint: dict) -> Exportable:
         CheckpointError: Weights that do not fit the model.
     """
     weights = _weights(options, checkpoint)
+    head = _class_head(weights)
+    if head is None:
+        raise UserError(
+            f"--use-ema: the moving average of {options.checkpoint} is of no detector (a matrix "
+            "class_embed.weight)"
+        )
     has_tables = any("lookup_table" in name for name in weights)
     needed = "enc_rpe2d" if has_tables else None
     options = _complete(options, checkpoint, [BackboneConfig, TransformerConfig], needed=needed)
-    num_classes = len(_class_head(weights)) - 1
-    options = options.model_copy(update={"num_classes": num_classes, "aux_loss": False})
+    options = options.model_copy(update={"num_classes": len(head) - 1, "aux_loss": False})
     try:
         model = build_network(options, load=False)
     except ValueError as error:
@@ -162,8 +168,9 @@ def _padded_images() -> Iterable[tuple[Tensor, ...]]:
 
 
 def _class_head(weights: dict[str, Tensor]) -> Tensor | None:
-    """The weight that every detector has and no classifier."""
-    return next((w for name, w in weights.items() if name.endswith("class_embed.weight")), None)
+    """The matrix that every detector has and no classifier."""
+    found = (w for name, w in weights.items() if name.endswith("class_embed.weight"))
+    return next((w for w in found if w.ndim == 2), None)
 
 
 def _check_sources(options: ExportOptions, checkpoint: dict | None) -> None:

@@ -233,6 +233,31 @@ def test_checkpoint_of_something_else_is_refused(failure, tmp_path):
     assert (code, "neither a classifier" in line) == (1, True)
 
 
+@pytest.mark.parametrize("head", ["head.weight", "class_embed.weight"])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.tensor(3.0), "neither a classifier"),
+        (torch.zeros(3), "neither a classifier"),
+        (3.0, "a tensor is needed"),
+    ],
+    ids=["0-d", "1-d", "number"],
+)
+def test_head_that_is_no_matrix_is_refused(head, value, words, failure, tmp_path):
+    torch.save({"model": {"a": torch.zeros(1), head: value}, "epoch": 1}, tmp_path / "odd.pth")
+    output = str(tmp_path / "model.pt2")
+    code, line = failure("--checkpoint", str(tmp_path / "odd.pth"), "--output", output)
+    assert (code, words in line) == (1, True), line
+
+
+def test_average_of_another_kind_of_model_is_refused(detector, classifier, failure, tmp_path):
+    content = {"model": detector[0].state_dict(), "model_ema": classifier[0].state_dict()}
+    torch.save(content, tmp_path / "odd.pth")
+    argv = ("--checkpoint", str(tmp_path / "odd.pth"), "--use-ema")
+    code, line = failure(*argv, "--output", str(tmp_path / "model.pt2"))
+    assert (code, "of no detector (a matrix class_embed.weight)" in line) == (1, True), line
+
+
 def test_checkpoint_without_an_average_says_so(detector, failure, tmp_path):
     output = str(tmp_path / "model.pt2")
     code, line = failure("--checkpoint", str(detector[1]), "--output", output, "--use-ema")
