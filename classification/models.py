@@ -9,7 +9,8 @@ What differs from timm: the class token starts from a normal distribution of sta
 
 import logging
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import timm
 import torch
@@ -106,7 +107,8 @@ def _load_published(model: nn.Module, name: str) -> None:
     url = default_cfgs[name]["url"]
     if not url:
         raise ValueError(f"model {name!r} has no published checkpoint")
-    load_weights(model, adapt_weights(load_checkpoint(url)["model"], model))
+    image_size = default_cfgs[name]["input_size"][1:]
+    load_weights(model, adapt_weights(load_checkpoint(url)["model"], model, image_size))
 
 
 for _name in PUBLISHED:
@@ -147,10 +149,13 @@ def build_model(
         name, kwargs = _with_distillation_token(name, kwargs)
     if not abs_pos_embed and not distillation_token:
         kwargs["pos_embed"] = "none"
+    if pretrained and name not in PUBLISHED:
+        logger.info("timm loads the weights of %s, from its hub unless they are cached", name)
     try:
-        model = timm.create_model(
-            name, pretrained=pretrained, num_classes=num_classes, img_size=input_size, **kwargs
-        )
+        with _quiet_hub():
+            model = timm.create_model(
+                name, pretrained=pretrained, num_classes=num_classes, img_size=input_size, **kwargs
+            )
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
@@ -165,6 +170,18 @@ def build_model(
     if pretrained and rpe:
         logger.info("the weights of %s have no iRPE: its tables start at zero", name)
     return add_irpe(model, rpe)
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the hub's two lines for each of its retries: what fails in the end is raised."""
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
 
 
 def _with_distillation_token(name: str, kwargs: dict) -> tuple[str, dict]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import resource
 import socket
@@ -196,6 +197,33 @@ def test_pretrained_weights_of_timm_get_tables_at_zero(
     assert f"the weights of {name} have no iRPE: its tables start at zero" in caplog.messages
     code, line = failure(*data, "--embed_dim", "96")
     assert (code, f"timm cannot load the weights of '{name}': " in line) == (1, True)
+
+
+def test_the_hub_that_cannot_be_reached_is_said_in_one_sentence(
+    flags, tmp_path, failure, monkeypatch, caplog
+):
+    """Not in two lines of warnings for each of its ten retries."""
+    naps = []
+    monkeypatch.setattr("time.sleep", naps.append)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    data = [*flags[flags.index("--data_set") :], "--eval", "--pretrained"]
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            url + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        code, line = failure(*data, "--model", "deit_tiny_patch16_224", "--input_size", "32")
+    assert (code, "timm cannot load the weights of 'deit_tiny_patch16_224': " in line) == (1, True)
+    assert any("timm loads the weights" in message for message in caplog.messages)
+    assert naps, "the hub was not asked"
+    assert not [record for record in caplog.records if record.name.startswith("huggingface_hub")]
+    assert hub.level == level
 
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "num_classes": 10}
