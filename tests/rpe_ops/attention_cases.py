@@ -115,7 +115,7 @@ def check(
 
     More than one: weights are rounded before their products, and the gradient of a table is a sum
     over all tokens, whose terms partly cancel. With `rounds_lookups` the logits are no more exact
-    than `dtype`, which may be narrower than that of lse.
+    than `dtype`, which may be narrower than that of lse, and 8 are allowed in 16 bits (5 seen).
     """
     for name, x, y in zip(Results._fields, actual, expected, strict=True):
         assert (x is None) == (y is None), name
@@ -129,7 +129,7 @@ def check(
         finite = torch.isfinite(y)
         largest = y[finite].abs().max().item() if finite.any() else 0.0
         precision = dtype if rounds_lookups else wanted
-        roundings = 4 if precision.itemsize == 2 else 32
+        roundings = (8 if rounds_lookups else 4) if precision.itemsize == 2 else 32
         torch.testing.assert_close(
             x.double(),
             y,
