@@ -68,7 +68,7 @@ def train(
     val_batches = eval_loader(val_data, config, world)
 
     model = create_model(config, len(train_data.classes), checkpoint).to(world.device)
-    operators = choose_operators(config, model, world)
+    operators = set_implementation(model, config.rpe_implementation, world.device)
     ema = create_ema(config, model, checkpoint)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("%s: %d parameters", config.model, n_parameters)
@@ -134,7 +134,7 @@ def evaluate_only(
         raise UsageError("--eval needs weights: --resume, --pretrained or --finetune")
     val_data = build_split(config, "val", (checkpoint or {}).get("classes"))
     model = create_model(config, len(val_data.classes), checkpoint).to(world.device)
-    choose_operators(config, model, world)
+    set_implementation(model, config.rpe_implementation, world.device)
     has_ema = checkpoint is not None and checkpoint.get("model_ema") is not None
     ema = create_ema(config, model, checkpoint) if has_ema else None
     if config.compile:
@@ -173,13 +173,6 @@ def _dtype(config: ClassificationConfig, world: World) -> torch.dtype:
     """Of autocast: DeiT was trained in float16 on GPUs."""
     gpu = world.device.type == "cuda"
     return resolve_dtype(config.dtype, auto=torch.float16 if gpu else torch.float32)
-
-
-def choose_operators(config: ClassificationConfig, model: nn.Module, world: World) -> str:
-    """Choose the operators of the encodings; returns what will run, which is logged, too."""
-    operators = set_implementation(model, config.rpe_implementation, world.device)
-    logger.info("position encodings: %s", operators)
-    return operators
 
 
 def _warn_of_bad_images(*datasets) -> None:

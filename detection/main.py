@@ -77,7 +77,7 @@ def train(
     model, criterion, postprocessors = create_parts(
         config, train_data.dataset.num_classes, checkpoint, world.device
     )
-    operators = choose_operators(config, model, world)
+    operators = set_implementation(model, config.rpe_implementation, world.device)
     ema = create_ema(config, model, checkpoint)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("%d parameters are trained", n_parameters)
@@ -156,7 +156,7 @@ def evaluate_only(
     model, criterion, postprocessors = create_parts(
         config, val_data.dataset.num_classes, checkpoint, world.device
     )
-    choose_operators(config, model, world)
+    set_implementation(model, config.rpe_implementation, world.device)
     models: dict[str, nn.Module] = {"": model}
     if checkpoint is not None and checkpoint.get("model_ema") is not None:
         models["ema_"] = ModelEmaV3(model).module
@@ -198,13 +198,6 @@ def create_parts(
         raise UsageError(str(error)) from error
     load_start_weights(config, model, checkpoint)
     return model.to(device), criterion.to(device), postprocessors
-
-
-def choose_operators(config: DetectionConfig, model: nn.Module, world: World) -> str:
-    """Choose the operators of the encodings; returns what will run, which is logged, too."""
-    operators = set_implementation(model, config.rpe_implementation, world.device)
-    logger.info("position encodings: %s", operators)
-    return operators
 
 
 def evaluate_all(

@@ -8,9 +8,12 @@ Source: iRPE (Wu et al., ICCV 2021). Without encodings this is
 boolean mask is True where attention is allowed, and a query that may attend nowhere yields zeros.
 
 Where an implementation of `rpe_ops.attention` runs on the device, everything is one operator that
-holds nothing of size L × L. Elsewhere, and for masks of single pairs, the encodings are written out
-and added: to torch's attention as a bias, or where rpe_v needs the weights, step by step.
+holds nothing of size L × L. Elsewhere, for masks of single pairs, and for encodings whose buckets
+differ, they are written out and added: to torch's attention as a bias, or where rpe_v needs the
+weights, step by step.
 """
+
+import logging
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,8 @@ from irpe_core.encoding import resolve_grid
 
 __all__ = ["rpe_attention", "set_implementation"]
 
+logger = logging.getLogger(__name__)
+
 
 def set_implementation(module: nn.Module, implementation: str, device: torch.device | str) -> str:
     """Choose the operators of all encodings in `module`.
@@ -32,7 +37,7 @@ def set_implementation(module: nn.Module, implementation: str, device: torch.dev
         device: Where the module is going to run.
 
     Returns:
-        What will run, for the log, and why attention is not fused where it is not.
+        What will run, and why attention is not fused where it is not; it is logged, too.
 
     Raises:
         ValueError: The name is unknown.
@@ -43,8 +48,12 @@ def set_implementation(module: nn.Module, implementation: str, device: torch.dev
     encodings = [m for m in module.modules() if hasattr(m, "implementation")]
     for encoding in encodings:
         encoding.implementation = implementation
-    if not encodings:
-        return "none in this model"
+    operators = _describe(implementation, device, gather) if encodings else "none in this model"
+    logger.info("position encodings: %s", operators)
+    return operators
+
+
+def _describe(implementation: str, device: torch.device, gather: str) -> str:
     fused = _fused_implementation(implementation, device)
     if fused is not None:
         return f"fused attention by {fused}"

@@ -1,11 +1,13 @@
 """rpe_attention against the equations in float64: every combination, masks, dropout, precision."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from irpe_core import METHODS, RPEConfig, build_rpe, rpe_attention
+from irpe_core import METHODS, RPEConfig, build_rpe, rpe_attention, set_implementation
 from rpe_ops.dropout import keep_mask
 from tests.irpe_core import naive
 from tests.irpe_core.largest_tensor import LargestTensor
@@ -245,3 +247,19 @@ def test_a_length_that_is_no_grid_is_refused():
         rpe_attention(*tokens(8), *encoders(RPEConfig()))
     with pytest.raises(ValueError, match="a grid of 2 x 3 and 0 skipped tokens make 6 tokens"):
         rpe_attention(*tokens(9), *encoders(RPEConfig(rpe_on="v")), height=2, width=3)
+
+
+@pytest.mark.parametrize(
+    ("rpe", "said"),
+    [
+        (RPEConfig(), r"gather by reference, attention not fused \(chosen: reference\)"),
+        (None, "none"),
+    ],
+    ids=["encodings", "none"],
+)
+def test_what_will_run_is_returned_and_logged_once(rpe, said, caplog):
+    caplog.set_level("INFO", "irpe_core")
+    module = torch.nn.ModuleList(each for each in build_rpe(rpe, 8, 2) if each is not None)
+    operators = set_implementation(module, "reference", "cpu")
+    assert re.match(said, operators)
+    assert caplog.messages == [f"position encodings: {operators}"]
