@@ -169,6 +169,4 @@ def attention_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of attention; see `rpe_ops.tables.attention_backward`."""
     tables, grid = (table_k, table_q, table_v), buckets[:6]
-    grads = torch.ops.rpe_ops_cpp.attention_backward(grad_out, q, k, v, *tables, *grid, *rest)
-    of_tables = zip(grads[3:], tables, strict=True)
-    return (*grads[:3], *(None if table is None else grad for grad, table in of_tables))
+    return torch.ops.rpe_ops_cpp.attention_backward(grad_out, q, k, v, *tables, *grid, *rest)

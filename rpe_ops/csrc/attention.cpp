@@ -217,14 +217,15 @@ OptionalTensor empty_grad(const OptionalTable& table, const Inputs& in) {
   return at::empty(sizes, in.q.options());
 }
 
-Tensor total_grad(const OptionalTensor& of_heads, const OptionalTable& table,
-                  const Tensor& like) {
-  if (!of_heads) return at::empty({0}, like.options());
+OptionalTensor total_grad(const OptionalTensor& of_heads, const OptionalTable& table,
+                          const Tensor& like) {
+  if (!of_heads) return std::nullopt;
   const Tensor total = of_heads->sum(0);
   return (table->values.size(0) == 1 ? total.sum(0, true) : total).to(like.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor>
+attention_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
     const OptionalTensor& table_k, const OptionalTensor& table_q, const OptionalTensor& table_v,
     const Tensor& row_base, const Tensor& local, int64_t height, int64_t width, int64_t skip,
@@ -273,7 +274,7 @@ TORCH_LIBRARY_FRAGMENT(rpe_ops_cpp, library) {
               "float scale, float dropout_p) -> (Tensor, Tensor, Tensor)");
   library.def("attention_backward(Tensor grad_out, " RPE_OPS_INPUTS
               "Tensor out, Tensor sums, Tensor lse, float scale, float dropout_p)"
-              " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+              " -> (Tensor, Tensor, Tensor, Tensor?, Tensor?, Tensor?)");
 }
 
 TORCH_LIBRARY_IMPL(rpe_ops_cpp, CPU, library) {
