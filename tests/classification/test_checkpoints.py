@@ -16,6 +16,7 @@ from classification.main import main
 from classification.models import build_model, default_cfgs
 from irpe_core import CheckpointError, load_weights
 from tests.classification.conftest import weights
+from tests.origins import evaluation, write_origins
 from tests.recipes import fill
 from tests.web_server import serve
 
@@ -36,31 +37,9 @@ class Payload:
 @pytest.fixture(scope="session")
 def files(trained, tmp_path_factory) -> dict[str, Path]:
     """The trained weights as each origin would have written them."""
-    ours = torch.load(trained / "checkpoint.pth", weights_only=True)
-    model, folder = ours["model"], tmp_path_factory.mktemp("origins")
     args = argparse.Namespace(model="deit_tiny", input_size=16, lr=2e-3, opt_betas=None)
-    training = ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler")
-    plain = {key: value for key, value in model.items() if "lookup_table" not in key}
-    contents = {
-        "original-training": {name: ours[name] for name in training} | {"args": args},
-        "original-release": {"model": model, "args": args},
-        "original-deit": {"model": plain},
-        "plain-training": ours | {"model": plain, "model_ema": plain},
-        "bare": model,
-        "wrapped": {"model": {f"module.{key}": value for key, value in model.items()}},
-    }
-    paths = {name: folder / f"{name}.pth" for name in contents}
-    for name, content in contents.items():
-        torch.save(content, paths[name])
-    paths |= {"ours": trained / "checkpoint.pth", "safetensors": folder / "model.safetensors"}
-    save_file(model, paths["safetensors"])
-    return paths
-
-
-def evaluation(folder: Path, *argv: str) -> dict:
-    main([*argv, "--eval", "--output_dir", str(folder)])
-    record = json.loads((folder / "eval.json").read_text())
-    return {name: value for name, value in record.items() if name.startswith("test_")}
+    folder = tmp_path_factory.mktemp("origins")
+    return write_origins(trained / "checkpoint.pth", folder, args)
 
 
 def test_training_goes_on_from_the_originals_checkpoint_as_from_ours(flags, files, tmp_path):
@@ -76,22 +55,22 @@ def test_training_goes_on_from_the_originals_checkpoint_as_from_ours(flags, file
 def test_every_origin_evaluates_alike(option, flags, files, trained, tmp_path):
     expected = json.loads((trained / "log.txt").read_text().splitlines()[-1])
     for name in ("ours", "original-training", "original-release", "bare", "wrapped", "safetensors"):
-        figures = evaluation(tmp_path / name, *flags, option, str(files[name]))
+        figures = evaluation(main, tmp_path / name, *flags, option, str(files[name]))
         assert figures == {key: expected[key] for key in figures}, name
         assert "test_acc1" in figures
 
 
 def test_plain_weights_evaluate_and_fine_tune_with_tables_at_zero(flags, files, tmp_path, caplog):
-    plain = str(files["original-deit"])
-    expected = evaluation(tmp_path / "plain", *flags, "--rpe", "", "--resume", plain)
+    plain = str(files["plain-release"])
+    expected = evaluation(main, tmp_path / "plain", *flags, "--rpe", "", "--resume", plain)
     assert NO_IRPE not in caplog.messages
     for option in ("--resume", "--finetune"):
         caplog.clear()
-        figures = evaluation(tmp_path / option, *flags, option, plain)
+        figures = evaluation(main, tmp_path / option, *flags, option, plain)
         assert figures == pytest.approx(expected, rel=1e-5)
         assert NO_IRPE in caplog.messages
     with_average = str(files["plain-training"])
-    assert "test_ema_acc1" in evaluation(tmp_path / "ema", *flags, "--resume", with_average)
+    assert "test_ema_acc1" in evaluation(main, tmp_path / "ema", *flags, "--resume", with_average)
     main([*flags, "--finetune", plain, "--epochs", "1", "--output_dir", str(tmp_path / "tuned")])
     assert weights(tmp_path / "tuned")["blocks.0.attn.rpe_v.lookup_table_weight"].any()
 
@@ -101,7 +80,7 @@ def test_training_does_not_go_on_from_what_is_not_its_own(flags, files, failure)
     assert code == 1
     assert "6 missing: blocks.*.attn.rpe_q.lookup_table_weight" in line
     assert line.endswith("the checkpoint has no iRPE, the model has it on q, k, v")
-    code, line = failure(*flags, "--resume", str(files["original-deit"]))
+    code, line = failure(*flags, "--resume", str(files["plain-release"]))
     assert code == 1
     assert "no optimizer, lr_scheduler, epoch to resume training with: use --finetune" in line
 
@@ -141,9 +120,11 @@ def test_a_checkpoint_is_taken_from_an_address(
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert (code, "tiny.pth.part: File too large" in line) == (1, True)
         assert not (cache / "tiny.pth").exists()
-        figures = evaluation(tmp_path / "out", *run)
+        figures = evaluation(main, tmp_path / "out", *run)
         assert [r.get("Range") for r in site.requests] == [None, "bytes=20000-", "bytes=40000-"]
-        assert figures == evaluation(tmp_path / "file", *flags, "--resume", str(files["bare"]))
+        assert figures == evaluation(
+            main, tmp_path / "file", *flags, "--resume", str(files["bare"])
+        )
         assert sorted(path.name for path in cache.iterdir()) == ["tiny.pth"]
         url = site.url("none.pth")
         code, line = failure(*flags, "--eval", option, url)
@@ -164,7 +145,7 @@ def test_pretrained_fetches_the_release_and_says_what_does_not_fit(
     data = [*flags[flags.index("--data_set") :], "--model", PUBLISHED, "--eval", "--pretrained"]
     with serve(zoo=(tmp_path / "zoo.pth").read_bytes()) as site:
         monkeypatch.setitem(default_cfgs[PUBLISHED], "url", site.url("zoo.pth"))
-        figures = evaluation(tmp_path / "out", *data, "--input_size", "32")
+        figures = evaluation(main, tmp_path / "out", *data, "--input_size", "32")
         assert figures["test_loss"] > 0
         assert "head.weight starts anew: 10 classes now" in caplog.messages
         assert "position embedding resampled to a grid of 2 x 2" in caplog.messages
@@ -193,7 +174,7 @@ def test_pretrained_weights_of_timm_get_tables_at_zero(
     (cached / "refs" / "main").write_text("1")
     released = fill(build_model(name, num_classes=1000, input_size=(224, 224))).state_dict()
     save_file(released, cached / "snapshots" / "1" / "model.safetensors")
-    evaluation(tmp_path / "out", *data)
+    evaluation(main, tmp_path / "out", *data)
     assert f"the weights of {name} have no iRPE: its tables start at zero" in caplog.messages
     code, line = failure(*data, "--embed_dim", "96")
     assert (code, f"timm cannot load the weights of '{name}': " in line) == (1, True)

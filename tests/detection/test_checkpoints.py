@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from detection.main import main
 from irpe_core import CheckpointError, load_weights
 from tests.detection.models import network
+from tests.origins import evaluation, write_origins
 from tests.web_server import serve
 
 NO_IRPE = "the checkpoint has no iRPE: the 3 tables keep their initial values"
@@ -19,30 +19,9 @@ NO_IRPE = "the checkpoint has no iRPE: the 3 tables keep their initial values"
 @pytest.fixture(scope="session")
 def files(trained, tmp_path_factory) -> dict[str, Path]:
     """The trained weights as each origin would have written them."""
-    ours = torch.load(trained / "checkpoint.pth", weights_only=True)
-    model, folder = ours["model"], tmp_path_factory.mktemp("origins")
     args = argparse.Namespace(enc_rpe2d="rpe-2.0-product-ctx-1-qkv", masks=False, lr=1e-3)
-    training = ("model", "optimizer", "lr_scheduler", "epoch")
-    plain = {key: value for key, value in model.items() if "lookup_table" not in key}
-    contents = {
-        "original-training": {name: ours[name] for name in training} | {"args": args},
-        "original-release": {"model": model, "args": args},
-        "original-detr": {"model": plain},
-        "plain-training": ours | {"model": plain},
-        "wrapped": {"model": {f"module.{key}": value for key, value in model.items()}},
-    }
-    paths = {name: folder / f"{name}.pth" for name in contents}
-    for name, content in contents.items():
-        torch.save(content, paths[name])
-    paths |= {"ours": trained / "checkpoint.pth", "safetensors": folder / "model.safetensors"}
-    save_file(model, paths["safetensors"])
-    return paths
-
-
-def evaluation(folder: Path, *argv: str) -> dict:
-    main([*argv, "--eval", "--output_dir", str(folder)])
-    record = json.loads((folder / "eval.json").read_text())
-    return {name: value for name, value in record.items() if name.startswith("test_")}
+    folder = tmp_path_factory.mktemp("origins")
+    return write_origins(trained / "checkpoint.pth", folder, args)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -62,19 +41,19 @@ def test_training_goes_on_from_the_originals_checkpoint_as_from_ours(flags, file
 def test_every_origin_evaluates_alike(option, flags, files, trained, tmp_path):
     expected = json.loads((trained / "log.txt").read_text().splitlines()[-1])
     for name in ("ours", "original-training", "original-release", "wrapped", "safetensors"):
-        figures = evaluation(tmp_path / name, *flags, option, str(files[name]))
+        figures = evaluation(main, tmp_path / name, *flags, option, str(files[name]))
         assert figures == {key: expected[key] for key in figures}, name
         assert "test_AP" in figures
 
 
 def test_plain_detr_starts_a_detector_with_fresh_tables(flags, files, tmp_path, caplog):
-    plain = str(files["original-detr"])
+    plain = str(files["plain-release"])
     for option in ("--resume", "--finetune"):
         caplog.clear()
-        evaluation(tmp_path / option, *flags, option, plain)
+        evaluation(main, tmp_path / option, *flags, option, plain)
         assert NO_IRPE in caplog.messages
     caplog.clear()
-    evaluation(tmp_path / "plain", *flags, "--enc_rpe2d", "", "--resume", plain)
+    evaluation(main, tmp_path / "plain", *flags, "--enc_rpe2d", "", "--resume", plain)
     assert NO_IRPE not in caplog.messages
     main([*flags, "--finetune", plain, "--epochs", "1", "--output_dir", str(tmp_path / "tuned")])
     assert any("rpe_v.lookup_table_weight" in key for key in weights(tmp_path / "tuned"))
@@ -85,7 +64,7 @@ def test_training_does_not_go_on_from_what_is_not_its_own(flags, files, failure)
     assert code == 1
     assert "3 missing: transformer.encoder.layers.0.self_attn.rpe_q.lookup_table_weight" in line
     assert line.endswith("the checkpoint has no iRPE, the model has it on q, k, v")
-    code, line = failure(*flags, "--resume", str(files["original-detr"]))
+    code, line = failure(*flags, "--resume", str(files["plain-release"]))
     assert code == 1
     assert "no optimizer, lr_scheduler, epoch to resume training with: use --finetune" in line
 
@@ -115,7 +94,7 @@ def test_a_checkpoint_is_fetched_from_an_address(flags, files, tmp_path, failure
         site.break_after = [20_000]
         code, line = failure(*run)
         assert (code, "broke off at 20000 of " in line) == (1, True)
-        evaluation(tmp_path / "out", *run)
+        evaluation(main, tmp_path / "out", *run)
         assert site.requests[-1]["Range"] == "bytes=20000-"
         url = site.url("none.pth")
         code, line = failure(*flags, "--finetune", url)

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 import engine
@@ -150,8 +149,7 @@ def train(config: ToyConfig, *, resume: bool = False) -> dict[str, Any]:
         ema.load_state_dict(checkpoint["model_ema"])
         schedule.load_state_dict(checkpoint["lr_scheduler"])
         state.load_state_dict(checkpoint)
-    if world.world_size > 1:
-        state.model = DistributedDataParallel(model)
+    state.model = engine.distribute(model, world)
 
     def step_fn(batch: Any) -> dict[str, torch.Tensor]:
         images, labels = batch

@@ -1,107 +1,24 @@
 """The zoo measured anew: stand-in checkpoints from a server of the test, on the embedded data."""
 
 import csv
-import errno
 import io
 import json
 import os
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from torch import nn
 
-from classification.build import create_model
 from classification.main import main as classify
-from datasets.embedded import write_digits
-from datasets.scenes import SceneOptions, write_scenes
-from detection.detr import build_network
-from engine import UserError
-from irpe_core import CheckpointError
 from irpe_core.download import sha256_of
 from scripts.zoo.__main__ import main
-from scripts.zoo.checkpoints import fetch
-from scripts.zoo.report import Record, Report, compare, verdict
-from scripts.zoo.rows import Zoo, load_zoo
+from scripts.zoo.rows import Zoo
 from tests.commands import failure_of
 from tests.engine.launch import start
-from tests.recipes import fill
-from tests.web_server import Site, serve
-
-CLASSIFIER = {
-    "model": "deit_tiny_patch16_224",
-    "rpe": "rpe-1.9-product-ctx-1-qkv",
-    "input_size": 16,
-    "patch_size": 4,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "num_workers": 0,
-}
-DETECTOR = {
-    "enc_rpe2d": "rpe-2.0-product-ctx-1-k",
-    "backbone": "small",
-    "backbone_weights": "none",
-    "backbone_norm": "batch",
-    "backbone_stride": 16,
-    "hidden_dim": 16,
-    "nheads": 2,
-    "dim_feedforward": 32,
-    "enc_layers": 1,
-    "dec_layers": 1,
-    "num_queries": 8,
-    "num_classes": 11,
-    "image_size": 64,
-    "num_workers": 0,
-}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Where the digits and a few scenes lie, as flags of `evaluate`, computed on the CPU."""
-    root = tmp_path_factory.mktemp("data")
-    digits = write_digits(root / "digits")
-    scenes = write_scenes(root / "scenes", SceneOptions(train=1, val=5))
-    return ["--imagenet", str(digits), "--coco", str(scenes), "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Checkpoints of a classifier and a detector with weights by recipe B."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    zoo = make_zoo(folder, "http://nowhere")
-    configs = {row.name: row.config for row in zoo.rows}
-    models = {
-        "digits": create_model(configs["digits"], 10),
-        "scenes": build_network(configs["scenes"]),
-    }
-    return {name: saved(fill(model)) for name, model in models.items()}
-
-
-@pytest.fixture
-def site(checkpoints: dict[str, bytes]) -> Iterator[Site]:
-    """A server that has the two checkpoints."""
-    with serve(**checkpoints) as site:
-        yield site
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of checkpoints."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    return tmp_path / "torch" / "hub" / "checkpoints"
-
-
-def saved(model: nn.Module) -> bytes:
-    buffer = io.BytesIO()
-    torch.save({"model": model.state_dict()}, buffer)
-    return buffer.getvalue()
+from tests.scripts.small_zoo import make_zoo
+from tests.web_server import serve
 
 
 def without_tables(checkpoint: bytes) -> bytes:
@@ -110,26 +27,6 @@ def without_tables(checkpoint: bytes) -> bytes:
     buffer = io.BytesIO()
     torch.save({"model": {k: v for k, v in weights.items() if ".rpe_" not in k}}, buffer)
     return buffer.getvalue()
-
-
-def make_zoo(folder: Path, address: str, **classifiers: dict) -> Zoo:
-    """A zoo in a file: `digits`, more classifiers of its configuration, and `scenes`."""
-    for name, config in (("digits", CLASSIFIER), ("scenes", DETECTOR)):
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    rows = {"digits": {"checkpoint": f"{address}/digits.pth"}} | classifiers
-    content = {
-        "source": "a test",
-        "classification": {name: {"config": "digits.yaml"} | row for name, row in rows.items()},
-        "detection": {
-            "scenes": {
-                "config": "scenes.yaml",
-                "checkpoint": f"{address}/scenes.pth",
-                "published": {"AP": 0.5},
-            }
-        },
-    }
-    (folder / "zoo.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    return load_zoo(folder / "zoo.yaml")
 
 
 def records(folder: Path) -> dict[str, dict]:
@@ -293,145 +190,3 @@ def test_without_network_a_row_says_so(data, cache, tmp_path, capsys):
         assert reason.startswith(f"cannot download {site.address}/")
         assert reason.endswith("Connection refused")
     assert not list(cache.iterdir())
-
-
-def test_download_goes_on_after_a_failure(site, cache, tmp_path, capsys):
-    wrong = {"checkpoint": site.url("wrong.pth"), "sha256": "0" * 64}
-    zoo = make_zoo(tmp_path, site.address, gone={"checkpoint": site.url("gone.pth")}, wrong=wrong)
-    site.files["/wrong.pth"] = b"something else"
-    with pytest.raises(UserError, match=r"^not downloaded: gone, wrong$"):
-        main(["download", "--zoo", str(zoo.file)])
-    printed = capsys.readouterr()
-    assert f"scenes: {cache / 'scenes.pth'}\n" in printed.out
-    assert "404" in printed.err
-    assert f"instead of {'0' * 64}" in printed.err
-    assert {path.name for path in cache.iterdir()} == {"digits.pth", "scenes.pth"}
-    asked = len(site.requests)
-    main(["download", "--zoo", str(zoo.file), "--rows", "digits", "detection"])
-    assert len(site.requests) == asked
-
-
-@pytest.mark.parametrize("kind", ["folder", "address"])
-def test_a_mirror_takes_the_place_of_the_published_address(
-    kind, checkpoints, site, cache, tmp_path
-):
-    zoo = make_zoo(tmp_path, "http://127.0.0.1:1/release")
-    for name, content in checkpoints.items():
-        (tmp_path / f"{name}.pth").write_bytes(content)
-    mirror = {"folder": str(tmp_path), "address": f"{site.address}/"}[kind]
-    main(["download", "--zoo", str(zoo.file), "--mirror", mirror])
-    assert {path.name: path.read_bytes() for path in cache.iterdir()} == {
-        f"{name}.pth": content for name, content in checkpoints.items()
-    }
-
-
-def full_disk(source: Path, target: Path) -> None:
-    target.write_bytes(b"half")
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-
-
-@pytest.mark.parametrize(
-    ("content", "copy", "words"),
-    [
-        (None, shutil.copyfile, "does not exist"),
-        (b"other", shutil.copyfile, "has the SHA-256 d9298a10.* instead of 0000"),
-        (b"", full_disk, "No space left on device"),
-    ],
-    ids=["missing", "wrong-checksum", "full-disk"],
-)
-def test_a_mirrored_folder_that_fails_leaves_nothing_in_the_cache(
-    content, copy: Callable, words, cache, tmp_path, monkeypatch
-):
-    sha256 = "0" * 64 if content else None
-    zoo = make_zoo(
-        tmp_path, "http://nowhere", digits={"checkpoint": "http://x/a.pth", "sha256": sha256}
-    )
-    if content is not None:
-        (tmp_path / "a.pth").write_bytes(content)
-    monkeypatch.setattr(shutil, "copyfile", copy)
-    with pytest.raises(CheckpointError, match=words):
-        fetch(zoo.rows[0], str(tmp_path))
-    assert not cache.exists() or not list(cache.iterdir())
-
-
-def test_two_copies_from_a_mirrored_folder_do_not_meet(checkpoints, cache, tmp_path, monkeypatch):
-    row = make_zoo(tmp_path, "http://nowhere").rows[0]
-    (tmp_path / "digits.pth").write_bytes(checkpoints["digits"])
-    copy, places = shutil.copyfile, []
-
-    def slow_copy(source: Path, target: Path) -> Path:
-        places.append(target)
-        if len(places) == 1:  # another call starts and ends while this one is at work
-            assert fetch(row, str(tmp_path)).read_bytes() == checkpoints["digits"]
-        return copy(source, target)
-
-    monkeypatch.setattr(shutil, "copyfile", slow_copy)
-    fetch(row, str(tmp_path))
-    assert len(set(places)) == 2
-    assert {p.name: p.read_bytes() for p in cache.iterdir()} == {
-        "digits.pth": checkpoints["digits"]
-    }
-
-
-@pytest.mark.parametrize(
-    ("top1", "expected"),
-    [(82.4, "within"), (82.401, "outside"), (82.2, "within"), (82.199, "outside")],
-)
-def test_the_tolerance_is_a_tenth_of_a_point_inclusive(top1, expected, tmp_path):
-    facts = {"checkpoint": "http://x/a.pth", "published": {"top1": 82.3, "top5": 95.9}}
-    row = make_zoo(tmp_path, "http://nowhere", digits=facts).rows[0]
-    record = Record(measured={"top1": top1, "top5": 95.9})
-    assert verdict(row, record) == expected
-    assert compare(row, record)["top1"].difference == pytest.approx(top1 - 82.3)
-
-
-def test_figures_outlive_a_failure_which_is_told_beside_them(tmp_path):
-    zoo = make_zoo(tmp_path, "http://nowhere")
-    row, address = zoo.rows[0], "http://nowhere/digits.pth"
-    record = Record(
-        measured={"top1": 1.0, "top5": 2.0}, images=1, images_per_s=1.0, checkpoint=address
-    )
-    Report(tmp_path, zoo).put(row, record)
-    assert "## Not run" not in (tmp_path / "zoo.md").read_text()
-    Report(tmp_path, zoo).put(row, Record(reason="no network", checkpoint=address))
-    assert Report(tmp_path, zoo).records == {"digits": replace(record, failed_later="no network")}
-    text = (tmp_path / "zoo.md").read_text()
-    assert "| 1.00 " in text
-    assert "- digits: no network; its figures above are of an earlier evaluation\n" in text
-    with (tmp_path / "zoo.csv").open() as file:
-        assert {line["reason"] for line in csv.DictReader(file)} == {"no network"}
-    Report(tmp_path, zoo).put(row, record)
-    assert "no network" not in (tmp_path / "zoo.md").read_text()
-
-
-def test_figures_of_another_checkpoint_give_way_to_the_reason(tmp_path):
-    zoo = make_zoo(tmp_path, "http://nowhere")
-    record = Record(
-        measured={"top1": 1.0, "top5": 2.0}, images=1, images_per_s=1.0, checkpoint="http://old/a"
-    )
-    Report(tmp_path, zoo).put(zoo.rows[0], record)
-    failure = Record(reason="no network", checkpoint="http://nowhere/digits.pth")
-    Report(tmp_path, zoo).put(zoo.rows[0], failure)
-    assert Report(tmp_path, zoo).records == {"digits": failure}
-    assert "| 1.00 " not in (tmp_path / "zoo.md").read_text()
-    assert "- digits: no network\n" in (tmp_path / "zoo.md").read_text()
-
-
-def test_another_zoo_takes_no_figures_away(tmp_path):
-    zoo = make_zoo(tmp_path, "http://nowhere")
-    record = Record(measured={"top1": 1.0, "top5": 2.0}, images=1, images_per_s=1.0)
-    Report(tmp_path, zoo).put(zoo.rows[0], record)
-    other = load_zoo()
-    Report(tmp_path, other).put(other.rows[0], record)
-    assert Report(tmp_path, zoo).records == {"digits": record, other.rows[0].name: record}
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"rows": {"a": 1}}', '{"rows": 1}'])
-def test_a_file_that_is_no_report_is_not_overwritten(content, data, tmp_path, capsys):
-    zoo = make_zoo(tmp_path, "http://nowhere")
-    (tmp_path / "zoo.json").write_text(content)
-    run = ["evaluate", "--zoo", str(zoo.file), "--output", str(tmp_path), *data]
-    code, line = failure_of(main, run, capsys)
-    assert code == 1
-    assert "zoo.json cannot be read as the report of an evaluation" in line
-    assert (tmp_path / "zoo.json").read_text() == content
