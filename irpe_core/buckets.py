@@ -102,7 +102,7 @@ def compute_table(
     """One `(L, L)` table, computed anew; `axis` chooses rows (0) or columns (1) for `cross`."""
     config = RPEConfig(ratio=ratio, method=method, skip=skip)
     buckets = grid_buckets(config, height, width, device)
-    return buckets.pair_index()[axis] - axis * config.num_buckets
+    return buckets.bucket_ids()[axis] - axis * config.num_buckets
 
 
 torch.library.impl("irpe_core::bucket_table", "default", compute_table)

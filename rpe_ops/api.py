@@ -32,7 +32,7 @@ def gather(
         ImplementationError: An explicit implementation that cannot run here.
     """
     validation.check_floating("lookup", lookup)
-    validation.check_pair_index(index, lookup.shape[-2], lookup.device)
+    validation.check_bucket_ids(index, lookup.shape[-2], lookup.device)
     if check_bounds and not torch.compiler.is_compiling():
         validation.check_bounds(index, lookup.shape[-1])
     return ops.gather(lookup, index, implementations.resolve(implementation, lookup.device))
@@ -67,7 +67,7 @@ def bucket_sum(
         ImplementationError: An explicit implementation that cannot run here.
     """
     validation.check_floating("pairs", pairs)
-    validation.check_pair_index(index, pairs.shape[-2], pairs.device)
+    validation.check_bucket_ids(index, pairs.shape[-2], pairs.device)
     if index.shape[-1] != pairs.shape[-1]:
         raise ValueError(
             f"index has {index.shape[-1]} keys, pairs has {pairs.shape[-1]}: they must be equal"

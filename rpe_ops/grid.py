@@ -49,7 +49,7 @@ class GridBuckets(NamedTuple):
         """Values of a lookup per token, `T·K`."""
         return self.row_base.shape[0] * self.num_buckets
 
-    def pair_index(self) -> Tensor:
+    def bucket_ids(self) -> Tensor:
         """The buckets written out, `(T, L, L)` int64; rows are queries."""
         device = self.row_base.device
         rows, cols = (torch.arange(n, device=device) for n in (self.height, self.width))

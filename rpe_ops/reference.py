@@ -142,7 +142,7 @@ def _logits(
     """Logits in float32 or wider with -inf on padding, and the buckets of every term."""
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = (q.to(wide) * scale) @ k.to(wide).transpose(-2, -1)
-    index = buckets.pair_index()
+    index = buckets.bucket_ids()
     for term in index:
         if lookup_k is not None:
             logits += lookup_k.to(wide).gather(-1, term.expand_as(logits))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rpe_ops.grid import GridBuckets
 
-__all__ = ["check_pair_index", "check_floating", "check_bounds", "check_attention"]
+__all__ = ["check_bucket_ids", "check_floating", "check_bounds", "check_attention"]
 
 _ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -19,7 +19,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_pair_index(index: Tensor, num_queries: int, device: torch.device) -> None:
+def check_bucket_ids(index: Tensor, num_queries: int, device: torch.device) -> None:
     """Raise ValueError unless `index` holds integers of shape (num_queries, L_k) on `device`."""
     if index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"index must be int32 or int64, got {index.dtype}")
