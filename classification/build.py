@@ -1,6 +1,7 @@
-"""The parts of a run, from its configuration: model, average, optimizer, step."""
+"""Builders: the parts of a recipe, from the configuration of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import timm
 import torch
@@ -10,32 +11,44 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from classification.config import ClassificationConfig
+from classification.data import eval_loader
+from classification.evaluate import evaluate
 from classification.finetune import adapt_weights
 from classification.losses import DistillationLoss, base_criterion
 from classification.models import build_model
-from engine import UsageError
+from datasets import ResilientDataset
+from engine import Evaluate, UsageError, resolve_dtype
 from irpe_core import CheckpointError, load_checkpoint, load_weights
 
-__all__ = ["create_model", "create_ema", "scaled_lr", "create_optimizer", "create_step_fn"]
+__all__ = [
+    "autocast_dtype",
+    "create_ema",
+    "create_evaluation",
+    "create_model",
+    "create_optimizer",
+    "create_step",
+    "scaled_lr",
+]
 
 
 def create_model(
-    config: ClassificationConfig, num_classes: int, checkpoint: dict | None = None
+    config: ClassificationConfig, num_classes: int, checkpoint: Mapping | None = None
 ) -> nn.Module:
-    """The model of a configuration, with the weights that it starts from.
+    """Build the model with the weights that it starts from.
 
-    Training goes on from `checkpoint` only if it fits exactly. To fine-tune or to evaluate, weights
-    of the same model without iRPE do too: its tables then keep their initial values, zero, and that
-    is logged.
+    A training resumes only from a checkpoint that fits exactly. Fine-tuning and evaluation also
+    accept weights of the same model without iRPE: the tables then keep their initial value, zero,
+    which is logged.
 
     Args:
         config: The configuration.
         num_classes: Width of the head.
-        checkpoint: What to resume or evaluate; None for `pretrained`, `finetune` or fresh weights.
+        checkpoint: The checkpoint to resume or to evaluate; None for `pretrained`, `finetune` or
+            new weights.
 
     Raises:
-        UsageError: Options that do not go with the model.
-        CheckpointError: Weights that do not fit it.
+        UsageError: The options do not fit the model.
+        CheckpointError: The weights do not fit the model.
     """
     torch.manual_seed(config.seed)
     shape = {
@@ -59,7 +72,9 @@ def create_model(
     except CheckpointError:
         raise
     except (ValueError, TypeError, AssertionError) as error:
-        raise UsageError(f"model {config.model!r} cannot be built so: {error}") from error
+        raise UsageError(
+            f"model {config.model!r} cannot be built with these options: {error}"
+        ) from error
     if checkpoint is not None:
         load_weights(model, checkpoint["model"], may_lack_tables=config.eval)
     elif config.finetune:
@@ -72,52 +87,74 @@ def create_model(
 
 
 def _image_size(checkpoint: dict, source: str) -> tuple[int, int] | None:
-    """Height and width in pixels that a checkpoint was trained at, if it says so."""
+    """Return height and width in pixels that a checkpoint was trained at, None if unknown."""
     size = (checkpoint.get("args") or {}).get("input_size")
     if size is None:
         return None
     pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
         raise CheckpointError(
-            f"args of {source}: input_size is {size!r}: pixels, or height and width, are needed"
+            f"args of {source}: input_size must be one side or height and width in pixels, "
+            f"got {size!r}"
         )
     return pair
 
 
 def create_ema(
-    config: ClassificationConfig, model: nn.Module, checkpoint: dict | None
+    config: ClassificationConfig, model: nn.Module, checkpoint: Mapping | None
 ) -> ModelEmaV3 | None:
-    """The moving average of the weights, from the checkpoint where it has one."""
-    if not config.model_ema:
+    """Create the EMA of the weights, with the checkpoint's if it has one.
+
+    An evaluation has no EMA if its checkpoint has none.
+    """
+    weights = (checkpoint or {}).get("model_ema")
+    if not config.model_ema or (config.eval and weights is None):
         return None
     device = "cpu" if config.model_ema_force_cpu else None
     ema = ModelEmaV3(model, decay=config.model_ema_decay, device=device)
-    if checkpoint is not None and checkpoint.get("model_ema") is not None:
-        load_weights(ema.module, checkpoint["model_ema"], may_lack_tables=config.eval)
+    if weights is not None:
+        load_weights(ema.module, weights, may_lack_tables=config.eval)
     return ema
 
 
-def scaled_lr(config: ClassificationConfig, world_size: int) -> float:
-    """The learning rate for the images of a step: `lr` is for 512."""
-    if not config.scale_lr:
-        return config.lr
-    return config.lr * config.batch_size * config.accumulate_steps * world_size / 512
+def autocast_dtype(config: ClassificationConfig, device: torch.device) -> torch.dtype:
+    """Return the type of mixed precision; DeiT was trained in float16 on GPUs."""
+    auto = torch.float16 if device.type == "cuda" else torch.float32
+    return resolve_dtype(config.dtype, auto=auto)
+
+
+def scaled_lr(config: ClassificationConfig, total_batch_size: int) -> float:
+    """Return the learning rate for a total batch size; `lr` is for 512 images."""
+    return config.lr * total_batch_size / 512 if config.scale_lr else config.lr
 
 
 def create_optimizer(
-    config: ClassificationConfig, model: nn.Module, world_size: int
+    config: ClassificationConfig, model: nn.Module, total_batch_size: int
 ) -> torch.optim.Optimizer:
-    """timm's optimizer; biases, norms, position embedding and tokens are not decayed."""
-    options = optimizer_kwargs(config) | {"lr": scaled_lr(config, world_size)}
+    """Create timm's optimizer; biases, norms, position embedding and tokens are not decayed."""
+    options = optimizer_kwargs(config) | {"lr": scaled_lr(config, total_batch_size)}
     if config.opt in ("adam", "adamw"):
         options["fused"] = True
     return create_optimizer_v2(model, **options)
 
 
-def create_step_fn(
-    config: ClassificationConfig, model: nn.Module, num_classes: int, device: torch.device
-) -> Callable[[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """The step of the recipe: mix, forward, loss."""
+def create_evaluation(
+    config: ClassificationConfig, data: ResilientDataset, device: torch.device
+) -> Evaluate:
+    """Create the evaluation of several models on a validation set."""
+    return partial(
+        evaluate,
+        loader=eval_loader(data, config, device),
+        device=device,
+        dtype=autocast_dtype(config, device),
+        shared=config.dist_eval,
+    )
+
+
+def create_step(
+    config: ClassificationConfig, num_classes: int, device: torch.device
+) -> Callable[[nn.Module, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Create the training step: mix the batch, forward, loss."""
     mixup = None
     if config.mixes:
         mixup = Mixup(
@@ -139,7 +176,7 @@ def create_step_fn(
         config.distillation_tau,
     )
 
-    def step(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, targets = batch
         if mixup is not None:
             images, targets = mixup(images, targets)
@@ -151,6 +188,7 @@ def create_step_fn(
 def _create_teacher(
     config: ClassificationConfig, num_classes: int, device: torch.device
 ) -> nn.Module | None:
+    """Create the teacher of a distillation, frozen."""
     if config.distillation_type == "none":
         return None
     teacher = timm.create_model(config.teacher_model, num_classes=num_classes)

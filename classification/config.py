@@ -17,7 +17,7 @@ __all__ = ["ClassificationConfig", "parse_args"]
 
 
 class ModelConfig(Config):
-    """Model"""
+    """Model."""
 
     model: str = "deit_base_patch16_224"
     """Name in timm's registry; the nine DeiT-iRPE models are in it."""
@@ -80,7 +80,7 @@ class ModelConfig(Config):
 
 
 class DataConfig(Config):
-    """Data"""
+    """Data."""
 
     data_path: str = ""
     """Folder with train/ and val/, or with train.tar and val.tar."""
@@ -103,7 +103,7 @@ class DataConfig(Config):
 
 
 class AugmentConfig(Config):
-    """Augmentation"""
+    """Augmentation."""
 
     augment: Literal["recipe", "affine", "none"] = "recipe"
     """DeiT's recipe, random affine maps only (for digits), or nothing."""
@@ -150,7 +150,7 @@ class AugmentConfig(Config):
 
 
 class OptimConfig(Config):
-    """Optimizer and schedule"""
+    """Optimizer and schedule."""
 
     opt: str = "adamw"
     """Optimizer in timm's notation."""
@@ -206,7 +206,7 @@ class OptimConfig(Config):
 
 
 class DistillConfig(Config):
-    """Distillation"""
+    """Distillation."""
 
     distillation_type: Literal["none", "soft", "hard"] = "none"
     """How to learn from a teacher."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch.utils.data import DataLoader
 
 from classification.config import ClassificationConfig
@@ -14,7 +15,7 @@ from datasets import (
     build_dataset,
     build_transform,
 )
-from engine import UsageError, World, shield_worker
+from engine import UsageError, rank, shield_worker, world_size
 
 __all__ = ["build_split", "train_loader", "eval_loader"]
 
@@ -51,7 +52,7 @@ def build_split(
 
 
 def train_loader(
-    dataset: ResilientDataset, config: ClassificationConfig, world: World
+    dataset: ResilientDataset, config: ClassificationConfig, device: torch.device
 ) -> DataLoader:
     """Batches of this process; `loader.sampler.set_epoch(epoch, start)` chooses the epoch.
 
@@ -59,11 +60,11 @@ def train_loader(
         UsageError: The data does not fill one batch of every process.
     """
     kind = RepeatedAugSampler if config.repeated_aug else DistributedShuffleSampler
-    sampler = kind(len(dataset), rank=world.rank, world_size=world.world_size, seed=config.seed)
+    sampler = kind(len(dataset), rank=rank(), world_size=world_size(), seed=config.seed)
     if len(sampler) < config.batch_size * config.accumulate_steps:
         raise UsageError(
             f"batch_size {config.batch_size} x accumulate_steps {config.accumulate_steps} is more "
-            f"than the {len(sampler)} images that each of {world.world_size} processes has "
+            f"than the {len(sampler)} images that each of {world_size()} processes has "
             f"in an epoch"
         )
     return DataLoader(
@@ -71,31 +72,31 @@ def train_loader(
         batch_size=config.batch_size,
         sampler=sampler,
         drop_last=True,
-        **_workers(config, world),
+        **_workers(config, device),
     )
 
 
 def eval_loader(
-    dataset: ResilientDataset, config: ClassificationConfig, world: World
+    dataset: ResilientDataset, config: ClassificationConfig, device: torch.device
 ) -> DataLoader:
     """Batches of this process, without padding; all of them without `dist_eval`."""
-    rank, world_size = (world.rank, world.world_size) if config.dist_eval else (0, 1)
+    place, processes = (rank(), world_size()) if config.dist_eval else (0, 1)
     sampler = EvalSampler(
-        len(dataset), batch_size=config.batch_size, rank=rank, world_size=world_size
+        len(dataset), batch_size=config.batch_size, rank=place, world_size=processes
     )
     return DataLoader(
         SeededDataset(dataset),
         batch_size=config.batch_size,
         sampler=sampler,
-        **_workers(config, world),
+        **_workers(config, device),
     )
 
 
-def _workers(config: ClassificationConfig, world: World) -> dict:
+def _workers(config: ClassificationConfig, device: torch.device) -> dict:
     """How batches are loaded, for training and evaluation alike."""
     return {
         "num_workers": config.num_workers,
-        "pin_memory": config.pin_mem and world.device.type == "cuda",
+        "pin_memory": config.pin_mem and device.type == "cuda",
         "persistent_workers": config.num_workers > 0,
         "worker_init_fn": shield_worker,
     }

@@ -42,7 +42,7 @@ _RELEASE = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0"
 
 
 def _pretrained_cfg(name: str) -> dict:
-    """timm's description of how to feed a published model and where its weights are."""
+    """Timm's description of how to feed a published model and where its weights are."""
     released = not any(f"_{method}_" in name for method in _WITHOUT_CHECKPOINT)
     return {
         "url": f"{_RELEASE}/{name}.pth" if released else "",
@@ -69,7 +69,7 @@ def is_deit(name: str) -> bool:
 
 
 def _plain_deit(size: str, distilled: bool, **kwargs) -> nn.Module:
-    """timm's DeiT, initialised as the original."""
+    """Timm's DeiT, initialised as the original."""
     name = f"deit_{size}{'_distilled' if distilled else ''}_patch16_224"
     return _initialise_as_deit(timm.create_model(name, **kwargs))
 

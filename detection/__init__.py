@@ -1,8 +1,9 @@
 """DETR with iRPE: model, matching, losses, trainer, COCO evaluation, on plain tensors."""
 
+from detection.build import build_model
 from detection.config import DetectionConfig, parse_args
 from detection.criterion import SetCriterion
-from detection.detr import DETR, build_model
+from detection.detr import DETR
 from detection.evaluate import evaluate
 from detection.matcher import HungarianMatcher
 from detection.postprocess import PostProcess, PostProcessSegm

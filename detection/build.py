@@ -1,66 +1,210 @@
-"""The parts of a run, from its configuration: weights, average, optimizer, schedule, step."""
+"""Builders: the parts of a run from its configuration.
+
+`build_network` and `build_model` need the configuration alone. The `create_*` functions build the
+parts of a recipe, with the weights that it starts from.
+"""
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, StepLR
 
+from datasets import ResilientDataset
+from detection.backbone import build_backbone
+from detection.coco_eval import CocoEvaluator
 from detection.config import DetectionConfig
+from detection.criterion import SetCriterion
+from detection.data import eval_loader
+from detection.detr import DETR
+from detection.evaluate import evaluate
+from detection.matcher import HungarianMatcher
+from detection.position_encoding import build_position_encoding
+from detection.postprocess import PostProcess, PostProcessSegm
+from detection.segmentation import DETRSegmentation
+from detection.transformer import Transformer
+from engine import Evaluate, UsageError, resolve_dtype
 from engine.tensors import map_tensors
-from irpe_core import load_checkpoint, load_weights
+from irpe_core import CheckpointError, load_checkpoint, load_weights, parse_rpe_spec
 
 __all__ = [
-    "load_start_weights",
+    "COCO_CLASSES",
+    "autocast_dtype",
+    "build_model",
+    "build_network",
+    "create_detector",
     "create_ema",
-    "param_groups",
+    "create_evaluation",
+    "create_optimizer",
     "create_schedule",
-    "create_step_fn",
+    "create_step",
+    "param_groups",
 ]
 
 logger = logging.getLogger(__name__)
 
-StepFn = Callable[[tuple[Tensor, Tensor, list[dict[str, Tensor]]]], dict[str, Tensor]]
+# COCO has 80 classes, whose category ids go up to 90.
+COCO_CLASSES = 91
+
+Batch = tuple[Tensor, Tensor, list[dict[str, Tensor]]]
 
 
-def load_start_weights(config: DetectionConfig, model: nn.Module, checkpoint: dict | None) -> None:
-    """Load what a run starts from: a checkpoint to go on from, or one to fine-tune.
+def build_network(config: DetectionConfig, *, load: bool = True) -> nn.Module:
+    """Build the network: `DETR`, or `DETRSegmentation` with `masks`.
 
-    Training goes on only from a checkpoint that fits exactly. To fine-tune or to evaluate, weights
-    of the same detector without iRPE do too: its tables then keep their initial values, which are
-    random in DETR. So does a class head of another width in fine-tuning. All that is logged.
+    Args:
+        config: The configuration.
+        load: Load the weights of the backbone and of `frozen_weights`. Without it they stay random,
+            for a network whose weights come from a checkpoint.
 
     Raises:
-        CheckpointError: The weights cannot be read or do not fit.
+        ValueError: The options contradict each other.
+        CheckpointError: Weights cannot be read or do not fit.
     """
+    detr = DETR(
+        build_backbone(config, load=load),
+        build_position_encoding(config.position_embedding, config.hidden_dim),
+        Transformer(
+            config.hidden_dim,
+            config.nheads,
+            config.enc_layers,
+            config.dec_layers,
+            config.dim_feedforward,
+            config.dropout,
+            pre_norm=config.pre_norm,
+            rpe=parse_rpe_spec(config.enc_rpe2d),
+        ),
+        _num_classes(config),
+        config.num_queries,
+        config.aux_loss,
+    )
+    if not config.masks:
+        return detr
+    if config.frozen_weights and load:
+        load_weights(detr, load_checkpoint(config.frozen_weights)["model"])
+    return DETRSegmentation(detr, freeze_detr=bool(config.frozen_weights))
+
+
+def build_model(
+    config: DetectionConfig, *, load: bool = True
+) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
+    """Build the network, its losses and its post-processing, on the CPU.
+
+    Args:
+        config: The configuration.
+        load: As in `build_network`.
+
+    Returns:
+        `(model, criterion, postprocessors)`; the post-processors are `bbox` and with masks `segm`.
+
+    Raises:
+        ValueError: The options contradict each other.
+        CheckpointError: Weights cannot be read or do not fit.
+    """
+    matcher = HungarianMatcher(config.set_cost_class, config.set_cost_bbox, config.set_cost_giou)
+    weights = {
+        "loss_ce": config.cls_loss_coef,
+        "loss_bbox": config.bbox_loss_coef,
+        "loss_giou": config.giou_loss_coef,
+    }
+    losses = ["labels", "boxes", "cardinality"]
+    postprocessors: dict[str, nn.Module] = {"bbox": PostProcess()}
+    if config.masks:
+        weights |= {"loss_mask": config.mask_loss_coef, "loss_dice": config.dice_loss_coef}
+        losses.append("masks")
+        postprocessors["segm"] = PostProcessSegm()
+    if config.aux_loss:
+        weights |= {
+            f"{name}_{layer}": weight
+            for layer in range(config.dec_layers - 1)
+            for name, weight in weights.items()
+        }
+    criterion = SetCriterion(_num_classes(config), matcher, weights, config.eos_coef, losses)
+    return build_network(config, load=load), criterion, postprocessors
+
+
+def _num_classes(config: DetectionConfig) -> int:
+    return COCO_CLASSES if config.num_classes is None else config.num_classes
+
+
+def create_detector(
+    config: DetectionConfig, num_classes: int, checkpoint: Mapping | None, device: torch.device
+) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
+    """Build the model with its starting weights, its losses and its post-processing.
+
+    A training resumes only from a checkpoint that fits exactly. Fine-tuning and evaluation also
+    accept weights of the same detector without iRPE: the tables then keep their initial values,
+    which are random in DETR. Fine-tuning replaces a class head of another width. Both are logged.
+
+    Args:
+        config: The configuration.
+        num_classes: Number of classes in the data, used where `num_classes` is not configured.
+        checkpoint: The checkpoint to resume or to evaluate; None for `finetune` or new weights.
+        device: The device to move everything to.
+
+    Raises:
+        UsageError: The options contradict each other or the data.
+        CheckpointError: Weights cannot be read or do not fit.
+    """
+    torch.manual_seed(config.seed)
+    if config.num_classes is None:
+        config = config.model_copy(update={"num_classes": num_classes})
+    if config.num_classes < num_classes:
+        raise UsageError(
+            f"--num_classes must be at least {num_classes}, since the data has labels up to "
+            f"{num_classes - 1}, got {config.num_classes}"
+        )
+    load = checkpoint is None and not config.finetune
+    try:
+        model, criterion, postprocessors = build_model(config, load=load)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if checkpoint is not None:
         load_weights(model, checkpoint["model"], may_lack_tables=config.eval)
     elif config.finetune:
-        weights, own = dict(load_checkpoint(config.finetune)["model"]), model.state_dict()
-        for key, value in own.items():
-            if "class_embed" in key and key in weights and weights[key].shape != value.shape:
-                logger.info("%s starts anew: %d classes now", key, len(value) - 1)
-                weights[key] = value
-        load_weights(model, weights, may_lack_tables=True)
+        _load_to_finetune(model, config.finetune)
+    return model.to(device), criterion.to(device), postprocessors
+
+
+def _load_to_finetune(model: nn.Module, source: str) -> None:
+    """Load weights, except those of a class head of another width."""
+    weights = dict(load_checkpoint(source)["model"])
+    for key, value in model.state_dict().items():
+        if "class_embed" in key and key in weights and weights[key].shape != value.shape:
+            logger.info("%s has new random weights for %d classes", key, len(value) - 1)
+            weights[key] = value
+    load_weights(model, weights, may_lack_tables=True)
 
 
 def create_ema(
-    config: DetectionConfig, model: nn.Module, checkpoint: dict | None
+    config: DetectionConfig, model: nn.Module, checkpoint: Mapping | None
 ) -> ModelEmaV3 | None:
-    """The moving average of the weights, from the checkpoint where it has one."""
-    if not config.model_ema:
+    """Create the EMA of the weights, with the checkpoint's if it has one.
+
+    An evaluation has an EMA if and only if its checkpoint has one.
+    """
+    weights = (checkpoint or {}).get("model_ema")
+    wanted = weights is not None if config.eval else config.model_ema
+    if not wanted:
         return None
     ema = ModelEmaV3(model, decay=config.model_ema_decay)
-    if checkpoint is not None and checkpoint.get("model_ema") is not None:
-        load_weights(ema.module, checkpoint["model_ema"])
+    if weights is not None:
+        load_weights(ema.module, weights, may_lack_tables=config.eval)
     return ema
 
 
+def autocast_dtype(config: DetectionConfig) -> torch.dtype:
+    """Return the type of mixed precision; DETR was trained in float32."""
+    return resolve_dtype(config.dtype, auto=torch.float32)
+
+
 def param_groups(config: DetectionConfig, model: nn.Module) -> list[dict]:
-    """Two groups as in DETR: everything but the backbone, and the backbone at its own rate."""
+    """Return DETR's two groups: all but the backbone, and the backbone at its own learning rate."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
         {"params": [p for name, p in trained if "backbone" not in name], "lr": config.lr},
@@ -68,15 +212,24 @@ def param_groups(config: DetectionConfig, model: nn.Module) -> list[dict]:
     ]
 
 
+def create_optimizer(config: DetectionConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Create AdamW on DETR's two groups."""
+    groups = param_groups(config, model)
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
 def create_schedule(
-    config: DetectionConfig, optimizer: torch.optim.Optimizer, steps: int
+    config: DetectionConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int
 ) -> tuple[LRScheduler, bool]:
-    """The schedule, and whether it moves with every optimizer step instead of every epoch.
+    """Create the schedule of the learning rates.
 
     Args:
-        config: `sched`, `lr_drop`, `warmup_steps`, `epochs`.
-        optimizer: Whose rates are scheduled.
-        steps: Optimizer steps of an epoch.
+        config: Uses `sched`, `lr_drop`, `warmup_steps` and `epochs`.
+        optimizer: The optimizer.
+        steps_per_epoch: Optimizer steps per epoch.
+
+    Returns:
+        The scheduler, and True if it steps after each optimizer step, False after each epoch.
     """
     if config.sched == "step" and config.warmup_steps == 0:
         return StepLR(optimizer, config.lr_drop), False
@@ -84,19 +237,19 @@ def create_schedule(
     def factor(step: int) -> float:
         warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
         if config.sched == "step":
-            return warmup * 0.1 ** (step // steps // config.lr_drop)
+            return warmup * 0.1 ** (step // steps_per_epoch // config.lr_drop)
         begun = max(step - config.warmup_steps, 0) / max(
-            config.epochs * steps - config.warmup_steps, 1
+            config.epochs * steps_per_epoch - config.warmup_steps, 1
         )
         return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(begun, 1.0))))
 
     return LambdaLR(optimizer, factor), True
 
 
-def create_step_fn(model: nn.Module, criterion: nn.Module) -> StepFn:
-    """The step of the recipe: forward, match, weigh the losses. Losses are in float32."""
+def create_step(criterion: SetCriterion) -> Callable[[nn.Module, Batch], dict[str, Tensor]]:
+    """Create the training step: forward, match, weighted sum of the losses in float32."""
 
-    def step(batch: tuple[Tensor, Tensor, list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+    def step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         images, mask, targets = batch
         outputs = model(images, mask)
         with torch.autocast(images.device.type, enabled=False):
@@ -106,3 +259,34 @@ def create_step_fn(model: nn.Module, criterion: nn.Module) -> StepFn:
         return {"loss": total, **losses}
 
     return step
+
+
+def create_evaluation(
+    config: DetectionConfig,
+    criterion: SetCriterion,
+    postprocessors: dict[str, nn.Module],
+    data: ResilientDataset,
+    device: torch.device,
+) -> Evaluate:
+    """Create the evaluation on a validation set: losses and COCO's metrics of several models."""
+    loader = eval_loader(data, config, device)
+    iou_types = ("bbox", "segm") if config.masks else ("bbox",)
+
+    def evaluate_models(models: Mapping[str, nn.Module]) -> dict[str, float]:
+        evaluator = CocoEvaluator(data.dataset.coco, iou_types, data.dataset.label_to_category)
+        metrics = {}
+        for prefix, model in models.items():
+            of_model = evaluate(
+                model,
+                criterion,
+                postprocessors,
+                loader,
+                evaluator,
+                device,
+                autocast_dtype(config),
+                pad_to_batch=config.eval_padding,
+            )
+            metrics |= {f"{prefix}{name}": value for name, value in of_model.items()}
+        return metrics
+
+    return evaluate_models

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from engine.distributed import all_gather_object, broadcast_object, is_main
 
-__all__ = ["FIGURES", "CocoEvaluator", "format_figures"]
+__all__ = ["METRICS", "CocoEvaluator", "format_metrics"]
 
-FIGURES = (
+METRICS = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip
 """In pycocotools' order: average precision and recall, by overlap, size and detections allowed."""
@@ -91,11 +91,11 @@ class CocoEvaluator:
             if image_id not in self._detections:
                 self._detections[image_id] = self._compact(prediction)
 
-    def figures(self) -> dict[str, dict[str, float]]:
+    def metrics(self) -> dict[str, dict[str, float]]:
         """Evaluates the detections of all processes, which all have to call.
 
         Returns:
-            For each of `iou_types` the twelve `FIGURES` in [0, 1]; -1 where there is nothing to
+            For each of `iou_types` the twelve `METRICS` in [0, 1]; -1 where there is nothing to
             find, as for objects of a size that the data does not have.
 
         Raises:
@@ -149,12 +149,12 @@ class CocoEvaluator:
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        return dict(zip(FIGURES, evaluation.stats.tolist(), strict=True))
+        return dict(zip(METRICS, evaluation.stats.tolist(), strict=True))
 
 
-def format_figures(figures: Mapping[str, float]) -> str:
+def format_metrics(figures: Mapping[str, float]) -> str:
     """Writes the twelve figures in two lines, precision and recall."""
-    parts = [f"{name} {figures[name]:.4f}" for name in FIGURES]
+    parts = [f"{name} {figures[name]:.4f}" for name in METRICS]
     return "\n".join(["  ".join(parts[:6]), "  ".join(parts[6:])])
 
 

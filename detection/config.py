@@ -15,7 +15,7 @@ __all__ = ["DetectionConfig", "parse_args"]
 
 
 class BackboneConfig(Config):
-    """Backbone"""
+    """Backbone."""
 
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "small"] = "resnet50"
     """torchvision's ResNet, or small: a stem and three basic blocks for small images."""
@@ -39,7 +39,7 @@ class BackboneConfig(Config):
 
 
 class TransformerConfig(Config):
-    """Transformer"""
+    """Transformer."""
 
     enc_rpe2d: str = ""
     """iRPE of the encoder, such as rpe-2.0-product-ctx-1-k; empty for plain DETR."""
@@ -76,7 +76,7 @@ class TransformerConfig(Config):
 
 
 class LossConfig(Config):
-    """Matching and losses"""
+    """Matching and losses."""
 
     aux_loss: bool = True
     """Losses at every decoder layer."""
@@ -101,7 +101,7 @@ class LossConfig(Config):
 
 
 class DataConfig(Config):
-    """Data"""
+    """Data."""
 
     dataset_file: Literal["coco", "scenes"] = "coco"
     """COCO's layout, or the embedded scenes of digits, written to coco_path at first use."""
@@ -147,7 +147,7 @@ class DataConfig(Config):
 
 
 class OptimConfig(Config):
-    """Optimizer and schedule"""
+    """Optimizer and schedule."""
 
     lr: float = Field(1e-4, gt=0)
     """Learning rate."""

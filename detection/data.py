@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Sampler
 
 from datasets import (
     DistributedShuffleSampler,
@@ -15,7 +16,7 @@ from datasets import (
 )
 from datasets.scenes import write_scenes
 from detection.config import DetectionConfig
-from engine import UsageError, World, shield_worker
+from engine import UsageError, rank, shield_worker, world_size
 
 __all__ = ["build_split", "train_loader", "eval_loader"]
 
@@ -46,36 +47,45 @@ def build_split(
     return ResilientDataset(dataset, max_bad_fraction=config.max_bad_fraction)
 
 
-def train_loader(dataset: ResilientDataset, config: DetectionConfig, world: World) -> DataLoader:
+def train_loader(
+    dataset: ResilientDataset, config: DetectionConfig, device: torch.device
+) -> DataLoader:
     """Batches of this process; `loader.sampler.set_epoch(epoch, start)` chooses the epoch.
 
     Raises:
         UsageError: The data does not fill one step of every process.
     """
     sampler = DistributedShuffleSampler(
-        len(dataset), rank=world.rank, world_size=world.world_size, seed=config.seed
+        len(dataset), rank=rank(), world_size=world_size(), seed=config.seed
     )
     if len(sampler) < config.batch_size * config.accumulate_steps:
         raise UsageError(
             f"batch_size {config.batch_size} x accumulate_steps {config.accumulate_steps} is more "
-            f"than the {len(sampler)} images that each of {world.world_size} processes has"
+            f"than the {len(sampler)} images that each of {world_size()} processes has"
         )
-    return _loader(dataset, sampler, config, world, drop_last=True)
+    return _loader(dataset, sampler, config, device, drop_last=True)
 
 
-def eval_loader(dataset: ResilientDataset, config: DetectionConfig, world: World) -> DataLoader:
+def eval_loader(
+    dataset: ResilientDataset, config: DetectionConfig, device: torch.device
+) -> DataLoader:
     """Batches of this process, without padding the data."""
     sampler = EvalSampler(
         len(dataset),
         batch_size=config.batch_size,
-        rank=world.rank,
-        world_size=world.world_size,
+        rank=rank(),
+        world_size=world_size(),
     )
-    return _loader(dataset, sampler, config, world, drop_last=False)
+    return _loader(dataset, sampler, config, device, drop_last=False)
 
 
 def _loader(
-    dataset: ResilientDataset, sampler, config: DetectionConfig, world: World, *, drop_last: bool
+    dataset: ResilientDataset,
+    sampler: Sampler,
+    config: DetectionConfig,
+    device: torch.device,
+    *,
+    drop_last: bool,
 ) -> DataLoader:
     return DataLoader(
         SeededDataset(dataset),
@@ -84,7 +94,7 @@ def _loader(
         drop_last=drop_last,
         collate_fn=collate,
         num_workers=config.num_workers,
-        pin_memory=world.device.type == "cuda",
+        pin_memory=device.type == "cuda",
         persistent_workers=config.num_workers > 0,
         worker_init_fn=shield_worker,
     )

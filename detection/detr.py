@@ -1,11 +1,12 @@
-"""DETR: objects as a set, by a transformer on the features of a convolutional network.
+"""DETR: detect objects as a set, with a transformer on the features of a convolutional network.
 
     features = input_proj(backbone(images));  objects = transformer(features, queries)
     pred_logits = class_embed(objects);       pred_boxes = sigmoid(bbox_embed(objects))
 
 Source: DETR (Carion et al., ECCV 2020), with iRPE (Wu et al., ICCV 2021) in the encoder. Parameter
-names are those of the published checkpoints. What differs: images and masks are plain tensors, and
-the heads always compute in the precision of their weights, since bfloat16 boxes are coarse.
+names are those of the published checkpoints. It differs from the original in two points: images and
+masks are plain tensors, and the heads always compute in the precision of their weights, because
+boxes in bfloat16 are too coarse.
 """
 
 from typing import Any, NamedTuple
@@ -14,20 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detection.backbone import Backbone, build_backbone
-from detection.config import DetectionConfig
-from detection.criterion import SetCriterion
-from detection.matcher import HungarianMatcher
-from detection.position_encoding import build_position_encoding
-from detection.postprocess import PostProcess, PostProcessSegm
-from detection.segmentation import DETRSegmentation
+from detection.backbone import Backbone
 from detection.transformer import Transformer
-from irpe_core import load_checkpoint, load_weights, parse_rpe_spec
 
-__all__ = ["COCO_CLASSES", "DETR", "MLP", "Encoded", "build_model", "build_network"]
-
-# COCO's 80 classes have ids up to 90.
-COCO_CLASSES = 91
+__all__ = ["DETR", "MLP", "Encoded"]
 
 
 class MLP(nn.Module):
@@ -136,81 +127,3 @@ class DETR(nn.Module):
                 for layer_logits, layer_boxes in zip(logits[:-1], boxes[:-1], strict=True)
             ]
         return outputs
-
-
-def build_model(
-    config: DetectionConfig, *, load: bool = True
-) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
-    """Model, losses and post-processing of a detection configuration, on the CPU.
-
-    Args:
-        config: The configuration.
-        load: As for `build_network`.
-
-    Returns:
-        `(model, criterion, postprocessors)`; the post-processors are `bbox` and with masks `segm`.
-
-    Raises:
-        ValueError: Options that do not go together.
-        CheckpointError: Weights that cannot be read or do not fit.
-    """
-    matcher = HungarianMatcher(config.set_cost_class, config.set_cost_bbox, config.set_cost_giou)
-    weights = {
-        "loss_ce": config.cls_loss_coef,
-        "loss_bbox": config.bbox_loss_coef,
-        "loss_giou": config.giou_loss_coef,
-    }
-    losses = ["labels", "boxes", "cardinality"]
-    postprocessors: dict[str, nn.Module] = {"bbox": PostProcess()}
-    if config.masks:
-        weights |= {"loss_mask": config.mask_loss_coef, "loss_dice": config.dice_loss_coef}
-        losses.append("masks")
-        postprocessors["segm"] = PostProcessSegm()
-    if config.aux_loss:
-        weights |= {
-            f"{name}_{layer}": weight
-            for layer in range(config.dec_layers - 1)
-            for name, weight in weights.items()
-        }
-    criterion = SetCriterion(_num_classes(config), matcher, weights, config.eos_coef, losses)
-    return build_network(config, load=load), criterion, postprocessors
-
-
-def build_network(config: DetectionConfig, *, load: bool = True) -> nn.Module:
-    """The network of a detection configuration: `DETR`, or with `masks` `DETRSegmentation`.
-
-    Args:
-        config: The configuration.
-        load: Load the weights of the backbone and of `frozen_weights`; without it they are left
-            random, for a model whose weights come from a checkpoint.
-
-    Raises:
-        ValueError: Options that do not go together.
-        CheckpointError: Weights that cannot be read or do not fit.
-    """
-    detr = DETR(
-        build_backbone(config, load=load),
-        build_position_encoding(config.position_embedding, config.hidden_dim),
-        Transformer(
-            config.hidden_dim,
-            config.nheads,
-            config.enc_layers,
-            config.dec_layers,
-            config.dim_feedforward,
-            config.dropout,
-            pre_norm=config.pre_norm,
-            rpe=parse_rpe_spec(config.enc_rpe2d),
-        ),
-        _num_classes(config),
-        config.num_queries,
-        config.aux_loss,
-    )
-    if not config.masks:
-        return detr
-    if config.frozen_weights and load:
-        load_weights(detr, load_checkpoint(config.frozen_weights)["model"])
-    return DETRSegmentation(detr, freeze_detr=bool(config.frozen_weights))
-
-
-def _num_classes(config: DetectionConfig) -> int:
-    return COCO_CLASSES if config.num_classes is None else config.num_classes

@@ -70,7 +70,7 @@ def evaluate(
                 losses.add(its_targets, criterion(part, copy_to(its_targets, device)))
     for module, training in modes:
         module.train(training)
-    by_iou_type = evaluator.figures()
+    by_iou_type = evaluator.metrics()
     figures = losses.averages()
     for iou_type, values in by_iou_type.items():
         prefix = "" if iou_type == "bbox" else f"{iou_type}_"

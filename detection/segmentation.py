@@ -9,14 +9,13 @@ published panoptic checkpoints, whose softmax runs over the heads too.
 
 import math
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from detection.detr import DETR
+from detection.detr import DETR
 
 __all__ = ["DETRSegmentation", "AttentionMap", "MaskHead"]
 
@@ -31,7 +30,7 @@ class DETRSegmentation(nn.Module):
         freeze_detr: Train the masks alone.
     """
 
-    def __init__(self, detr: "DETR", *, freeze_detr: bool = False) -> None:
+    def __init__(self, detr: DETR, *, freeze_detr: bool = False) -> None:
         super().__init__()
         self.detr = detr
         dim, heads = detr.transformer.dim, detr.transformer.num_heads

@@ -1,53 +1,55 @@
-"""What every trainer needs and no trainer is: it knows neither models nor data sets.
+"""Everything that trainers share. It contains no model and no data set.
 
-Configuration, processes, seeds, the loop, checkpoints, logs, and how to stop. A trainer's `main()`
-puts these together and reads like its recipe.
+A trainer starts a session (`start_session`), builds a `Recipe` and hands it to `run_training` or
+`run_evaluation`. Below them are the configuration, processes, seeds, the training loop,
+checkpoints, logs and signals.
 """
 
 from engine.checkpoint import CheckpointDir, atomic_save, check_writable, replacing
 from engine.cli import run
 from engine.config import Config, dump, parse_config
-from engine.distributed import World, all_gather_object, distribute, init_distributed
+from engine.distributed import (
+    all_gather_object,
+    distribute,
+    init_distributed,
+    is_main,
+    rank,
+    world_size,
+)
 from engine.errors import UsageError, UserError
-from engine.fit import fit
 from engine.logging import RunLog, setup_logging
 from engine.loop import LoopOptions, TrainState, train_epoch
 from engine.meters import Meters, Throughput, peak_memory_mb
 from engine.nonfinite import NonFiniteLossError
 from engine.optim import DTYPES, autocast, make_scaler
 from engine.provenance import provenance
+from engine.recipe import Evaluate, Recipe, run_evaluation, run_training
+from engine.run_config import RunConfig, resolve_dtype, total_batch_size
 from engine.seeding import derive_seed, seed_all
+from engine.session import Session, start_session
 from engine.signals import Stopped, StopRequest, shield_worker
-from engine.startup import (
-    RunConfig,
-    check_resumable,
-    checkpoint_to_resume,
-    images_per_step,
-    loop_options,
-    resolve_dtype,
-    restore,
-    start_run,
-)
 from engine.tensors import copy_to, unwrap
 
 __all__ = [
     "Config",
     "parse_config",
     "dump",
-    "provenance",
     "RunConfig",
-    "start_run",
-    "checkpoint_to_resume",
-    "check_resumable",
-    "restore",
-    "images_per_step",
-    "loop_options",
+    "total_batch_size",
     "resolve_dtype",
+    "Session",
+    "start_session",
+    "Recipe",
+    "Evaluate",
+    "run_training",
+    "run_evaluation",
     "run",
     "UserError",
     "UsageError",
-    "World",
     "init_distributed",
+    "rank",
+    "world_size",
+    "is_main",
     "distribute",
     "all_gather_object",
     "derive_seed",
@@ -55,7 +57,6 @@ __all__ = [
     "LoopOptions",
     "TrainState",
     "train_epoch",
-    "fit",
     "DTYPES",
     "autocast",
     "make_scaler",
@@ -74,4 +75,5 @@ __all__ = [
     "Stopped",
     "shield_worker",
     "NonFiniteLossError",
+    "provenance",
 ]

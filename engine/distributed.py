@@ -6,7 +6,6 @@ what only the host has to know (`any_process` of a bool, `barrier`) never waits 
 """
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,21 +14,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.errors import UsageError
-
-
-@dataclass(frozen=True)
-class World:
-    """Where this process stands among its fellows, and on which device it computes."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that writes files."""
-        return self.rank == 0
 
 
 def launched_as() -> tuple[int, int, int]:
@@ -47,8 +31,8 @@ def launched_as() -> tuple[int, int, int]:
     return 0, 0, 1
 
 
-def init_distributed(device: str = "auto") -> World:
-    """Joins the process group, if there is one to join, and picks this process's device.
+def init_distributed(device: str = "auto") -> torch.device:
+    """Join the process group, if there is one to join, and choose the device of this process.
 
     Args:
         device: `auto` (a GPU where there is one), `cuda` (the GPU of this local rank), `cuda:N`
@@ -68,14 +52,14 @@ def init_distributed(device: str = "auto") -> World:
             rank=rank,
             world_size=world_size,
         )
-    return World(rank, local_rank, world_size, chosen)
+    return chosen
 
 
-def distribute(model: nn.Module, world: World) -> nn.Module:
-    """The model as all processes train it together; the model itself where there is one."""
-    if world.world_size == 1:
+def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap a model for training in several processes; return it as it is in a single one."""
+    if world_size() == 1:
         return model
-    ids = [world.device.index] if world.device.type == "cuda" else None
+    ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids)
 
 

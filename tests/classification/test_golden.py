@@ -115,7 +115,7 @@ def test_stochastic_depth_rises_as_in_the_original():
 def test_weight_decay_groups_equal_the_original():
     expected = TRAIN["param_groups"]["tiny_product_50_k"]["groups"]
     model = timm.create_model(TINY)
-    optimizer = create_optimizer(parse_args(RECIPE), model, world_size=8)
+    optimizer = create_optimizer(parse_args(RECIPE), model, total_batch_size=1024)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [
         {"weight_decay": group["weight_decay"], "names": [names[id(p)] for p in group["params"]]}
@@ -126,9 +126,9 @@ def test_weight_decay_groups_equal_the_original():
 
 def test_learning_rate_of_every_epoch_equals_the_original():
     config = parse_args(RECIPE)
-    optimizer = create_optimizer(config, timm.create_model(TINY), world_size=8)
+    optimizer = create_optimizer(config, timm.create_model(TINY), total_batch_size=1024)
     scheduler, num_epochs = create_scheduler(config, optimizer)
-    assert scaled_lr(config, 8) == TRAIN["scaled_lr"]
+    assert scaled_lr(config, 1024) == TRAIN["scaled_lr"]
     assert num_epochs == TRAIN["create_scheduler_num_epochs"]
     used = []
     for epoch in range(320):

@@ -133,12 +133,10 @@ def test_single_process_sees_other_images_in_every_epoch_of_repeated_augmentatio
     """The original never reshuffled without torchrun: two thirds of the data were never seen."""
     from classification.config import parse_args
     from classification.data import build_split, train_loader
-    from engine import World
 
     config = parse_args(flags)
     data = build_split(config, "train")
-    world = World(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-    sampler = train_loader(data, config, world).sampler
+    sampler = train_loader(data, config, torch.device("cpu")).sampler
     seen: set[int] = set()
     for epoch in range(8):
         sampler.set_epoch(epoch)

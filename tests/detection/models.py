@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from detection.build import build_network
 from detection.config import DetectionConfig, parse_args
-from detection.detr import build_network
 from tests.recipes import fill, input_b
 
 __all__ = ["SMALL", "config", "network", "images_of"]

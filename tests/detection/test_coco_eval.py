@@ -12,7 +12,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection.coco_eval import FIGURES, CocoEvaluator, format_figures
+from detection.coco_eval import METRICS, CocoEvaluator, format_metrics
 from tests.detection.threads import as_processes
 
 SIDE = 200
@@ -60,7 +60,7 @@ def detections(*rows: tuple[int, float, list[float]]) -> dict[str, torch.Tensor]
 
 
 # pycocotools divides by a little more than it counts.
-ALL_FOUND = pytest.approx(dict.fromkeys(FIGURES, 1.0))
+ALL_FOUND = pytest.approx(dict.fromkeys(METRICS, 1.0))
 SMALL, MEDIUM, LARGE = [5.0, 5, 20, 20], [40.0, 40, 60, 60], [50.0, 60, 120, 120]
 OBJECTS = [
     annotation(1, 10, 3, SMALL),
@@ -77,7 +77,7 @@ RIGHT = {
 def evaluate(truth: COCO, predictions: dict, *iou_types: str, **options) -> dict:
     evaluator = CocoEvaluator(truth, iou_types or ("bbox",), **options)
     evaluator.update(predictions)
-    return evaluator.figures()
+    return evaluator.metrics()
 
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
@@ -129,7 +129,7 @@ def test_sizes_that_the_data_lacks_and_images_without_objects():
 def test_no_detections_at_all_score_0(iou_type):
     nothing = dict.fromkeys((10, 20, 30), detections())
     figures = evaluate(coco(OBJECTS), nothing, iou_type)[iou_type]
-    assert figures == dict.fromkeys(FIGURES, 0.0)
+    assert figures == dict.fromkeys(METRICS, 0.0)
 
 
 def random_case(seed: int = 0, images: int = 12) -> tuple[COCO, dict]:
@@ -164,7 +164,7 @@ def test_figures_are_those_of_pycocotools_fed_by_hand(tmp_path):
         by_hand.evaluate()
         by_hand.accumulate()
         by_hand.summarize()
-    expected = dict(zip(FIGURES, by_hand.stats.tolist(), strict=True))
+    expected = dict(zip(METRICS, by_hand.stats.tolist(), strict=True))
     assert evaluate(truth, predictions)["bbox"] == expected
     assert 0.1 < expected["AP"] < 0.9
 
@@ -178,7 +178,7 @@ def test_processes_with_shares_in_any_order_agree_with_one_alone(monkeypatch, co
     for rank, evaluator in enumerate(evaluators):
         evaluator.update({i: predictions[i] for i in order[rank::count]})
     evaluators[-1].update({order[0]: predictions[order[0]]})  # one image comes twice
-    figures = as_processes(monkeypatch, count, lambda rank: evaluators[rank].figures())
+    figures = as_processes(monkeypatch, count, lambda rank: evaluators[rank].metrics())
     assert figures == [alone] * count
 
 
@@ -186,16 +186,16 @@ def test_an_image_that_comes_twice_counts_once():
     evaluator = CocoEvaluator(coco(OBJECTS))
     evaluator.update(RIGHT)
     evaluator.update({10: detections((7, 0.99, MEDIUM))})
-    assert evaluator.figures()["bbox"]["AP"] == 1
+    assert evaluator.metrics()["bbox"]["AP"] == 1
 
 
 def test_reset_forgets_and_evaluating_does_not():
     evaluator = CocoEvaluator(coco(OBJECTS), ("bbox", "segm"))
     evaluator.update(RIGHT)
-    assert evaluator.figures() == evaluator.figures()
+    assert evaluator.metrics() == evaluator.metrics()
     evaluator.reset()
     evaluator.update(dict.fromkeys((10, 20, 30), detections()))
-    assert evaluator.figures()["segm"]["AP"] == 0
+    assert evaluator.metrics()["segm"]["AP"] == 0
 
 
 def test_images_not_evaluated_are_left_out_and_said(caplog):
@@ -257,10 +257,10 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="predictions have no masks, which iou_types segm needs"):
         CocoEvaluator(coco(OBJECTS), ("segm",)).update({10: boxes_only})
     with pytest.raises(ValueError, match="there are no images to evaluate"):
-        CocoEvaluator(coco(OBJECTS)).figures()
+        CocoEvaluator(coco(OBJECTS)).metrics()
 
 
 def test_the_twelve_figures_are_written_in_two_lines():
-    text = format_figures(dict(zip(FIGURES, range(12), strict=True)))
+    text = format_metrics(dict(zip(METRICS, range(12), strict=True)))
     assert text.splitlines()[0].startswith("AP 0.0000  AP50 1.0000  AP75 2.0000")
     assert text.splitlines()[1].endswith("ARm 10.0000  ARl 11.0000")

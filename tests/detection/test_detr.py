@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from detection.detr import build_model
+from detection.build import build_model
 from tests.detection.models import SMALL, config, images_of, network
 from tests.detection.synthetic import targets
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from detection import criterion
-from detection.coco_eval import FIGURES, CocoEvaluator
+from detection.coco_eval import METRICS, CocoEvaluator
 from detection.criterion import SetCriterion
 from detection.evaluate import evaluate
 from detection.matcher import HungarianMatcher
@@ -167,8 +167,8 @@ def test_the_published_losses_are_means_over_batches(model):
 def test_figures_have_their_names(model):
     figures = run(model, batches(range(IMAGES), 4), masks=True)
     assert list(figures)[:3] == ["loss", "loss_ce", "class_error"]
-    assert {"loss_mask", "loss_dice", "loss_ce_0", *FIGURES} <= set(figures)
-    assert {f"segm_{name}" for name in FIGURES} <= set(figures)
+    assert {"loss_mask", "loss_dice", "loss_ce_0", *METRICS} <= set(figures)
+    assert {f"segm_{name}" for name in METRICS} <= set(figures)
     assert all(isinstance(value, float) for value in figures.values())
 
 

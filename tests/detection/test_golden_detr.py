@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from detection.build import build_model, build_network
 from detection.config import parse_args
-from detection.detr import Encoded, build_model, build_network
+from detection.detr import Encoded
 from detection.position_encoding import build_position_encoding
 from tests.detection.models import config, images_of, network
 from tests.recipes import golden, golden_json

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from detection.build import build_model, build_network
 from detection.config import parse_args
-from detection.detr import build_model, build_network
 from detection.segmentation import AttentionMap, MaskHead
 from irpe_core import CheckpointError
 from tests.detection.models import SMALL, config, images_of, network

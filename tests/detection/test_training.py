@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from datasets.scenes import SceneOptions, write_scenes
-from detection.build import create_schedule, param_groups
+from detection.build import build_model, create_schedule, param_groups
 from detection.config import parse_args
-from detection.detr import build_model
 from detection.main import main
 from tests.engine.launch import start, start_pair
 from tests.recipes import golden, golden_json
@@ -137,7 +136,7 @@ def test_data_set_of_ones_own_has_contiguous_labels_and_keeps_their_map(
 def test_fine_tuning_replaces_the_class_head_and_says_so(flags, trained, tmp_path, caplog):
     run = [*flags, "--finetune", str(trained / "checkpoint.pth"), "--num_classes", "12"]
     main([*run, "--eval", "--output_dir", str(tmp_path)])
-    assert any("class_embed.weight starts anew" in r.getMessage() for r in caplog.records)
+    assert any("class_embed.weight has new random weights for 12 classes" in r.getMessage() for r in caplog.records)
 
 
 def test_average_masks_accumulation_and_bfloat16_work_together(flags, tmp_path):
@@ -176,7 +175,7 @@ def test_learning_rates_and_groups_equal_the_original():
         group["names"] for group in expected["groups"]
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-    scheduler, every_step = create_schedule(config, optimizer, steps=10)
+    scheduler, every_step = create_schedule(config, optimizer, steps_per_epoch=10)
     assert not every_step
     rates = []
     for _ in range(150):
@@ -193,7 +192,7 @@ def test_learning_rates_and_groups_equal_the_original():
 def test_cosine_schedule_warms_up_and_ends_at_a_hundredth():
     config = parse_args(["--sched", "cosine", "--warmup_steps", "4", "--epochs", "2"])
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
-    scheduler, every_step = create_schedule(config, optimizer, steps=52)
+    scheduler, every_step = create_schedule(config, optimizer, steps_per_epoch=52)
     rates = []
     for _ in range(105):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -41,7 +41,7 @@ def collectives(rank: int) -> dict[str, Any]:
 
 def resumption(rank: int, folder: Path) -> dict[str, Any]:
     """An unbroken run, and one that rank 1 alone is asked to stop, resumed."""
-    options = {"samples": 90, "accumulate": 2}
+    options = {"samples": 90, "accumulate_steps": 2}
     unbroken = train(ToyConfig(**options))
     place = str(folder / "stopped")
     code = None
@@ -78,16 +78,17 @@ def poison(folder: Path) -> str:
 def main() -> None:
     """Writes `rank{r}.json` into the folder given as the only argument."""
     folder = Path(sys.argv[1])
-    world = engine.init_distributed("cpu")
+    engine.init_distributed("cpu")
+    rank = distributed.rank()
     answers = {
-        "collectives": collectives(world.rank),
-        "resumption": resumption(world.rank, folder),
+        "collectives": collectives(rank),
+        "resumption": resumption(rank, folder),
         "poison": poison(folder),
     }
-    engine.setup_logging(folder, world.rank)
-    logging.getLogger("engine.test").info("said by %d", world.rank)
-    logging.getLogger("engine.test").warning("warned by %d", world.rank)
-    (folder / f"rank{world.rank}.json").write_text(json.dumps(answers))
+    engine.setup_logging(folder, rank)
+    logging.getLogger("engine.test").info("said by %d", rank)
+    logging.getLogger("engine.test").warning("warned by %d", rank)
+    (folder / f"rank{rank}.json").write_text(json.dumps(answers))
     raise engine.UserError("both\nleave")
 
 

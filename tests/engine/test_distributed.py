@@ -53,9 +53,8 @@ def test_the_launcher_is_recognised(environment, values, place):
 
 
 def test_a_single_process_has_no_group_and_every_collective_is_the_identity(environment):
-    world = init_distributed("cpu")
-    assert (world.rank, world.local_rank, world.world_size, world.is_main) == (0, 0, 1, True)
-    assert world.device == torch.device("cpu")
+    device = init_distributed("cpu")
+    assert device == torch.device("cpu")
     assert not torch.distributed.is_initialized()
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     assert distributed.all_reduce_sum(torch.tensor(3.0)) == 3
@@ -83,12 +82,12 @@ def test_cuda_without_a_gpu_is_one_sentence(environment, gpus, device):
 
 def test_auto_takes_what_is_there(environment, gpus, monkeypatch):
     gpus(0)
-    assert init_distributed("auto").device.type == "cpu"
+    assert init_distributed("auto").type == "cpu"
     gpus(2)
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert init_distributed("auto").device == torch.device("cuda", 0)
-    assert init_distributed("cuda:1").device == torch.device("cuda", 1)
+    assert init_distributed("auto") == torch.device("cuda", 0)
+    assert init_distributed("cuda:1") == torch.device("cuda", 1)
     assert chosen == [torch.device("cuda", 0), torch.device("cuda", 1)]
 
 

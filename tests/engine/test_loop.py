@@ -28,7 +28,7 @@ def assert_same_run(left: dict[str, Any], right: dict[str, Any]) -> None:
     [
         {},
         {"num_workers": 2},
-        {"accumulate": 3, "samples": 71},
+        {"accumulate_steps": 3, "samples": 71},
         {"dtype": "bfloat16"},
         {"dtype": "float16"},
         {"clip_grad": None},

@@ -1,76 +1,65 @@
-"""A trainer in miniature: the smallest `main()` that uses all of engine, for the tests to break.
+"""A third trainer in miniature, for the tests to interrupt: all of engine on random data.
 
-Runs by itself too: `python -m tests.engine.toy --output-dir OUT --epochs 2`.
+It also runs by itself: `python -m tests.engine.toy --output-dir OUT --epochs 2`.
 """
 
 import os
 import random
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import engine
 from engine import cli
-from engine.distributed import is_main
 
 
-class DataOptions(engine.Config):
-    """Data."""
+class ToyConfig(engine.RunConfig):
+    """Toy."""
 
     samples: int = Field(44, gt=0)
     """Number of samples."""
     batch_size: int = Field(4, gt=0)
     """Samples per batch and process."""
     num_workers: int = Field(0, ge=0)
-    """Processes that load samples."""
-
-
-class ToyConfig(DataOptions):
-    """Run."""
-
-    output_dir: str = ""
-    """Where files go."""
+    """Number of data loading processes."""
     epochs: int = Field(2, gt=0)
     """Number of epochs."""
     lr: float = Field(0.05, gt=0)
     """Learning rate."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision."""
-    accumulate: int = Field(1, gt=0)
-    """Batches per optimizer step."""
     clip_grad: float | None = 1.0
     """Largest norm of the gradients."""
-    seed: int = 0
-    """Seed of everything."""
-    checkpoint_steps: int = Field(0, ge=0)
-    """Steps between checkpoints."""
     kill_at: tuple[int, int, int] | None = None
-    """Signal, epoch and step at which the run sends it to itself."""
+    """Signal, epoch and step: the run sends itself the signal during that step."""
     poison_at: int | None = None
-    """Position of a sample that is not a number."""
+    """Index of a sample that is not finite."""
     pause: float = Field(0, ge=0)
-    """Seconds that a step takes longer."""
+    """Seconds to wait in every step."""
     device: str = "cpu"
     """Device."""
+    print_freq: int = 3
+    """Steps between two lines of output."""
 
 
 class Positions:
-    """A sampler: (index, seed) of every sample of this process, from a position on."""
+    """A sampler of (index, seed) for every sample of this process, from a position on."""
 
-    def __init__(self, world: engine.World, config: ToyConfig) -> None:
-        self.world, self.config = world, config
-        self.length = config.samples // world.world_size
-        self.epoch = self.start = 0
+    def __init__(self, config: ToyConfig) -> None:
+        self.config = config
+        self.length = config.samples // engine.world_size()
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return self.length
@@ -79,9 +68,9 @@ class Positions:
         order = torch.randperm(
             self.config.samples, generator=torch.Generator().manual_seed(self.epoch)
         )
-        mine = order[self.world.rank :: self.world.world_size][: self.length].tolist()
+        mine = order[engine.rank() :: engine.world_size()][: self.length].tolist()
         for position in range(self.start, self.length):
-            place = position * self.world.world_size + self.world.rank
+            place = position * engine.world_size() + engine.rank()
             yield mine[position], engine.derive_seed(self.config.seed, self.epoch, place)
 
 
@@ -108,95 +97,73 @@ def build_model(seed: int) -> nn.Module:
     )
 
 
-def train(config: ToyConfig, *, resume: bool = False) -> dict[str, Any]:
-    """Trains, and returns the state that a checkpoint would hold."""
-    world = engine.init_distributed(config.device)
-    output_dir = engine.check_writable(config.output_dir) if config.output_dir else None
-    engine.setup_logging(output_dir, world.rank)
+def create_step(config: ToyConfig, positions: Positions) -> Callable[..., dict[str, torch.Tensor]]:
+    """Return the training step, which may also send the process a signal."""
+    calls = {"epoch": -1, "count": 0}
 
-    sampler = Positions(world, config)
+    def kill_if_due() -> None:
+        if calls["epoch"] != positions.epoch:
+            calls.update(epoch=positions.epoch, count=positions.start // config.batch_size)
+        calls["count"] += 1
+        step, rest = divmod(calls["count"], config.accumulate_steps)
+        if config.kill_at and rest == 0 and config.kill_at[1:] == (positions.epoch, step):
+            os.kill(os.getpid(), config.kill_at[0])
+
+    def step(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        kill_if_due()
+        images, labels = batch
+        time.sleep(config.pause)
+        # A draw from each generator, as augmentation in the step makes it; in place, as mixup does.
+        images.mul_(1 + 0.1 * random.random()).add_(0.1 * float(np.random.rand()))
+        logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        return {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
+
+    return step
+
+
+def evaluate(models: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Return a number that all processes share; their running means of batch norm differ."""
+    return {f"{prefix}mean": model[-1].weight.mean().item() for prefix, model in models.items()}
+
+
+def train(config: ToyConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Train, and return the content of the last checkpoint."""
+    config = config.model_copy(update={"auto_resume": resume})
+    session = engine.start_session(config, lambda path: torch.load(path, weights_only=True))
+    positions = Positions(config)
     loader = DataLoader(
         Noise(config),
         batch_size=config.batch_size,
-        sampler=sampler,
+        sampler=positions,
         drop_last=True,
         num_workers=config.num_workers,
         worker_init_fn=engine.shield_worker,
     )
     model = build_model(config.seed)
-    ema = deepcopy(model)
+    ema = ModelEmaV3(model, decay=0.9, exclude_buffers=True)
+    if session.checkpoint is not None:
+        model.load_state_dict(session.checkpoint["model"])
+        ema.module.load_state_dict(session.checkpoint["model_ema"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    dtype = engine.DTYPES[config.dtype]
-    scaler = engine.make_scaler(world.device, dtype)
-    state = engine.TrainState(model, optimizer, scaler)
-    options = engine.LoopOptions(
-        device=world.device,
-        steps=len(loader) // config.accumulate,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        dtype=dtype,
-        accumulate=config.accumulate,
+    recipe = engine.Recipe(
+        model=model,
+        ema=ema,
+        batches=loader,
+        step=create_step(config, positions),
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+        schedule_per_step=True,
+        dtype=engine.resolve_dtype(config.dtype, auto=torch.float32),
         clip_grad=config.clip_grad,
-        print_freq=3,
-        checkpoint_steps=config.checkpoint_steps,
-        output_dir=output_dir,
+        evaluate=evaluate,
+        best_by="mean",
     )
-    checkpoints = engine.CheckpointDir(output_dir, keep=1) if output_dir else None
-    if resume:
-        checkpoint = torch.load(checkpoints.latest(), weights_only=True)
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["model_ema"])
-        schedule.load_state_dict(checkpoint["lr_scheduler"])
-        state.load_state_dict(checkpoint)
-    state.model = engine.distribute(model, world)
-
-    def step_fn(batch: Any) -> dict[str, torch.Tensor]:
-        images, labels = batch
-        time.sleep(config.pause)
-        # A draw from each generator, as augmentation in the step makes it; in place, as mixup does.
-        images.mul_(1 + 0.1 * random.random()).add_(0.1 * float(np.random.rand()))
-        logits = state.model(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        return {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
-
-    def on_step() -> None:
-        schedule.step()
-        with torch.no_grad():
-            for mean, value in zip(ema.parameters(), model.parameters(), strict=True):
-                mean.lerp_(value, 0.1)
-        if config.kill_at and config.kill_at[1:] == (state.epoch, state.step):
-            os.kill(os.getpid(), config.kill_at[0])
-
-    def content() -> dict[str, Any]:
-        return state.state_dict() | {
-            "model_ema": ema.state_dict(),
-            "lr_scheduler": schedule.state_dict(),
-            "args": engine.dump(config),
-        }
-
-    def save(epoch: int | None = None) -> None:
-        if checkpoints and is_main():
-            checkpoints.save(content(), epoch=epoch)
-
-    done = state.epoch * options.steps + state.step
-    with engine.RunLog(output_dir, start_step=done) as log, engine.StopRequest() as stop:
-        while state.epoch < config.epochs:
-            sampler.epoch = state.epoch
-            sampler.start = state.step * config.accumulate * config.batch_size
-            figures = engine.train_epoch(
-                step_fn, loader, state, options, stop=stop, log=log, on_step=on_step, save=save
-            )
-            epoch = state.epoch
-            state.finish_epoch()
-            save(epoch)
-            line = {f"train_{name}": value for name, value in figures.items()}
-            log.write_epoch(line | {"epoch": epoch}, state.epoch * options.steps)
-    return content()
+    return engine.run_training(session, recipe)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains once, with flags."""
+    """Train once, with flags."""
     config = engine.parse_config(ToyConfig, argv, prog="toy", description="A toy.")
     last = Path(config.output_dir) / "checkpoint.pth"
     train(config, resume=bool(config.output_dir) and last.exists())

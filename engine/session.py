@@ -1,0 +1,100 @@
+"""The session of a run: its configuration, device, output folder and checkpoint to resume.
+
+`start_session` does what every trainer does first. `engine.recipe` trains and evaluates in it.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from engine.checkpoint import CheckpointDir, check_writable
+from engine.config import dump
+from engine.distributed import init_distributed, is_main, rank, world_size
+from engine.errors import UsageError, UserError
+from engine.logging import setup_logging
+from engine.provenance import provenance
+from engine.run_config import RunConfig
+
+__all__ = ["Session", "start_session"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What is fixed for the whole run, in one of its processes.
+
+    Attributes:
+        config: The options.
+        device: The device of this process.
+        output_dir: The folder for checkpoints and logs, which exists; None for none.
+        checkpoint: The checkpoint to resume or to evaluate; None for none.
+    """
+
+    config: RunConfig
+    device: torch.device
+    output_dir: Path | None
+    checkpoint: Mapping[str, Any] | None
+
+
+def start_session(
+    config: RunConfig, load: Callable[[str], Mapping[str, Any]], **versions: str
+) -> Session:
+    """Join the processes, create the output folder, start logging and load the checkpoint.
+
+    A training writes its resolved configuration to `config.yaml` in the output folder.
+
+    Args:
+        config: The options.
+        load: Reads a checkpoint from a path or URL.
+        **versions: Versions to record in addition to those of Python and torch.
+
+    Raises:
+        UserError: The output folder cannot be written, or the checkpoint cannot resume a training.
+        UsageError: A device or a number of processes that does not exist.
+    """
+    device = init_distributed(config.device)
+    output_dir = check_writable(config.output_dir) if config.output_dir else None
+    setup_logging(output_dir, rank())
+    if config.world_size not in (1, world_size()):
+        raise UsageError(
+            f"--world_size must be the number of started processes, {world_size()}, "
+            f"got {config.world_size}: leave it to torchrun"
+        )
+    origin = provenance() | versions
+    logger.info("%s, %d process(es), %s", device, world_size(), origin)
+    if output_dir is not None and is_main() and not config.eval:
+        text = yaml.safe_dump(dump(config), sort_keys=False)
+        (output_dir / "config.yaml").write_text(f"# {json.dumps(origin)}\n{text}")
+    source = _checkpoint_to_resume(config)
+    checkpoint = load(source) if source else None
+    if checkpoint is not None and not config.eval:
+        _check_resumable(checkpoint)
+    return Session(config, device, output_dir, checkpoint)
+
+
+def _checkpoint_to_resume(config: RunConfig) -> str | None:
+    """Return `resume`, else with `auto_resume` the last checkpoint in the output folder."""
+    source = config.resume or None
+    if config.auto_resume and not source:
+        last = CheckpointDir(config.output_dir).latest()
+        source = str(last) if last else None
+    if source:
+        logger.info("resuming from %s", source)
+    return source
+
+
+def _check_resumable(checkpoint: Mapping[str, Any]) -> None:
+    """Raise UserError for a checkpoint of weights alone, before data and model are built."""
+    missing = [name for name in ("optimizer", "lr_scheduler", "epoch") if name not in checkpoint]
+    if missing:
+        raise UserError(
+            f"the checkpoint has no {', '.join(missing)} to resume training with: "
+            "use --finetune to start from its weights, or --eval"
+        )
