@@ -1,11 +1,11 @@
-"""The arrows between packages (each may import only those below it) and what the bottom needs."""
+"""Each package imports only those below it, and no files import each other in a circle."""
 
 import ast
 import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ ARROWS = {
     "classification": {"irpe_core", "engine", "datasets"},
     "detection": {"irpe_core", "engine", "datasets"},
 }
-OURS = {*ARROWS, "scripts", "tests", "configs"}
+OURS = {*ARROWS, "scripts", "examples", "tests", "configs"}
 PACKAGES = [name for name in ARROWS if (ROOT / name).is_dir()]
 MODULES = [
     path.relative_to(ROOT).as_posix()
@@ -30,15 +30,19 @@ MODULES = [
 ]
 
 
-def imported(path: Path) -> Iterator[tuple[str, bool]]:
-    """Top-level names that a file imports anywhere in it, and whether as the file is imported."""
-    tree = ast.parse(path.read_text(), str(path))
-    lazy = {
+def _inside_functions(tree: ast.AST) -> set[int]:
+    return {
         id(inner)
         for outer in ast.walk(tree)
         if isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
         for inner in ast.walk(outer)
     }
+
+
+def imported(path: Path) -> Iterator[tuple[str, bool]]:
+    """Top-level names that a file imports anywhere in it, and whether as the file is imported."""
+    tree = ast.parse(path.read_text(), str(path))
+    lazy = _inside_functions(tree)
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -49,6 +53,77 @@ def imported(path: Path) -> Iterator[tuple[str, bool]]:
             names = [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)]
         for name in names:
             yield name.split(".")[0], id(node) not in lazy
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Our modules that a file imports when it is imported itself, by dotted name."""
+    tree = ast.parse(path.read_text(), str(path))
+    lazy = _inside_functions(tree)
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in lazy:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            # A name is a module of the package, or something that the package defines.
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return {name for name in found if _file_of(name)}
+
+
+def _file_of(name: str) -> Path | None:
+    path = ROOT.joinpath(*name.split("."))
+    files = (path.with_suffix(".py"), path / "__init__.py")
+    return next((file for file in files if file.is_file()), None)
+
+
+def circles(modules: Iterable[str]) -> list[list[str]]:
+    """Return the circles among files: lists of dotted names in which each imports the next."""
+    graph = {name: imported_modules(_file_of(name)) for name in modules}
+    # A package may be entered through any of its files, so its own __init__ is not an arrow.
+    graph = {
+        name: {
+            other for other in others if other in graph and not f"{name}.".startswith(f"{other}.")
+        }
+        for name, others in graph.items()
+    }
+    found: list[list[str]] = []
+    finished: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> None:
+        if name in path:
+            found.append([*path[path.index(name) :], name])
+        elif name not in finished:
+            for other in sorted(graph[name]):
+                visit(other, [*path, name])
+            finished.add(name)
+
+    for name in sorted(graph):
+        visit(name, [])
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle():
+    names = [
+        module.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for module in MODULES
+    ]
+    names = [name for name in names if name != "rpe_ops.setup"]
+    assert len(names) > 80
+    assert circles(names) == []
+
+
+def test_a_circle_of_files_is_found(tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "__init__.py").write_text("from own.a import x\n")
+    (tmp_path / "own" / "a.py").write_text("from own import b\n")
+    (tmp_path / "own" / "b.py").write_text("import own.c\n")
+    (tmp_path / "own" / "c.py").write_text("from .a import x\n")
+    (tmp_path / "own" / "d.py").write_text("def f():\n    from own import a, d\n")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    names = ["own", "own.a", "own.b", "own.c", "own.d"]
+    assert circles(names) == [["own.a", "own.b", "own.c", "own.a"]]
 
 
 def test_the_walk_sees_every_kind_of_import(tmp_path, monkeypatch):
