@@ -1,16 +1,24 @@
-"""Data for the trainers: images, archives, samplers and transforms. Imports nothing else of ours.
+"""Data sets, archives, samplers and transforms for the two trainers.
+
+This package imports no other package of the project. Classification:
 
     train = build_dataset("IMNET", path, "train", load_tar=True, transform=build_transform(True))
     sampler = RepeatedAugSampler(len(train), rank=rank, world_size=world_size, seed=seed)
     loader = DataLoader(SeededDataset(train), sampler=sampler, batch_size=128)
+
+Detection:
 
     train = build_coco("train", path, transforms=build_coco_transforms("train"))
     sampler = DistributedShuffleSampler(len(train), rank=rank, world_size=world_size, seed=seed)
     data = SeededDataset(ResilientDataset(train))
     loader = DataLoader(data, sampler=sampler, batch_size=2, collate_fn=collate)
 
-The embedded data is apart: `datasets.embedded.write_digits(root)` and, digits in scenes to be
-detected, `datasets.scenes.write_scenes(root)`.
+In a seeded data set, the randomness of a sample depends only on (seed, epoch, position in the
+epoch). `SeededDataset` and the samplers provide this together. `ResilientDataset` replaces corrupt
+images.
+
+Two small data sets need no download. `datasets.embedded.write_digits(root)` writes handwritten
+digits to classify, `datasets.scenes.write_scenes(root)` writes scenes of digits to detect.
 """
 
 from datasets.archives import TarArchive, ZipArchive

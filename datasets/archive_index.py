@@ -1,9 +1,9 @@
-"""Where every member of an archive lies: built once, then opened in a moment.
+"""An index of the members of an archive: names, offsets and sizes, built once and stored.
 
-Finding the members of a 150 GB tar means visiting every header in it. The result is kept as an
-uncompressed `.npz` of flat arrays beside the archive, or in the user's cache where that folder
-cannot be written, and is trusted as long as the archive's size and modification time stay what
-they were. Any archive whose members lie in one piece can use it; `archives` does for tar.
+To find the members of a 150 GB tar, every header in it must be read. The result is stored as an
+uncompressed `.npz` of flat arrays next to the archive, or in the user's cache if that folder cannot
+be written. A stored index is valid while size and modification time of the archive stay the same.
+The index works for every archive whose members are contiguous, such as tar and zip.
 """
 
 import bisect
@@ -19,11 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from datasets.errors import DataError
-from datasets.names import PackedNames
+from datasets.packed_strings import PackedStrings
+
+__all__ = ["Signature", "ArchiveIndex", "signature_of", "open_index", "save_index"]
 
 logger = logging.getLogger(__name__)
 
-# Raise it whenever the meaning of the stored arrays changes: older files are then rebuilt.
+# Increase this number when the meaning of the stored arrays changes. Older files are then rebuilt.
 _FORMAT = 1
 
 Signature = tuple[int, int]
@@ -34,13 +36,14 @@ class ArchiveIndex:
     """The members of one archive, sorted by name.
 
     Attributes:
-        names: N member names, each once.
-        offsets: (N,) int64, first byte of each member's content inside the archive.
-        sizes: (N,) int64, bytes.
-        signature: Size in bytes and modification time in ns of the archive described.
+        names: Names of the N members, without duplicates.
+        offsets: Offset of each member in the archive in bytes, (N,) int64. A tar index has the
+            offset of the content, a zip index that of the member's header.
+        sizes: Size of each member as stored in the archive, in bytes, (N,) int64.
+        signature: Size in bytes and modification time in ns of the archive.
     """
 
-    names: PackedNames
+    names: PackedStrings
     offsets: np.ndarray
     sizes: np.ndarray
     signature: Signature
@@ -49,62 +52,73 @@ class ArchiveIndex:
     def from_members(
         cls, members: Mapping[str, tuple[int, int]], signature: Signature
     ) -> "ArchiveIndex":
-        """Builds the index from name -> (offset, size)."""
+        """Build the index from a mapping of name to (offset, size)."""
         names = sorted(members)
         places = np.array([members[name] for name in names], dtype=np.int64).reshape(-1, 2)
         columns = np.ascontiguousarray(places.T)
-        return cls(PackedNames.pack(names), columns[0], columns[1], signature)
+        return cls(PackedStrings.pack(names), columns[0], columns[1], signature)
 
     def find(self, name: str) -> int | None:
-        """Returns the row of `name`, or None. Needs no dictionary: the names are sorted."""
-        row = bisect.bisect_left(self.names, name)
-        return row if row < len(self.names) and self.names[row] == name else None
+        """Return the position of `name` by binary search, or None if there is no such member."""
+        position = bisect.bisect_left(self.names, name)
+        found = position < len(self.names) and self.names[position] == name
+        return position if found else None
 
 
 def signature_of(status: os.stat_result) -> Signature:
-    """What must stay the same for an index to be valid: size and modification time (ns)."""
+    """Return size in bytes and modification time in ns; an index is valid while both are equal."""
     return status.st_size, status.st_mtime_ns
 
 
 def open_index(path: Path, scan: Callable[[Path], Mapping[str, tuple[int, int]]]) -> ArchiveIndex:
-    """Opens the index of the archive at `path`, building and storing it where there is none.
+    """Open the index of an archive; build and store it if there is no valid one.
 
-    Several processes may do so at once: each builds the same index, and each stores it atomically.
+    Several processes may call this at the same time. Each builds the same index and stores it
+    atomically.
 
     Args:
-        path: The archive.
-        scan: Finds the members: path -> {name: (offset, size)}.
+        path: Path of the archive.
+        scan: Function from the path to {name: (offset, size)} of the members.
 
     Raises:
-        DataError: There is no file at `path`, or `scan` says that it is damaged.
+        DataError: There is no file at `path`, or `scan` finds damage.
     """
     if not path.is_file():
         raise DataError(f"there is no archive at {path}")
     signature = signature_of(path.stat())
-    places = _places(path)
-    for place in places:
-        index = _load(place, signature)
+    index_paths = _index_paths(path)
+    for index_path in index_paths:
+        index = _load(index_path, signature)
         if index is not None:
             return index
 
-    logger.info("indexing %s: done once, the index is kept", path)
+    logger.info("indexing %s: this is done once, the index is stored", path)
     index = ArchiveIndex.from_members(scan(path), signature)
-    for place in places:
+    for index_path in index_paths:
         try:
-            save_index(index, place)
+            save_index(index, index_path)
         except OSError as error:
-            logger.debug("no index at %s: %s", place, error)
+            logger.debug("cannot store the index at %s: %s", index_path, error)
         else:
             return index
-    logger.warning("the index of %s could not be stored: it is built at every start", path)
+    logger.warning("the index of %s could not be stored: it is built again at every start", path)
     return index
 
 
-def save_index(index: ArchiveIndex, place: Path) -> None:
-    """Stores an index, atomically: readers see the old file or the new one, never a part."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files can be read by their owner alone, and colleagues share the archive.
-    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+def save_index(index: ArchiveIndex, index_path: Path) -> None:
+    """Store an index atomically: a reader gets the old file or the new one, never a part.
+
+    Args:
+        index: Index to store.
+        index_path: File to write.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    index_path.parent.mkdir(parents=True, exist_ok=True)
+    # Files of the module tempfile are readable by their owner only. Other users of a shared
+    # archive must be able to read the index.
+    temporary = index_path.with_name(f".{index_path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:
             np.savez(
@@ -115,29 +129,29 @@ def save_index(index: ArchiveIndex, place: Path) -> None:
                 offsets=index.offsets,
                 sizes=index.sizes,
             )
-        temporary.replace(place)
+        temporary.replace(index_path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _places(path: Path) -> tuple[Path, Path]:
-    """Where the index may lie, in order of preference: beside the archive, in the user's cache."""
+def _index_paths(path: Path) -> tuple[Path, Path]:
+    """Return the possible paths of the index: next to the archive, then in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irpe"
     digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
     name = f"{path.name}.index.npz"
     return path.with_name(name), cache / f"{digest}-{name}"
 
 
-def _load(place: Path, signature: Signature) -> ArchiveIndex | None:
-    """Reads a stored index; None where there is none, it is of another archive, or damaged."""
+def _load(index_path: Path, signature: Signature) -> ArchiveIndex | None:
+    """Read a stored index; None if it is missing, outdated or damaged."""
     try:
-        with np.load(place) as stored:
+        with np.load(index_path) as stored:
             if int(stored["format"]) != _FORMAT or tuple(stored["signature"]) != signature:
                 return None
-            names = PackedNames(stored["names"])
+            names = PackedStrings(stored["names"])
             return ArchiveIndex(names, stored["offsets"], stored["sizes"], signature)
     except FileNotFoundError:
         return None
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        logger.debug("the index at %s is ignored: %s", place, error)
+        logger.debug("the index at %s is ignored: %s", index_path, error)
         return None

@@ -1,7 +1,8 @@
-"""Finding the members of a tar or a zip, and refusing what cannot be read in place.
+"""Search for the members of a tar or a zip, and for content that cannot be read in place.
 
-A tar is visited header by header; a zip has a directory at its end. Of several members with one
-name the last counts, as with `tar -x` and `unzip`. Directories and symbolic links are left out.
+In place means without unpacking. A tar is read header by header; a zip has a directory at its end.
+If several members have the same name, the last one is used, as with `tar -x` and `unzip`.
+Directories and symbolic links are left out.
 """
 
 import logging
@@ -14,9 +15,11 @@ from typing import BinaryIO
 
 from datasets.errors import DataError
 
+__all__ = ["ZIP_HEADER_SIZE", "Members", "scan_tar", "scan_zip"]
+
 logger = logging.getLogger(__name__)
 
-# Bytes of a zip member's local header before its name.
+# Size in bytes of a zip member's local header up to the member name.
 ZIP_HEADER_SIZE = 30
 
 Members = dict[str, tuple[int, int]]
@@ -31,10 +34,16 @@ _ENCRYPTED = 0x1
 
 
 def scan_tar(path: Path) -> Members:
-    """Visits every header of a tar once: name -> (first byte of the content, bytes).
+    """Read every header of a tar.
+
+    Args:
+        path: Path of the tar.
+
+    Returns:
+        Offset and size of the content of each member, in bytes, by member name.
 
     Raises:
-        DataError: The file is compressed, truncated, damaged or not a tar.
+        DataError: The file is compressed, truncated, damaged or not a tar, or a member is sparse.
     """
     try:
         with path.open("rb") as file:
@@ -42,7 +51,8 @@ def scan_tar(path: Path) -> Members:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 members = _collect_tar(tar, path)
                 end = tar.offset
-            # tarfile takes a damaged or half header for the end. A whole archive ends with zeros.
+            # tarfile stops silently at a damaged or partial header. A complete archive has a block
+            # of zeros there.
             file.seek(end)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise DataError(f"{path} is truncated or damaged at byte {end}")
@@ -54,13 +64,19 @@ def scan_tar(path: Path) -> Members:
 
 
 def scan_zip(path: Path) -> Members:
-    """Reads a zip's directory: name -> (first byte of the local header, bytes as stored).
+    """Read the directory of a zip.
 
-    The local headers are not visited: on a network disk that takes minutes for COCO.
+    The local headers of the members are not read: for COCO on a network disk this takes minutes.
+
+    Args:
+        path: Path of the zip.
+
+    Returns:
+        Offset of the local header and compressed size of each member, in bytes, by member name.
 
     Raises:
-        DataError: The file is truncated, damaged or not a zip, or a member is encrypted or packed
-            by a method other than deflate.
+        DataError: The file is truncated, damaged or not a zip, or a member is encrypted or
+            compressed with a method other than deflate.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -72,12 +88,13 @@ def scan_zip(path: Path) -> Members:
 
 
 def _collect_tar(tar: tarfile.TarFile, path: Path) -> Members:
+    """Collect the members of an open tar."""
     members: Members = {}
-    left_out = 0
+    links = 0
     while (member := tar.next()) is not None:
         name = posixpath.normpath(member.name)
         if member.issparse():
-            raise DataError(f"{path}: {name} is stored in pieces: write the tar without --sparse")
+            raise DataError(f"{path}: {name} is a sparse file: write the tar without --sparse")
         if member.isreg():
             members[name] = (member.offset_data, member.size)
         elif member.islnk():
@@ -86,46 +103,54 @@ def _collect_tar(tar: tarfile.TarFile, path: Path) -> Members:
                 raise DataError(f"{path}: {name} links to {target}, which is not in the archive")
             members[name] = members[target]
         elif member.issym():
-            left_out += 1
-        # tarfile remembers every member it has seen: gigabytes for a million of them.
+            links += 1
+        # tarfile keeps every member in memory, which is gigabytes for a million members.
         tar.members.clear()
-    _tell_left_out(left_out, path)
+    _warn_links(links, path)
     return members
 
 
 def _collect_zip(archive: zipfile.ZipFile, path: Path) -> Members:
+    """Collect the members of an open zip."""
     members: Members = {}
-    left_out = 0
-    # A directory that names bytes behind itself belongs to another, or a damaged, file.
+    links = 0
+    # Every member must end before the directory starts; otherwise the file is damaged.
     end = archive.start_dir
     for member in archive.infolist():
         if member.is_dir():
             continue
         if stat.S_ISLNK(member.external_attr >> 16):
-            left_out += 1
+            links += 1
             continue
         name = posixpath.normpath(member.filename)
         if member.flag_bits & _ENCRYPTED:
             raise DataError(f"{path}: {name} is encrypted: write the zip without a password")
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             kind = zipfile.compressor_names.get(member.compress_type, member.compress_type)
-            raise DataError(f"{path}: {name} is packed by {kind}: only store and deflate are read")
+            raise DataError(
+                f"{path}: {name} is compressed with {kind}, which is not supported: "
+                "use store or deflate"
+            )
         start = member.header_offset
         if not 0 <= start <= end - ZIP_HEADER_SIZE - member.compress_size:
-            raise DataError(f"{path} is damaged: {name} does not lie inside the file")
+            raise DataError(f"{path} is damaged: {name} is outside the file")
         members[name] = (start, member.compress_size)
-    _tell_left_out(left_out, path)
+    _warn_links(links, path)
     return members
 
 
-def _tell_left_out(count: int, path: Path) -> None:
+def _warn_links(count: int, path: Path) -> None:
+    """Log the number of symbolic links that were left out."""
     if count:
         logger.warning("%s: %d symbolic links left out", path, count)
 
 
 def _reject_compressed(file: BinaryIO, path: Path) -> None:
+    """Raise `DataError` for a compressed file."""
     head = file.read(8)
     file.seek(0)
     for magic, kind in _COMPRESSED.items():
         if head.startswith(magic):
-            raise DataError(f"{path} is compressed ({kind}); it is read in place: decompress it")
+            raise DataError(
+                f"{path} is compressed ({kind}), but a tar is read in place: decompress it"
+            )

@@ -1,8 +1,8 @@
-"""Members of a tar or a zip, read in place by any number of forked or spawned workers.
+"""Reading of tar and zip members without unpacking, by any number of forked or spawned workers.
 
-An archive object holds an index (see `archive_index`) and, per process, one descriptor. Reads go
-through `pread`, which takes its own offset: processes that share a descriptor's file position
-after a fork, as with `seek` and `read` (and with `zipfile`), get each other's bytes.
+An archive object holds an index of its members (see `archive_index`) and one file descriptor per
+process. It reads with `pread`, which has the offset as an argument. With `seek` and `read`, as in
+`zipfile`, forked workers would share one file position and read each other's bytes.
 """
 
 import os
@@ -19,18 +19,21 @@ from datasets.archive_index import ArchiveIndex, open_index, signature_of
 from datasets.archive_scan import ZIP_HEADER_SIZE, scan_tar, scan_zip
 from datasets.errors import CorruptImageError, DataError
 
+__all__ = ["Archive", "TarArchive", "ZipArchive"]
+
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
 class Archive(ABC):
-    """Base: a read-only mapping from member name to content, over one file.
+    """Base class: read-only access to the members of one archive file.
 
-    Names are normalized (`./a/b.jpg` is `a/b.jpg`) and sorted. Directories and symbolic links are
-    left out, and of several members with one name the last counts. Pickles without its descriptor.
+    Member names are normalized (`./a/b.jpg` becomes `a/b.jpg`) and sorted. Directories and symbolic
+    links are left out. If several members have the same name, the last one is used. A pickled
+    archive has no file descriptor; it opens the file again at the first read.
 
     Args:
-        path: The archive.
-        index: Where its members lie.
+        path: Path of the archive.
+        index: Names, offsets and sizes of the members.
     """
 
     def __init__(self, path: Path, index: ArchiveIndex) -> None:
@@ -48,10 +51,13 @@ class Archive(ABC):
         return len(self._index.names)
 
     def read(self, member: str) -> bytes:
-        """Returns the content of a member.
+        """Return the content of a member.
+
+        Args:
+            member: Name of the member.
 
         Raises:
-            CorruptImageError: The member cannot be read.
+            CorruptImageError: The member cannot be read or is damaged.
             DataError: There is no such member, or the archive changed since it was opened.
         """
         position = self._index.find(member)
@@ -61,13 +67,13 @@ class Archive(ABC):
 
     @abstractmethod
     def read_at(self, position: int) -> bytes:
-        """Returns the content of the member at `position` of `names`."""
+        """Return the content of the member `names[position]`, as `read` does."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": None, "_owner": None}
 
     def _pread(self, size: int, offset: int, position: int) -> bytes:
-        """Reads `size` bytes of the archive for the member at `position`."""
+        """Read `size` bytes at `offset`, which belong to the member `names[position]`."""
         try:
             data = os.pread(self._open(), size, offset)
         except OSError as error:
@@ -78,7 +84,7 @@ class Archive(ABC):
         return data
 
     def _open(self) -> int:
-        """Returns this process's own descriptor, opening it at the first read."""
+        """Return the file descriptor of this process; the first read opens it."""
         if self._descriptor is not None and self._owner == os.getpid():
             return self._descriptor
         try:
@@ -86,18 +92,18 @@ class Archive(ABC):
         except OSError as error:
             raise DataError(f"cannot open {self.path}: {error.strerror}") from error
         weakref.finalize(self, os.close, descriptor)
-        # A worker started later opens by name: the file there may be another one by now.
+        # A worker that starts later opens the path again, which may be another file by then.
         if signature_of(os.fstat(descriptor)) != self._index.signature:
-            raise DataError(f"{self.path} changed while it was in use: start again")
+            raise DataError(f"{self.path} changed while it was in use: start the run again")
         self._descriptor, self._owner = descriptor, os.getpid()
         return descriptor
 
 
 class TarArchive(Archive):
-    """An uncompressed tar; hard links give the content they link to.
+    """An uncompressed tar; a hard link has the content of its target.
 
     Args:
-        path: The archive.
+        path: Path of the tar.
 
     Raises:
         DataError: The archive is missing, compressed, truncated or not a tar.
@@ -108,21 +114,22 @@ class TarArchive(Archive):
         super().__init__(path, open_index(path, scan_tar))
 
     def read_at(self, position: int) -> bytes:
-        """Returns the content of the member at `position` of `names`."""
+        """Return the content of the member `names[position]`."""
         size = int(self._index.sizes[position])
         return self._pread(size, int(self._index.offsets[position]), position)
 
 
 class ZipArchive(Archive):
-    """A zip whose members are stored as they are, as COCO's, or packed by deflate.
+    """A zip whose members are uncompressed, as in COCO's zips, or compressed with deflate.
 
-    Checksums are not compared: a damaged image shows when it is decoded.
+    Checksums are not verified; a damaged image is detected when it is decoded.
 
     Args:
-        path: The archive.
+        path: Path of the zip.
 
     Raises:
-        DataError: The archive is missing, truncated, encrypted, packed otherwise, or not a zip.
+        DataError: The archive is missing, truncated, encrypted, compressed with another method, or
+            not a zip.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -130,12 +137,12 @@ class ZipArchive(Archive):
         super().__init__(path, open_index(path, scan_zip))
 
     def read_at(self, position: int) -> bytes:
-        """Returns the content of the member at `position` of `names`, unpacked."""
+        """Return the decompressed content of the member `names[position]`."""
         offset = int(self._index.offsets[position])
         header = self._pread(ZIP_HEADER_SIZE, offset, position)
         method, name_size, extra_size = struct.unpack("<8xH16xHH", header)
         if not header.startswith(_ZIP_MAGIC):
-            raise self._damaged(position, "its header is not where the directory says")
+            raise self._damaged(position, "its header is not at the offset in the directory")
         data = self._pread(
             int(self._index.sizes[position]),
             offset + ZIP_HEADER_SIZE + name_size + extra_size,
@@ -149,4 +156,5 @@ class ZipArchive(Archive):
             raise self._damaged(position, str(error)) from error
 
     def _damaged(self, position: int, reason: str) -> CorruptImageError:
+        """Build the error of the damaged member `names[position]`."""
         return CorruptImageError(f"{self.path}: {self.names[position]} is damaged: {reason}")

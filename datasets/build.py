@@ -1,4 +1,4 @@
-"""From DeiT's `--data-set` names to data sets that survive a corrupt image."""
+"""The classification data sets, opened by the names that DeiT uses for `--data-set`."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -12,6 +12,8 @@ from datasets.errors import DataError
 from datasets.imagenet import Split, build_imagenet
 from datasets.inaturalist import InatCategory, INaturalistImages
 from datasets.resilient import ImageDataset, ResilientDataset
+
+__all__ = ["DataSetName", "build_dataset"]
 
 DataSetName = Literal["CIFAR", "IMNET", "INAT", "INAT19", "DIGITS"]
 
@@ -28,37 +30,43 @@ def build_dataset(
     download: bool = False,
     max_bad_fraction: float = 0.01,
 ) -> ResilientDataset:
-    """Opens one split of a data set; `len(dataset.classes)` is its number of classes.
+    """Open one split of a data set; `len(dataset.classes)` is its number of classes.
+
+    A corrupt image is replaced by another one, see `ResilientDataset`.
 
     Args:
         data_set: `CIFAR` (CIFAR-100), `IMNET` (class folders or tars, see `imagenet`), `INAT`
-            (iNaturalist 2018), `INAT19`, or `DIGITS` (the embedded data, written at first use).
-        data_path: Where the data lies.
+            (iNaturalist 2018), `INAT19`, or `DIGITS` (handwritten digits, see `embedded`; they are
+            written at the first use).
+        data_path: Folder of the data.
         split: `train` or `val`.
-        transform: Applied to the PIL RGB image.
-        load_tar: Read `<split>.tar` in place; `IMNET` and `DIGITS` alone have tars.
-        classes: Classes of the training split, to number those of `IMNET` and `DIGITS` alike.
-        inat_category: What the classes of iNaturalist are.
-        download: Let torchvision download CIFAR-100 or iNaturalist where it is missing. In a
-            distributed run, do so with one process first.
-        max_bad_fraction: Share of corrupt images that is too many.
+        transform: Function applied to the PIL RGB image.
+        load_tar: Read `<split>.tar` without unpacking it; only for `IMNET` and `DIGITS`.
+        classes: Class names of the training split; they give the classes of another split of
+            `IMNET` or `DIGITS` the same numbers.
+        inat_category: Taxonomic rank that iNaturalist images are classified by.
+        download: Let torchvision download CIFAR-100 or iNaturalist if it is missing. In a
+            distributed run, download with one process first.
+        max_bad_fraction: Largest allowed share of corrupt images among the images read.
 
     Raises:
-        DataError: The data is missing, empty or damaged.
-        ValueError: An unknown data set or split.
+        DataError: The data is missing, empty or damaged, or `load_tar` is set for a data set
+            without tars.
+        ValueError: The data set or the split is unknown.
     """
     allowed = get_args(DataSetName)
     if data_set not in allowed:
-        raise ValueError(f"data_set must be one of {', '.join(allowed)}, not {data_set!r}")
+        raise ValueError(f"data_set must be one of {', '.join(allowed)}, got {data_set!r}")
     if split not in ("train", "val"):
-        raise ValueError(f"split must be train or val, not {split!r}")
+        raise ValueError(f"split must be train or val, got {split!r}")
     if load_tar and data_set not in ("IMNET", "DIGITS"):
         raise DataError(f"--load-tar is for IMNET and DIGITS: {data_set} has no tars")
 
     dataset: ImageDataset
     if data_set in ("IMNET", "DIGITS"):
         if data_set == "DIGITS":
-            # Imported here, so that `python -m datasets.embedded` does not meet itself.
+            # `python -m datasets.embedded` imports this module first. An import of
+            # datasets.embedded at the top would then load that module twice.
             from datasets.embedded import write_digits
 
             write_digits(data_path)

@@ -1,7 +1,8 @@
-"""COCO, and any data set of its format: images from a folder or a zip, boxes, labels, masks.
+"""COCO, and other detection data sets in its format, with images from a folder or a zip.
 
-A sample is (image, target), the target as DETR prepares it: crowds dropped, boxes clipped to the
-image, boxes without area dropped. Images without objects are kept.
+A sample is (image, target). The target is prepared as in DETR: crowd annotations (`iscrowd`) are
+dropped, boxes are clipped to the image, boxes without area are dropped. Images without objects are
+kept.
 """
 
 import contextlib
@@ -28,6 +29,8 @@ from datasets.images import decode_rgb
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
+__all__ = ["Target", "CocoTransform", "CocoImages", "build_coco"]
+
 logger = logging.getLogger(__name__)
 
 Target = dict[str, Tensor]
@@ -35,25 +38,32 @@ CocoTransform = Callable[[Image.Image, Target], tuple[Any, Target]]
 
 
 class CocoImages(Dataset[tuple[Any, Target]]):
-    """Images with objects.
+    """Images with their objects as (image, target).
 
-    A target holds `boxes (n, 4)` float32 as x0, y0, x1, y1 in pixels, `labels (n,)`,
-    `masks (n, h, w)` bool where asked for, `image_id (1,)`, `area (n,)` float32, `iscrowd (n,)`,
-    `orig_size (2,)` and `size (2,)` as (h, w); integers are int64. `transforms` may change all of
-    it: those of `coco_transforms` make the boxes normalized cx, cy, w, h.
+    A category id is the number of a category in the annotation file; a label is the class number
+    that the model predicts. For n objects in an image of h x w pixels, the target has:
+
+    - `boxes`: (n, 4) float32, x0, y0, x1, y1 in pixels.
+    - `labels`, `iscrowd`: (n,) int64.
+    - `area`: (n,) float32, in square pixels.
+    - `masks`: (n, h, w) bool, only with `with_masks`.
+    - `image_id`: (1,) int64.
+    - `orig_size`, `size`: (2,) int64, height and width before and after the transforms.
+
+    `transforms` may change them; those of `coco_transforms` return normalized boxes cx, cy, w, h.
 
     Args:
-        images: Folder or zip.
+        images: Folder or zip of the images.
         annotations: JSON file in COCO's format.
-        transforms: Applied to (RGB image, target).
-        with_masks: Draw the masks too.
-        label_map: Category id of each label, such as the training split's `label_to_category`; by
-            default that of `label_map_of`.
+        transforms: Function applied to (RGB image, target).
+        with_masks: Add the masks to the target.
+        label_map: Category id of each label, for example `label_to_category` of the training split;
+            by default the result of `label_map_of`.
 
     Attributes:
         label_to_category: Category id of each label.
         num_classes: Number of labels.
-        classes: Names of the labels; "N/A" for numbers that COCO leaves out.
+        classes: Category name of each label; "N/A" for the category ids that COCO does not use.
 
     Raises:
         DataError: Images or annotations are missing or damaged, or a category has no label.
@@ -70,23 +80,23 @@ class CocoImages(Dataset[tuple[Any, Target]]):
     ) -> None:
         self.annotation_file = Path(annotations)
         self.transforms = transforms
-        self._table = read_annotations(annotations, with_masks=with_masks)
-        self._images = open_images(images, self._table.file_names)
-        names = self._table.category_names
+        self._annotations = read_annotations(annotations, with_masks=with_masks)
+        self._images = open_images(images, self._annotations.file_names)
+        names = self._annotations.category_names
         self.label_to_category = dict(label_map_of(names) if label_map is None else label_map)
         categories = [self.label_to_category.get(label) for label in range(self.num_classes)]
         self.classes = [names.get(category, "N/A") for category in categories]
-        self._labels = self._number(self._table.categories)
+        self._labels = self._labels_of(self._annotations.categories)
 
     @property
     def num_classes(self) -> int:
-        """Number of labels; those of COCO include the numbers left out."""
+        """Number of labels, including the category ids that COCO does not use."""
         return max(self.label_to_category) + 1
 
     @cached_property
     def coco(self) -> "COCO":
-        """The annotation file in pycocotools' own form, read at the first use."""
-        # Imported here: training alone does not need it.
+        """The annotation file as an object of pycocotools, read at the first access."""
+        # Imported here because only the evaluation needs it.
         from pycocotools.coco import COCO
 
         coco = COCO()
@@ -98,39 +108,40 @@ class CocoImages(Dataset[tuple[Any, Target]]):
         return coco
 
     def __len__(self) -> int:
-        return len(self._table.image_ids)
+        return len(self._annotations.image_ids)
 
     def __getitem__(self, index: int) -> tuple[Any, Target]:
-        """Returns the image and its target, transformed.
+        """Return the transformed image and target.
 
         Raises:
             CorruptImageError: The image cannot be read or decoded.
         """
-        name = f"{self._images.path}: {self._table.file_names[index]}"
+        name = f"{self._images.path}: {self._annotations.file_names[index]}"
         image = decode_rgb(self._images.read(index), name)
         target = self._target(index, image.height, image.width)
         return self.transforms(image, target) if self.transforms else (image, target)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Workers draw samples; only the evaluation needs the file in pycocotools' form.
+        # Spawned workers only read samples; they do not need the object of pycocotools.
         return {key: value for key, value in self.__dict__.items() if key != "coco"}
 
-    def _number(self, categories: np.ndarray) -> np.ndarray:
-        """Category ids to labels, (M,) int64."""
+    def _labels_of(self, categories: np.ndarray) -> np.ndarray:
+        """Return the labels of category ids, both (M,) int64."""
         label_of = {category: label for label, category in self.label_to_category.items()}
         unknown = sorted(set(categories.tolist()) - set(label_of))
         if unknown:
-            name = self._table.category_names[unknown[0]]
+            name = self._annotations.category_names[unknown[0]]
             raise DataError(
                 f"{self.annotation_file} has objects of category {unknown[0]} ({name}), which the "
-                "label map (that of the training split) lacks"
+                "label map (from the training split) lacks"
             )
         return np.array([label_of[category] for category in categories.tolist()], dtype=np.int64)
 
     def _target(self, index: int, height: int, width: int) -> Target:
-        table = self._table
-        rows = slice(table.starts[index], table.starts[index + 1])
-        boxes = table.boxes[rows].copy()
+        """Build the target of image `index` before the transforms."""
+        annotations = self._annotations
+        rows = slice(annotations.starts[index], annotations.starts[index + 1])
+        boxes = annotations.boxes[rows].copy()
         boxes[:, 2:] += boxes[:, :2]
         boxes[:, 0::2] = boxes[:, 0::2].clip(0, width)
         boxes[:, 1::2] = boxes[:, 1::2].clip(0, height)
@@ -140,20 +151,20 @@ class CocoImages(Dataset[tuple[Any, Target]]):
         target = {
             "boxes": torch.from_numpy(boxes[kept]),
             "labels": labels,
-            "image_id": torch.tensor([int(table.image_ids[index])]),
-            "area": torch.from_numpy(table.areas[rows][kept]),
+            "image_id": torch.tensor([int(annotations.image_ids[index])]),
+            "area": torch.from_numpy(annotations.areas[rows][kept]),
             "iscrowd": torch.zeros_like(labels),
             "orig_size": size,
             "size": size.clone(),
         }
-        if table.segmentations is not None:
-            first = int(table.starts[index])
-            shapes = [table.segmentations[first + i] for i in kept.nonzero()[0].tolist()]
+        if annotations.segmentations is not None:
+            kept_rows = int(annotations.starts[index]) + kept.nonzero()[0]
+            segmentations = [annotations.segmentations[row] for row in kept_rows.tolist()]
             try:
-                target["masks"] = decode_masks(shapes, height, width)
+                target["masks"] = decode_masks(segmentations, height, width)
             except DataError as error:
                 raise DataError(
-                    f"{self.annotation_file}: {table.file_names[index]}: {error}"
+                    f"{self.annotation_file}: {annotations.file_names[index]}: {error}"
                 ) from error
         return target
 
@@ -168,30 +179,32 @@ def build_coco(
     with_masks: bool = False,
     label_map: Mapping[int, int] | None = None,
 ) -> CocoImages:
-    """Opens one split of COCO as it lies on the disk, or any data set of its format.
+    """Open one split of COCO, or of another data set in its format.
 
     Args:
         split: `train` or `val`.
-        coco_path: Folder with `annotations/instances_<split>2017.json`, and the images as the
-            folder `<split>2017` or as `<split>2017.zip`. Where both are there, the folder is read.
-        images: Folder or zip of the images, in place of that.
-        annotations: JSON file, in place of that.
-        transforms: Applied to (RGB image, target).
-        with_masks: Draw the masks too.
-        label_map: Category id of each label, as `CocoImages` has it.
+        coco_path: Folder with `annotations/instances_<split>2017.json`, and the images in the
+            folder `<split>2017` or in `<split>2017.zip`. If both exist, the folder is used.
+        images: Folder or zip of the images, instead of those in `coco_path`.
+        annotations: JSON file in COCO's format, instead of that in `coco_path`.
+        transforms: Function applied to (RGB image, target).
+        with_masks: Add the masks to the target.
+        label_map: Category id of each label, see `CocoImages`.
 
     Raises:
-        DataError: Images or annotations are missing or damaged, or not said where.
-        ValueError: An unknown split.
+        DataError: Images or annotations are missing or damaged, or no path to them is given.
+        ValueError: The split is unknown.
     """
     if split not in ("train", "val"):
-        raise ValueError(f"split must be train or val, not {split!r}")
+        raise ValueError(f"split must be train or val, got {split!r}")
     if coco_path is None and (images is None or annotations is None):
-        raise DataError(f"no data to {split}: expected coco_path, or images and annotations")
+        raise DataError(
+            f"there is no data for {split}: expected coco_path, or images and annotations"
+        )
     if coco_path is not None:
         root = Path(coco_path)
         if not root.is_dir():
-            raise DataError(f"there is no folder {root}: expected COCO there")
+            raise DataError(f"there is no folder {root}: expected COCO in it")
         annotations = annotations or root / "annotations" / f"instances_{split}2017.json"
         if images is None:
             images, note = find_split(root, f"{split}2017")

@@ -1,8 +1,8 @@
 """A COCO annotation file (https://cocodataset.org/#format-data) as a few flat arrays.
 
-The 860,000 annotations of COCO's training split are 2 GB as Python objects, which every worker
-would copy. As arrays they are 30 MB, polygons left out unless masks are wanted. What is wrong with
-the file is told here, with the annotation that it is about.
+As Python objects, the 860,000 annotations of COCO's training split need 2 GB, which every worker
+would copy. As arrays they need 30 MB, without the segmentations, which are kept only for masks.
+Errors in the file are reported here, with the annotation in question.
 """
 
 import json
@@ -17,52 +17,56 @@ from typing import Any
 import numpy as np
 
 from datasets.errors import DataError
-from datasets.names import PackedNames
+from datasets.packed_strings import PackedStrings
+
+__all__ = ["CocoAnnotations", "read_annotations", "read_json", "label_map_of"]
 
 logger = logging.getLogger(__name__)
 
-# COCO numbers its 80 categories up to 90, with gaps; published models have 91 classes.
+# Ids of COCO's 80 categories, which are numbered up to 90 with gaps. Published models have 91
+# classes.
 _COCO_IDS = set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 
 
 @dataclass(frozen=True)
 class CocoAnnotations:
-    """What training needs of an annotation file: N images, M objects grouped by image.
+    """The part of an annotation file used in training: N images, M objects grouped by image.
 
-    Crowds are left out; images without objects are kept.
+    Crowd annotations are left out; images without objects are kept.
 
     Attributes:
-        image_ids: (N,) int64, ascending.
-        file_names: N names of image files.
-        starts: (N + 1,) int64: image i has the objects from starts[i] to starts[i + 1].
-        boxes: (M, 4) float32, x, y, width, height in pixels.
-        categories: (M,) int64, category ids.
-        areas: (M,) float32, square pixels; that of the box where the file has none.
-        segmentations: M segmentations as JSON; None where masks are not wanted.
-        category_names: Category id to name, all categories of the file.
+        image_ids: Image ids in ascending order, (N,) int64.
+        file_names: Names of the N image files.
+        starts: Start of each image's objects, (N + 1,) int64. The objects of image i are
+            starts[i] to starts[i + 1] - 1.
+        boxes: Boxes x, y, width, height in pixels, (M, 4) float32.
+        categories: Category ids, (M,) int64.
+        areas: Areas in square pixels, (M,) float32; the area of the box if the file has none.
+        segmentations: M segmentations as JSON; None without masks.
+        category_names: Name of each category id, for all categories of the file.
     """
 
     image_ids: np.ndarray
-    file_names: PackedNames
+    file_names: PackedStrings
     starts: np.ndarray
     boxes: np.ndarray
     categories: np.ndarray
     areas: np.ndarray
-    segmentations: PackedNames | None
+    segmentations: PackedStrings | None
     category_names: Mapping[int, str]
 
 
 def read_annotations(path: str | os.PathLike[str], *, with_masks: bool = False) -> CocoAnnotations:
-    """Reads and checks an annotation file.
+    """Read and check an annotation file.
 
     Args:
-        path: The JSON file.
+        path: Path of the JSON file.
         with_masks: Keep the segmentations.
 
     Raises:
-        DataError: The file is missing or no COCO annotation file; a box is not four finite
-            numbers, a category is unknown, or with `with_masks` a segmentation or an image's size
-            is missing.
+        DataError: The file is missing or not a COCO annotation file; a box is not four finite
+            numbers; a category is unknown; or, with `with_masks`, a segmentation is missing or
+            damaged, or the size of an image is missing.
     """
     path = Path(path)
     data = read_json(path)
@@ -76,20 +80,20 @@ def read_annotations(path: str | os.PathLike[str], *, with_masks: bool = False) 
             _check_sizes(path, data["images"])
         rows, objects = _collect(path, data["annotations"], images, names, with_masks)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is no COCO annotation file: {_describe(error)}") from error
+        raise DataError(f"{path} is not a COCO annotation file: {_describe(error)}") from error
 
     order = np.argsort(rows, kind="stable")
-    objects = [objects[place] for place in order]
+    objects = [objects[position] for position in order]
     boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(-1, 4)
     flat = int(np.count_nonzero((boxes[:, 2:] <= 0).any(axis=1)))
     if flat:
         logger.info("%s: %d boxes without width or height are left out", path, flat)
     segmentations = None
     if with_masks:
-        segmentations = PackedNames.pack(json.dumps(entry["segmentation"]) for entry in objects)
+        segmentations = PackedStrings.pack(json.dumps(entry["segmentation"]) for entry in objects)
     return CocoAnnotations(
         image_ids=np.array(sorted(images), dtype=np.int64),
-        file_names=PackedNames.pack(images[key] for key in sorted(images)),
+        file_names=PackedStrings.pack(images[key] for key in sorted(images)),
         starts=np.searchsorted(rows[order], np.arange(len(images) + 1)),
         boxes=boxes,
         categories=np.array([entry["category_id"] for entry in objects], dtype=np.int64),
@@ -100,10 +104,13 @@ def read_annotations(path: str | os.PathLike[str], *, with_masks: bool = False) 
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object.
+    """Read a JSON file with an object at the top level.
+
+    Args:
+        path: Path of the file.
 
     Raises:
-        DataError: The file is missing, damaged or holds something else.
+        DataError: The file is missing or damaged, or its top level is not an object.
     """
     try:
         data = json.loads(path.read_bytes())
@@ -114,15 +121,22 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path} is truncated, damaged or not JSON: {error}") from error
     if not isinstance(data, dict):
-        raise DataError(f"{path} is no COCO annotation file: it holds no object at its top")
+        raise DataError(
+            f"{path} is not a COCO annotation file: its top level must be a JSON object, "
+            f"got {type(data).__name__}"
+        )
     return data
 
 
 def label_map_of(category_names: Mapping[int, str]) -> dict[int, int]:
-    """Numbers categories: returns the category id of each label.
+    """Return the category id of each label.
 
-    COCO's own categories keep their published numbers, 91 classes with gaps, so that published
-    models fit; any other set is numbered from 0 without gaps, in the order of the ids.
+    For the categories of COCO, label and category id are equal, as in published models: 91 labels,
+    of which some are not used. Other categories get labels from 0 without gaps, in the order of
+    their ids.
+
+    Args:
+        category_names: Name of each category id.
     """
     if set(category_names) == _COCO_IDS:
         return {number: number for number in range(91)}
@@ -130,10 +144,10 @@ def label_map_of(category_names: Mapping[int, str]) -> dict[int, int]:
 
 
 def _check_sizes(path: Path, images: Sequence[Mapping[str, Any]]) -> None:
-    """pycocotools draws the true masks by the sizes that the file gives."""
+    """Check that every image has a size; pycocotools needs it to decode the masks."""
     for entry in images:
         if "height" not in entry or "width" not in entry:
-            raise DataError(f"{path}: image {entry['id']} has no height and width: masks need them")
+            raise DataError(f"{path}: image {entry['id']} lacks height or width, needed for masks")
 
 
 def _collect(
@@ -143,47 +157,58 @@ def _collect(
     names: Mapping[int, str],
     with_masks: bool,
 ) -> tuple[np.ndarray, list[Mapping[str, Any]]]:
-    """Checks the annotations; returns those that are no crowds, and the row of their image."""
+    """Check all annotations; return the image row of each object, and the objects (no crowds)."""
     row_of = {key: row for row, key in enumerate(sorted(images))}
     rows: list[int] = []
     objects: list[Mapping[str, Any]] = []
-    strays = 0
+    without_image = 0
     for number, entry in enumerate(annotations, 1):
         row = row_of.get(entry["image_id"])
         if row is None:
-            strays += 1
+            without_image += 1
             continue
-        flaw = _flaw(entry, names, with_masks)
-        if flaw:
-            raise DataError(f"{path}: annotation {entry.get('id', f'number {number}')} {flaw}")
+        problem = _find_problem(entry, names, with_masks)
+        if problem:
+            key = entry.get("id", f"number {number}")
+            raise DataError(f"{path}: annotation {key}: {problem}")
         if not entry.get("iscrowd", 0):
             rows.append(row)
             objects.append(entry)
-    if strays:
-        logger.warning("%s: %d annotations are of images that it does not list", path, strays)
+    if without_image:
+        logger.warning(
+            "%s: %d annotations belong to images that the file does not list", path, without_image
+        )
     return np.array(rows, dtype=np.int64), objects
 
 
-def _flaw(entry: Mapping[str, Any], names: Mapping[int, str], with_masks: bool) -> str:
-    """Says what is wrong with an annotation; empty where nothing is."""
+def _find_problem(entry: Mapping[str, Any], names: Mapping[int, str], with_masks: bool) -> str:
+    """Describe the first problem of an annotation; an empty string if there is none."""
     box = entry.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and _finite(box)):
-        return f"has the bbox {box}: expected four finite numbers, x, y, width and height"
+        return f"bbox must be four finite numbers (x, y, width, height), got {box}"
     if entry.get("category_id") not in names:
-        return f"has the category {entry.get('category_id')!r}, which the file does not list"
+        category = entry.get("category_id")
+        return f"category_id must be a category that the file lists, got {category!r}"
     if not with_masks or entry.get("iscrowd", 0):
         return ""
-    shape = entry.get("segmentation")
-    if not shape:
-        return "has no segmentation: masks need one"
-    if isinstance(shape, dict):
-        return "" if {"counts", "size"} <= set(shape) else "has an RLE without counts or size"
-    if isinstance(shape, list) and all(isinstance(part, list) and _finite(part) for part in shape):
+    segmentation = entry.get("segmentation")
+    if not segmentation:
+        return "segmentation is missing or empty, needed for masks"
+    if isinstance(segmentation, dict):
+        complete = {"counts", "size"} <= set(segmentation)
+        return "" if complete else "RLE segmentation lacks counts or size"
+    if isinstance(segmentation, list) and all(map(_is_polygon, segmentation)):
         return ""
-    return "has a segmentation that is neither polygons of finite numbers nor RLE"
+    return "segmentation must be polygons of finite numbers or an RLE"
+
+
+def _is_polygon(part: Any) -> bool:
+    """Check for a list of finite numbers."""
+    return isinstance(part, list) and _finite(part)
 
 
 def _finite(numbers: list[Any]) -> bool:
+    """Check that all entries are finite numbers."""
     try:
         return math.isfinite(math.fsum(numbers))
     except (TypeError, ValueError, OverflowError):
@@ -191,6 +216,7 @@ def _finite(numbers: list[Any]) -> bool:
 
 
 def _area(entry: Mapping[str, Any]) -> float:
+    """Return the area of an annotation; that of its box if it is missing or not finite."""
     area = entry.get("area")
     if isinstance(area, (int, float)) and math.isfinite(area):
         return float(area)
@@ -198,4 +224,5 @@ def _area(entry: Mapping[str, Any]) -> float:
 
 
 def _describe(error: Exception) -> str:
+    """Describe an exception in words; a `KeyError` alone is only the name of the key."""
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)

@@ -1,4 +1,4 @@
-"""Segmentations of a COCO annotation file as masks, through pycocotools."""
+"""Masks from the segmentations of a COCO annotation file, decoded with pycocotools."""
 
 import json
 from collections.abc import Sequence
@@ -11,41 +11,48 @@ from torch import Tensor
 
 from datasets.errors import DataError
 
+__all__ = ["decode_masks"]
+
 
 def decode_masks(segmentations: Sequence[str], height: int, width: int) -> Tensor:
-    """Draws segmentations.
+    """Decode segmentations to masks.
 
     Args:
-        segmentations: n segmentations as JSON: polygons, or RLE with a string or a list of counts.
-            Polygons of fewer than three corners cover nothing.
-        height: Rows of the image.
-        width: Columns of the image.
+        segmentations: n segmentations as JSON, each a list of polygons or an RLE (run-length
+            encoding) with a string or a list of counts. Polygons with fewer than three corners are
+            ignored.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
 
     Returns:
-        (n, height, width) bool.
+        Masks (n, height, width) bool.
 
     Raises:
-        DataError: An RLE is damaged or of another size than the image.
+        DataError: An RLE is damaged, or its size is not that of the image.
     """
     masks = np.zeros((len(segmentations), height, width), dtype=bool)
     for mask, text in zip(masks, segmentations, strict=True):
-        runs = _runs(json.loads(text), height, width)
-        if runs is not None:
-            mask[:] = coco_mask.decode(runs)
+        rle = _to_rle(json.loads(text), height, width)
+        if rle is not None:
+            mask[:] = coco_mask.decode(rle)
     return torch.from_numpy(masks)
 
 
-def _runs(shape: Any, height: int, width: int) -> dict[str, Any] | None:
-    """A segmentation as one compressed RLE; None where it covers nothing."""
-    if isinstance(shape, list):
-        polygons = [part for part in shape if len(part) >= 6]
+def _to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
+    """Convert a segmentation to one compressed RLE; None for an empty mask."""
+    if isinstance(segmentation, list):
+        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
         if not polygons:
             return None
         return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
-    if list(shape["size"]) != [height, width]:
-        raise DataError(f"an RLE of size {shape['size']} is of an image of {[height, width]}")
-    if isinstance(shape["counts"], list):
-        if sum(shape["counts"]) != height * width:
-            raise DataError(f"an RLE does not add up to its size {shape['size']}")
-        return coco_mask.frPyObjects(shape, height, width)
-    return shape
+    size, counts = segmentation["size"], segmentation["counts"]
+    if list(size) != [height, width]:
+        raise DataError(f"RLE size must be {[height, width]} as the image, got {size}")
+    if isinstance(counts, list):
+        if sum(counts) != height * width:
+            raise DataError(
+                f"RLE counts must add up to {height * width} pixels for size {size}, "
+                f"got {sum(counts)}"
+            )
+        return coco_mask.frPyObjects(segmentation, height, width)
+    return segmentation

@@ -1,9 +1,11 @@
-"""DETR's image transforms (Carion et al. 2020, section 4 and appendix A.4), and its batches.
+"""Image transforms and batches of DETR (Carion et al. 2020, section 4 and appendix A.4).
 
-Training: a flip, then the short side resized to one of 480 ... 800, the long side at most 1333; or,
-half of the time, first to 400, 500 or 600 and cropped at random to 384 ... 600 a side. Evaluation:
-short side 800, long side at most 1333. Images are PIL until they are normalized; pixels go through
-torchvision, boxes are plain tensors. The random numbers are drawn in another order than DETR's.
+Training: random horizontal flip; with probability 0.5 a resize of the short side to 400, 500 or 600
+and a random crop with sides of 384 to 600; then a resize of the short side to one of 480, 512, ...,
+800, the long side at most 1333. Evaluation: short side 800, long side at most 1333.
+
+Images are PIL images until `normalize`. torchvision transforms the pixels; boxes are plain tensors.
+One thing differs from DETR: the random numbers are drawn in another order.
 """
 
 import random
@@ -19,6 +21,21 @@ from torchvision.ops import box_convert
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+__all__ = [
+    "Target",
+    "Sample",
+    "EvalTransform",
+    "TrainTransform",
+    "build_coco_transforms",
+    "collate",
+    "short_side_size",
+    "resize_short_side",
+    "resize",
+    "crop",
+    "flip",
+    "normalize",
+]
+
 Target = dict[str, Tensor]
 Sample = tuple[Image.Image, Target]
 
@@ -32,29 +49,30 @@ _PER_OBJECT = ("boxes", "labels", "area", "iscrowd", "masks")
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resizes and normalizes.
+    """The transform for evaluation: resize and normalize.
 
     Attributes:
-        size: Short side, pixels.
-        max_size: The long side's most, pixels.
+        size: Length of the short side in pixels.
+        max_size: Largest length of the long side in pixels.
     """
 
     size: int
     max_size: int
 
     def __call__(self, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
+        """Transform an image and its target."""
         return normalize(*resize_short_side(image, target, self.size, self.max_size))
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Flips, resizes or crops at random, and normalizes.
+    """The transform for training: random flip, crop and resize, then normalize.
 
     Attributes:
-        scales: Short sides to choose from, pixels.
-        max_size: The long side's most, pixels.
-        crop_scales: Short sides to choose from before a crop.
-        crop_sides: Least and most side of a crop.
+        scales: Possible lengths of the short side in pixels.
+        max_size: Largest length of the long side in pixels.
+        crop_scales: Possible lengths of the short side before a crop, in pixels.
+        crop_sides: Smallest and largest side of a crop in pixels.
     """
 
     scales: tuple[int, ...]
@@ -63,6 +81,7 @@ class TrainTransform:
     crop_sides: tuple[int, int]
 
     def __call__(self, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
+        """Transform an image and its target."""
         if random.random() < 0.5:
             image, target = flip(image, target)
         if random.random() < 0.5:
@@ -72,9 +91,10 @@ class TrainTransform:
         return normalize(*resize_short_side(image, target, scale, self.max_size))
 
     def _crop(self, image: Image.Image, target: Target) -> Sample:
-        least, most = self.crop_sides
-        width = random.randint(min(least, image.width), min(most, image.width))
-        height = random.randint(min(least, image.height), min(most, image.height))
+        """Crop a random rectangle."""
+        smallest, largest = self.crop_sides
+        width = random.randint(min(smallest, image.width), min(largest, image.width))
+        height = random.randint(min(smallest, image.height), min(largest, image.height))
         top = random.randint(0, image.height - height)
         left = random.randint(0, image.width - width)
         return crop(image, target, top, left, height, width)
@@ -89,34 +109,38 @@ def build_coco_transforms(
     augment: Literal["recipe", "none"] = "recipe",
     image_size: int | None = None,
 ) -> Callable[[Image.Image, Target], tuple[Tensor, Target]]:
-    """Builds the transform of (PIL RGB image, target) to (normalized float (3, h, w), target).
+    """Build the transform from (PIL RGB image, target) to (normalized float (3, h, w), target).
 
     Args:
         split: `train`, or `val` for evaluation.
-        max_size: The long side's most, pixels.
-        scales: Short sides that training chooses from.
-        eval_size: Short side for evaluation.
-        augment: `recipe`, DETR's; `none`, the evaluation's transform for training too.
-        image_size: Short side for evaluation, in place of `eval_size`; all other sizes of the
-            recipe shrink or grow with it. For data of small images.
+        max_size: Largest length of the long side in pixels.
+        scales: Possible lengths of the short side in training, in pixels.
+        eval_size: Length of the short side in evaluation, in pixels.
+        augment: Augmentation for training: `recipe` is that of DETR, `none` the evaluation
+            transform.
+        image_size: Length of the short side in evaluation, instead of `eval_size`. All other sizes
+            of the recipe are scaled by the same factor. For data sets of small images.
+
+    Returns:
+        The transform.
 
     Raises:
         ValueError: An argument is not one of the allowed values.
     """
     if split not in ("train", "val"):
-        raise ValueError(f"split must be train or val, not {split!r}")
+        raise ValueError(f"split must be train or val, got {split!r}")
     if augment not in ("recipe", "none"):
-        raise ValueError(f"augment must be recipe or none, not {augment!r}")
+        raise ValueError(f"augment must be recipe or none, got {augment!r}")
     factor = 1.0
     if image_size is not None:
         if image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, not {image_size}")
+            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
         factor, eval_size = image_size / eval_size, image_size
         max_size, scales = round(max_size * factor), [round(scale * factor) for scale in scales]
     sizes = {"max_size": max_size, "eval_size": eval_size, "scales": min(scales, default=0)}
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{name} must be at least 1 pixel, not {size}")
+            raise ValueError(f"{name} must be at least 1 pixel, got {size}")
     if split == "val" or augment == "none":
         return EvalTransform(eval_size, max_size)
     return TrainTransform(
@@ -128,13 +152,14 @@ def build_coco_transforms(
 
 
 def collate(samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor, list[Any]]:
-    """Pads images at the right and the bottom to the largest height and width among them.
+    """Build a batch: pad images at the right and the bottom to the largest height and width.
 
     Args:
         samples: B pairs of an image (3, h, w) and a target.
 
     Returns:
-        Images (B, 3, H, W), zero where padded; mask (B, H, W) bool, True where padded; targets.
+        Three items: the images (B, 3, height, width), 0 in the padding; the padding mask
+        (B, height, width) bool, True in the padding; the list of targets.
     """
     images, targets = zip(*samples, strict=True)
     height = max(image.shape[1] for image in images)
@@ -150,14 +175,14 @@ def collate(samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor, list
 def short_side_size(
     height: int, width: int, size: int, max_size: int | None = None
 ) -> tuple[int, int]:
-    """The (height, width) of an image resized to a short side, the aspect ratio kept.
+    """Return the (height, width) of a resize to a short side that keeps the aspect ratio.
 
     Args:
-        height: Pixels.
-        width: Pixels.
-        size: Short side asked for.
-        max_size: Where the long side would exceed it, the short side is made smaller; None for no
-            bound.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        size: Length of the short side after the resize, in pixels.
+        max_size: Largest length of the long side in pixels; where necessary, the short side is
+            smaller than `size`. None for no limit.
     """
     short, long = min(height, width), max(height, width)
     if max_size is not None and long / short * size > max_size:
@@ -168,12 +193,12 @@ def short_side_size(
 def resize_short_side(
     image: Image.Image, target: Target, size: int, max_size: int | None = None
 ) -> Sample:
-    """Resizes to a short side, as `short_side_size` has it."""
+    """Resize an image and its target to the size given by `short_side_size`."""
     return resize(image, target, *short_side_size(image.height, image.width, size, max_size))
 
 
 def resize(image: Image.Image, target: Target, height: int, width: int) -> Sample:
-    """Resizes an image (bilinear), its masks (nearest), boxes and areas."""
+    """Resize an image (bilinear) and its target (masks nearest) to (height, width)."""
     x, y = width / image.width, height / image.height
     target = target | {
         "boxes": target["boxes"] * torch.tensor([x, y, x, y]),
@@ -192,7 +217,7 @@ def resize(image: Image.Image, target: Target, height: int, width: int) -> Sampl
 def crop(
     image: Image.Image, target: Target, top: int, left: int, height: int, width: int
 ) -> Sample:
-    """Cuts out a rectangle; objects whose box has no area left are dropped."""
+    """Crop an image and its target; objects whose box has no area left are dropped."""
     boxes = target["boxes"] - torch.tensor([left, top, left, top])
     boxes[:, 0::2].clamp_(min=0, max=width)
     boxes[:, 1::2].clamp_(min=0, max=height)
@@ -210,7 +235,7 @@ def crop(
 
 
 def flip(image: Image.Image, target: Target) -> Sample:
-    """Mirrors left and right."""
+    """Flip an image and its target horizontally."""
     x0, y0, x1, y1 = target["boxes"].unbind(dim=1)
     boxes = torch.stack([image.width - x1, y0, image.width - x0, y1], dim=1)
     target = target | {"boxes": boxes}
@@ -220,7 +245,7 @@ def flip(image: Image.Image, target: Target) -> Sample:
 
 
 def normalize(image: Image.Image, target: Target) -> tuple[Tensor, Target]:
-    """Makes a tensor of ImageNet's mean and deviation, and boxes cx, cy, w, h as shares of it."""
+    """Convert to a tensor normalized as for ImageNet, and boxes to cx, cy, w, h in [0, 1]."""
     tensor = F.to_dtype(F.to_image(image), torch.float32, scale=True).as_subclass(Tensor)
     tensor = F.normalize(tensor, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     boxes = box_convert(target["boxes"], "xyxy", "cxcywh")

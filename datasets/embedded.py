@@ -1,8 +1,9 @@
-"""Real images without a download: scikit-learn's 1,797 handwritten digits as a data set on disk.
+"""Handwritten digits: a small classification data set without a download.
 
-Optical recognition of handwritten digits (Alpaydin and Kaynak, UCI, 1998), 8 x 8 pixels of 17 gray
-levels, split 80/20 with the classes balanced: 1,438 for training, 359 for validation. The split
-mixes writers, so figures on it are easier than on unseen writers.
+The 1,797 images are part of scikit-learn: "Optical recognition of handwritten digits" (Alpaydin and
+Kaynak, UCI, 1998), 8 x 8 pixels with 17 gray levels. They are split 80/20 with balanced classes,
+1,438 for training and 359 for validation. Both splits have digits of the same writers, so metrics
+are better than they would be for unseen writers.
 
     python -m datasets.embedded ROOT
 """
@@ -18,7 +19,9 @@ import numpy as np
 from PIL import Image
 
 from datasets.errors import DataError
-from datasets.trees import write_once
+from datasets.write_once import write_once
+
+__all__ = ["write_digits", "split_digits", "main"]
 
 _VALIDATION_SIZE = 359
 _NOTE_NAME = "digits.txt"
@@ -29,26 +32,31 @@ _NOTE = (
 
 
 def write_digits(root: str | os.PathLike[str]) -> Path:
-    """Writes the digits as `train/<digit>/<number>.png`, `val/...`, `train.tar` and `val.tar`.
+    """Write the digits as `train/<digit>/<number>.png`, `val/...`, `train.tar` and `val.tar`.
 
-    The folder appears whole or not at all, and several processes may call this at once. Where the
-    digits are already, nothing is written.
+    The folder appears complete or not at all, and several processes may call this at the same time.
+    If the folder already has the digits, nothing is written.
 
     Args:
-        root: A new or empty folder, or one that holds the digits.
+        root: A new or empty folder, or one with the digits.
 
     Returns:
-        The folder.
+        The absolute path of the folder.
 
     Raises:
-        DataError: The folder holds something else or cannot be written.
+        DataError: The folder has other content or cannot be written.
     """
     return write_once(Path(root), "digits", (_NOTE_NAME, _NOTE), _write_splits)
 
 
 def split_digits() -> dict[str, list[tuple[int, int, np.ndarray]]]:
-    """Returns `train` and `val`: (number, digit, ink (8, 8) uint8 in 0..255), by number."""
-    # Imported here: scikit-learn takes a second, and only this function needs it.
+    """Return the digits of the splits `train` and `val`, sorted by number.
+
+    Returns:
+        Triples (number, digit, ink) of each split: the number in scikit-learn's data, the digit
+        0 to 9 and its image (8, 8) uint8, in which 255 is full ink.
+    """
+    # Imported here because the import takes a second and only this function needs it.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -64,6 +72,7 @@ def split_digits() -> dict[str, list[tuple[int, int, np.ndarray]]]:
 
 
 def _write_splits(tree: Path) -> None:
+    """Write folders and tars of both splits to the folder `tree`."""
     for split, digits in split_digits().items():
         files = {f"{digit}/{number:04d}.png": _png(ink) for number, digit, ink in digits}
         for name, content in files.items():
@@ -74,27 +83,28 @@ def _write_splits(tree: Path) -> None:
 
 
 def _png(ink: np.ndarray) -> bytes:
-    """Encodes ink (8, 8) as an 8-bit gray PNG."""
+    """Encode ink (8, 8) as an 8-bit gray PNG."""
     buffer = io.BytesIO()
     Image.fromarray(ink).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def _write_tar(path: Path, files: dict[str, bytes]) -> None:
+    """Write {name: content} as a tar, sorted by name."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name in sorted(files):
-            # A fresh TarInfo has no owner and no date, so the archive is the same everywhere.
+            # A new TarInfo has no owner and no date, so the tar is identical on every machine.
             member = tarfile.TarInfo(name)
             member.size = len(files[name])
             tar.addfile(member, io.BytesIO(files[name]))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Writes the digits to the folder named on the command line."""
+    """Write the digits to the folder given on the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m datasets.embedded", description="Write scikit-learn's digits as images."
     )
-    parser.add_argument("root", help="a new or empty folder")
+    parser.add_argument("root", help="new or empty folder to write to")
     root = parser.parse_args(argv).root
     try:
         print(write_digits(root))

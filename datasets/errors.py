@@ -1,11 +1,13 @@
-"""The two errors of this package: one sentence each, ready to be shown to the user."""
+"""Exceptions of this package. Each message is one sentence that can be shown to the user."""
+
+__all__ = ["DataError", "CorruptImageError"]
 
 
 class DataError(Exception):
-    """Something is wrong with the user's data: a missing folder, a truncated archive, and so on.
+    """An error in the user's data, such as a missing folder or a truncated archive.
 
-    `str(error)` is the sentence alone even when a `DataLoader` worker raised it: torch hands such
-    an error over with the worker's whole traceback as its message (kept in `args`).
+    `str(error)` is one sentence, also when a `DataLoader` worker raised the error. In that case
+    torch uses the traceback of the worker as the message; the traceback stays in `args`.
     """
 
     def __str__(self) -> str:
@@ -16,4 +18,4 @@ class DataError(Exception):
 
 
 class CorruptImageError(DataError):
-    """One image cannot be read or decoded; `ResilientDataset` replaces it and goes on."""
+    """An error in one image that cannot be read or decoded; `ResilientDataset` replaces it."""

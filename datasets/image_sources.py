@@ -1,9 +1,9 @@
-"""Images that an annotation file names, read from a folder or from a zip alike.
+"""The images of an annotation file, read from a folder or from a zip.
 
-An annotation file says `000000000009.jpg`; the zip's member may be `train2017/000000000009.jpg`.
-So names are looked up as they are, in a folder called as the source itself, and in the only folder
-at the top of a zip. All are looked up at once: a missing image shows at the start, not after an
-hour of training.
+The annotation file has a name such as `000000000009.jpg`, but the archive member may be
+`train2017/000000000009.jpg`. Therefore each name is searched directly, in a subfolder with the name
+of the source, and in the top folder of a zip if there is only one. All names are searched when the
+source is opened, so a missing image is reported at the start and not after an hour of training.
 """
 
 import os
@@ -17,23 +17,31 @@ import numpy as np
 from datasets.archives import ZipArchive
 from datasets.errors import DataError
 from datasets.images import read_bytes
-from datasets.names import PackedNames
+from datasets.packed_strings import PackedStrings
+
+__all__ = ["ImageSource", "FolderSource", "ZipSource", "open_images", "find_split"]
 
 
 class ImageSource(Protocol):
-    """Images by number, in the order of the file names that they were asked for."""
+    """Image files by index, in the order of the file names given when the source was opened.
+
+    Attributes:
+        path: Folder or zip.
+    """
 
     path: Path
 
-    def read(self, index: int) -> bytes: ...
+    def read(self, index: int) -> bytes:
+        """Read image file `index`."""
+        ...
 
 
 class FolderSource:
     """Images in a folder.
 
     Args:
-        path: The folder.
-        file_names: N names of images.
+        path: Folder of the images.
+        file_names: Names of the N images.
 
     Raises:
         DataError: An image is missing.
@@ -43,11 +51,12 @@ class FolderSource:
         self.path = path
         prefixes = ("", f"{path.name}/")
         parents = {posixpath.dirname(name) for name in file_names}
-        present = set(_list(path, (prefix + parent for prefix in prefixes for parent in parents)))
-        self._names = PackedNames.pack(_find(path, file_names, prefixes, present))
+        candidates = (prefix + parent for prefix in prefixes for parent in parents)
+        present = set(_list_files(path, candidates))
+        self._names = PackedStrings.pack(_find(path, file_names, prefixes, present))
 
     def read(self, index: int) -> bytes:
-        """Returns the content of image file `index`.
+        """Read image file `index`.
 
         Raises:
             CorruptImageError: The file cannot be read.
@@ -56,11 +65,11 @@ class FolderSource:
 
 
 class ZipSource:
-    """Images in a zip, read in place.
+    """Images in a zip, read without unpacking it.
 
     Args:
-        path: The archive.
-        file_names: N names of images.
+        path: Zip of the images.
+        file_names: Names of the N images.
 
     Raises:
         DataError: The archive is damaged, or an image is missing.
@@ -76,23 +85,23 @@ class ZipSource:
         self._positions = np.array([positions[name] for name in names], dtype=np.int64)
 
     def read(self, index: int) -> bytes:
-        """Returns the content of image `index`.
+        """Read image file `index`.
 
         Raises:
-            CorruptImageError: The member cannot be read.
+            CorruptImageError: The archive member cannot be read.
         """
         return self.archive.read_at(int(self._positions[index]))
 
 
 def open_images(path: str | os.PathLike[str], file_names: Sequence[str]) -> ImageSource:
-    """Opens a folder or a zip, whichever is at `path`.
+    """Open the folder or the zip at `path`.
 
     Args:
-        path: Folder or zip.
-        file_names: The names of the images, as the annotation file has them.
+        path: Folder or zip of the images.
+        file_names: Names of the images in the annotation file.
 
     Raises:
-        DataError: Neither is there, the zip is damaged, or an image is missing.
+        DataError: There is no folder or zip, the zip is damaged, or an image is missing.
     """
     path = Path(path)
     if path.is_dir():
@@ -103,18 +112,22 @@ def open_images(path: str | os.PathLike[str], file_names: Sequence[str]) -> Imag
 
 
 def find_split(root: Path, name: str) -> tuple[Path, str]:
-    """Finds the images of a split: the folder `root/name`, or else `root/name.zip`.
+    """Find the images of a split: the folder `root/name`, otherwise `root/name.zip`.
+
+    Args:
+        root: Folder of the data set.
+        name: Name of the split's folder or zip, such as `train2017`.
 
     Returns:
-        The path, and a sentence where both are there.
+        The path, and a note for the log if both exist (otherwise an empty string).
 
     Raises:
-        DataError: Neither is there.
+        DataError: Neither exists.
     """
     folder, archive = root / name, root / f"{name}.zip"
-    # An empty folder, left over or made for a mount, is no data.
+    # An empty folder may be a leftover or a mount point; it is ignored.
     if folder.is_dir() and any(folder.iterdir()):
-        note = f"both {folder} and {archive} are there: the folder is used"
+        note = f"both {folder} and {archive} exist: the folder is used"
         return folder, note if archive.is_file() else ""
     if archive.is_file():
         return archive, ""
@@ -124,7 +137,7 @@ def find_split(root: Path, name: str) -> tuple[Path, str]:
 def _find(
     path: Path, file_names: Sequence[str], prefixes: Sequence[str], present: Collection[str]
 ) -> list[str]:
-    """Returns the names with the first prefix under which all of them are present."""
+    """Return the names with the first prefix for which all of them are present."""
     fewest: list[str] | None = None
     for prefix in prefixes:
         names = [posixpath.normpath(prefix + name) for name in file_names]
@@ -140,8 +153,8 @@ def _find(
     )
 
 
-def _list(path: Path, folders: Iterable[str]) -> Iterator[str]:
-    """Yields the files in some folders below `path`; one that is not there has none."""
+def _list_files(path: Path, folders: Iterable[str]) -> Iterator[str]:
+    """Yield the files in the given folders below `path`; missing folders are skipped."""
     for folder in folders:
         try:
             entries = os.listdir(path / folder)  # noqa: PTH208  (names alone, and faster)

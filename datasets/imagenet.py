@@ -1,9 +1,11 @@
-"""ImageNet and data laid out like it: class folders on disk, or the same tree inside a tar.
+"""ImageNet and data with the same layout: one folder per class, on disk or inside a tar.
 
-An image's class is the name of its parent folder; classes are numbered in sorted order (of the
-training split, when the validation split is told its classes). Names are sorted, so a folder and
-a tar of the same tree give the same samples in the same order. torchvision's ImageFolder takes
-the topmost folder instead of the parent; for two levels, as in ImageNet, that is the same.
+The class of an image is the name of its parent folder. Classes are numbered in sorted order; the
+validation split gets the class names of the training split, so the numbers agree. Image names are
+sorted, so a folder and a tar of the same files give the same samples in the same order.
+
+torchvision's ImageFolder uses the topmost folder as the class, not the parent folder. For data with
+one level of folders, such as ImageNet, both are the same.
 """
 
 import os
@@ -17,7 +19,9 @@ from PIL import Image
 from datasets.archives import TarArchive
 from datasets.errors import DataError
 from datasets.images import LabeledImages, is_image_name, read_bytes
-from datasets.names import PackedNames
+from datasets.packed_strings import PackedStrings
+
+__all__ = ["Split", "Transform", "FolderImages", "TarImages", "build_imagenet"]
 
 Split = Literal["train", "val"]
 Transform = Callable[[Image.Image], Any]
@@ -27,12 +31,12 @@ class FolderImages(LabeledImages):
     """Images in `root/<class>/`.
 
     Args:
-        root: The split's folder.
-        transform: Applied to the RGB image.
-        classes: Class names in the order of their numbers; by default those found, sorted.
+        root: Folder of the split.
+        transform: Function applied to the RGB image.
+        classes: Class names in the order of their numbers; by default the folder names, sorted.
 
     Raises:
-        DataError: No such folder, no image in it, or a class that `classes` lacks.
+        DataError: The folder is missing, has no images, or has a class that is not in `classes`.
     """
 
     def __init__(
@@ -46,22 +50,23 @@ class FolderImages(LabeledImages):
             raise DataError(f"there is no folder {root}: expected {root}/<class>/<image>.jpg")
         names = [name for name in sorted(_walk(self.root)) if _is_sample(name)]
         targets, found = _number_classes(names, classes, self.root)
-        super().__init__(root, PackedNames.pack(names), targets, found, transform)
+        super().__init__(root, PackedStrings.pack(names), targets, found, transform)
 
     def _read(self, index: int) -> bytes:
         return read_bytes(self.root / self.names[index])
 
 
 class TarImages(LabeledImages):
-    """Images of an uncompressed tar, read in place.
+    """Images in an uncompressed tar, read without unpacking it.
 
     Args:
-        path: The split's archive.
-        transform: Applied to the RGB image.
-        classes: Class names in the order of their numbers; by default those found, sorted.
+        path: Tar of the split.
+        transform: Function applied to the RGB image.
+        classes: Class names in the order of their numbers; by default the folder names, sorted.
 
     Raises:
-        DataError: No such archive, a damaged one, no image in it, or a class that `classes` lacks.
+        DataError: The tar is missing or damaged, has no images, or has a class that is not in
+            `classes`.
     """
 
     def __init__(
@@ -75,7 +80,7 @@ class TarImages(LabeledImages):
         self._positions = np.array([position for position, _ in kept], dtype=np.int64)
         names = [name for _, name in kept]
         targets, found = _number_classes(names, classes, self.archive.path)
-        super().__init__(path, PackedNames.pack(names), targets, found, transform)
+        super().__init__(path, PackedStrings.pack(names), targets, found, transform)
 
     def _read(self, index: int) -> bytes:
         return self.archive.read_at(int(self._positions[index]))
@@ -89,30 +94,31 @@ def build_imagenet(
     transform: Transform | None = None,
     classes: Sequence[str] | None = None,
 ) -> LabeledImages:
-    """Opens one split: the folder `data_path/<split>`, or `data_path/<split>.tar` with `load_tar`.
+    """Open one split: the folder `data_path/<split>`, or `data_path/<split>.tar` with `load_tar`.
 
     Args:
         data_path: Folder of the splits.
         split: `train` or `val`.
-        load_tar: Read the tar in place instead of the folder.
-        transform: Applied to the RGB image.
-        classes: The training split's classes, so that validation is numbered alike.
+        load_tar: Read the tar instead of the folder.
+        transform: Function applied to the RGB image.
+        classes: Class names of the training split, so that validation uses the same numbers.
 
     Raises:
-        DataError: As `FolderImages` and `TarImages`.
+        DataError: The split is missing or damaged, has no images, or has a class that is not in
+            `classes`.
     """
     folder, tar = Path(data_path) / split, Path(data_path) / f"{split}.tar"
     if load_tar:
         if not tar.exists() and folder.is_dir():
-            raise DataError(f"there is no {tar}; the folder {folder} is there: drop --load-tar")
+            raise DataError(f"there is no {tar}, but the folder {folder} exists: drop --load-tar")
         return TarImages(tar, transform, classes)
     if not folder.exists() and tar.is_file():
-        raise DataError(f"there is no folder {folder}; {tar} is there: add --load-tar")
+        raise DataError(f"there is no folder {folder}, but {tar} exists: add --load-tar")
     return FolderImages(folder, transform, classes)
 
 
 def _walk(root: Path) -> Iterable[str]:
-    """Yields the files below `root` as relative names with forward slashes."""
+    """Yield the files below `root` as relative names with forward slashes."""
 
     def fail(error: OSError) -> None:
         raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
@@ -124,16 +130,16 @@ def _walk(root: Path) -> Iterable[str]:
 
 
 def _is_sample(name: str) -> bool:
-    """An image with a parent folder: one that lies loose at the top has no class."""
+    """Check for an image inside a folder; an image at the top level has no class."""
     return "/" in name and is_image_name(name)
 
 
 def _number_classes(
     names: Sequence[str], classes: Sequence[str] | None, source: Path
 ) -> tuple[np.ndarray, list[str]]:
-    """Returns the class number of every name, (N,) int64, and the class names."""
+    """Return the class number of every name, (N,) int64, and the class names."""
     if not names:
-        raise DataError(f"no images in {source}: expected <class>/<image>.jpg inside")
+        raise DataError(f"there are no images in {source}: expected <class>/<image>.jpg inside")
     parents = [name.rsplit("/", 2)[-2] for name in names]
     found = sorted(set(parents))
     numbered = found if classes is None else list(classes)

@@ -1,4 +1,4 @@
-"""Named images with integer classes: what the folder, tar and iNaturalist data sets share."""
+"""Images with a name and a class number: the common base of the classification data sets."""
 
 import io
 import os
@@ -13,11 +13,20 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from datasets.errors import CorruptImageError
-from datasets.names import PackedNames
+from datasets.packed_strings import PackedStrings
+
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "ImageDataset",
+    "LabeledImages",
+    "is_image_name",
+    "decode_rgb",
+    "read_bytes",
+]
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-# What Pillow's decoders raise on damaged files.
+# Exceptions that Pillow's decoders raise for damaged files.
 _DECODING_ERRORS = (
     OSError,
     SyntaxError,
@@ -32,9 +41,9 @@ _DECODING_ERRORS = (
 
 
 class ImageDataset(Sized, Protocol):
-    """Any map-style data set of (image, target) that knows the names of its classes.
+    """A map-style data set of (image, target) with class names.
 
-    The target is a class number, or for detection a dictionary of tensors.
+    The target is a class number; for detection it is a dictionary of tensors.
     """
 
     classes: Sequence[str]
@@ -43,32 +52,34 @@ class ImageDataset(Sized, Protocol):
 
 
 def is_image_name(name: str) -> bool:
-    """True for names of images; false for hidden files such as the `._x.jpg` of macOS archives."""
+    """Check for an image extension; hidden files such as `._x.jpg` from macOS do not count."""
     base = name.rpartition("/")[2]
     return base.lower().endswith(IMAGE_EXTENSIONS) and not base.startswith(".")
 
 
 def decode_rgb(data: bytes, name: str) -> Image.Image:
-    """Decodes an image file to RGB.
+    """Decode an image file to RGB.
 
     Args:
-        data: The file's content.
-        name: What to call the image in an error.
+        data: Content of the file.
+        name: Name of the image in error messages.
 
     Raises:
-        CorruptImageError: The content is truncated, damaged or no image.
+        CorruptImageError: The content is truncated, damaged or not an image.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
     except _DECODING_ERRORS as error:
-        # An unidentified image is reported by Pillow as "<_io.BytesIO object at 0x...>".
-        reason = "no known format" if isinstance(error, Image.UnidentifiedImageError) else error
+        # Pillow's own message would name the buffer: "<_io.BytesIO object at 0x...>".
+        reason = (
+            "unknown image format" if isinstance(error, Image.UnidentifiedImageError) else error
+        )
         raise CorruptImageError(f"corrupt image {name}: {reason}") from error
 
 
 def read_bytes(path: Path) -> bytes:
-    """Reads one image file.
+    """Read one image file.
 
     Raises:
         CorruptImageError: The file cannot be read.
@@ -80,20 +91,20 @@ def read_bytes(path: Path) -> bytes:
 
 
 class LabeledImages(Dataset[tuple[Any, int]]):
-    """Base of the data sets: subclasses say how the bytes of image `i` are read.
+    """Base class of the classification data sets; subclasses read the bytes of an image.
 
     Args:
-        source: Folder or archive, for messages.
-        names: N image names.
-        targets: (N,) int64, class of each image.
+        source: Folder or archive, for error messages.
+        names: Names of the N images.
+        targets: Class number of each image, (N,) int64.
         classes: Class names in the order of their numbers.
-        transform: Applied to the RGB image.
+        transform: Function applied to the RGB image.
     """
 
     def __init__(
         self,
         source: str | os.PathLike[str],
-        names: PackedNames,
+        names: PackedStrings,
         targets: np.ndarray,
         classes: Sequence[str],
         transform: Callable[[Image.Image], Any] | None = None,
@@ -106,19 +117,19 @@ class LabeledImages(Dataset[tuple[Any, int]]):
 
     @property
     def class_to_idx(self) -> dict[str, int]:
-        """Class name to class number."""
+        """Class number of each class name."""
         return {name: number for number, name in enumerate(self.classes)}
 
     @property
     def samples(self) -> list[tuple[str, int]]:
-        """All (image name, class number), made anew at each call."""
+        """Name and class number of every image; the list is built at each access."""
         return list(zip(self.names, self.targets.tolist(), strict=True))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Returns the RGB image, transformed, and its class number.
+        """Return the transformed RGB image and its class number.
 
         Raises:
             CorruptImageError: The image cannot be read or decoded.
@@ -128,4 +139,5 @@ class LabeledImages(Dataset[tuple[Any, int]]):
         return (self.transform(image) if self.transform else image), int(self.targets[index])
 
     def _read(self, index: int) -> bytes:
+        """Read the file of image `index`."""
         raise NotImplementedError

@@ -1,9 +1,9 @@
-"""iNaturalist 2018 and 2019, whose images and categories torchvision finds.
+"""The train and validation splits of the iNaturalist 2018 and 2019 competitions.
 
-The competition keeps all images in one tree, which torchvision reads as
-`root/<year>/<super category>/<number>/<hash>.jpg`; which of them are for training is written in
-the official `root/train<year>.json` and `root/val<year>.json`
-(https://github.com/visipedia/inat_comp). torchvision knows no splits; they are added here.
+torchvision reads the images and categories. It expects all images, without splits, as
+`root/<year>/<super category>/<number>/<hash>.jpg`. This module adds the splits, from the official
+annotation files `root/train<year>.json` and `root/val<year>.json`
+(https://github.com/visipedia/inat_comp).
 """
 
 import json
@@ -18,7 +18,9 @@ from torchvision.datasets import INaturalist
 
 from datasets.errors import DataError
 from datasets.images import LabeledImages, read_bytes
-from datasets.names import PackedNames
+from datasets.packed_strings import PackedStrings
+
+__all__ = ["InatCategory", "INaturalistImages"]
 
 InatCategory = Literal[
     "name", "supercategory", "kingdom", "phylum", "class", "order", "family", "genus"
@@ -28,19 +30,20 @@ InatCategory = Literal[
 class INaturalistImages(LabeledImages):
     """One split of an iNaturalist competition.
 
-    Both splits number the classes of the whole competition, so they agree.
+    Classes are numbered over the whole competition, so both splits have the same numbers.
 
     Args:
         root: Folder with `<year>/`, `train<year>.json` and `val<year>.json`.
         year: `2018` or `2019`.
         split: `train` or `val`.
-        category: What the classes are: `name` (species) and `supercategory` follow from the
-            folders; the ranks between them are looked up in `root/categories.json`.
-        transform: Applied to the RGB image.
-        download: Let torchvision download the images (more than 70 GB) where they are missing.
+        category: Taxonomic rank that images are classified by. `name` (species) and
+            `supercategory` are read from the folder names, the other ranks from
+            `root/categories.json`.
+        transform: Function applied to the RGB image.
+        download: Let torchvision download the images (more than 70 GB) if they are missing.
 
     Raises:
-        DataError: Images, annotations or the category are missing or damaged.
+        DataError: Images, annotation files or `categories.json` are missing or damaged.
     """
 
     def __init__(
@@ -62,17 +65,18 @@ class INaturalistImages(LabeledImages):
         if missing:
             raise DataError(
                 f"{root / year} lacks {len(missing)} of the {len(names)} images of {split}, "
-                f"the first {missing[0]}"
+                f"the first is {missing[0]}"
             )
         targets = np.array([numbers[species[name]] for name in names], dtype=np.int64)
-        super().__init__(root / year, PackedNames.pack(names), targets, classes, transform)
+        super().__init__(root / year, PackedStrings.pack(names), targets, classes, transform)
 
     def _read(self, index: int) -> bytes:
         return read_bytes(self.source / self.names[index])
 
 
 def _open_tree(root: Path, year: str, download: bool) -> INaturalist:
-    # torchvision would create a missing folder, and speak of an empty one as corrupted.
+    """Open the images of one year with torchvision."""
+    # torchvision would create a missing folder and then report it as corrupted.
     if not download and not (root / year).is_dir():
         raise DataError(f"there is no folder {root / year}: expected the images in it")
     try:
@@ -82,19 +86,19 @@ def _open_tree(root: Path, year: str, download: bool) -> INaturalist:
 
 
 def _names_of_split(path: Path) -> list[str]:
-    """Sorted `<super category>/<number>/<hash>.jpg` of a split's official annotation."""
+    """Read the image names of a split, `<super category>/<number>/<hash>.jpg`, sorted."""
     try:
         images = _load_json(path)["images"]
         names = sorted("/".join(image["file_name"].split("/")[-3:]) for image in images)
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path} is no iNaturalist annotation: {error!r} is missing") from error
+        raise DataError(f"{path} is not an iNaturalist annotation file: {error!r}") from error
     if not names:
         raise DataError(f"{path} lists no images")
     return names
 
 
 def _number_species(tree: INaturalist, category: str, root: Path) -> tuple[list[int], list[str]]:
-    """Returns the class number of every species, and the class names."""
+    """Return the class number of every species, and the class names."""
     count = len(tree.all_categories)
     if category == "name":
         return list(range(count)), list(tree.all_categories)
@@ -113,9 +117,10 @@ def _number_species(tree: INaturalist, category: str, root: Path) -> tuple[list[
 
 
 def _load_json(path: Path) -> Any:
+    """Read a JSON file."""
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise DataError(f"{path} is no valid JSON: {error}") from error
+        raise DataError(f"{path} is not valid JSON: {error}") from error

@@ -1,7 +1,9 @@
-"""One corrupt image among thousands must not end a run of days; a broken disk must.
+"""Replacement of corrupt images, with a limit on their share.
 
-A corrupt image is logged by name, counted, and replaced by the next readable one. The replacement
-depends on nothing but the data, so a run stays reproducible for any number of workers.
+A few corrupt images must not stop a training of several days, but many of them, for example on a
+broken disk, must stop it. A corrupt image is logged with its name, counted and replaced by the next
+readable one. The replacement depends only on the data, so a run is reproducible for any number of
+workers.
 """
 
 import itertools
@@ -15,33 +17,39 @@ from torch.utils.data import Dataset
 from datasets.errors import CorruptImageError, DataError
 from datasets.images import ImageDataset
 
+__all__ = ["ResilientDataset"]
+
 logger = logging.getLogger(__name__)
 
 _SEEN, _BAD = 0, 1
 
 
 class ResilientDataset(Dataset[tuple[Any, Any]]):
-    """Replaces images that raise `CorruptImageError`.
+    """A data set that replaces images which raise `CorruptImageError`.
 
-    The counts of images seen and images bad live in shared memory, so that a process and the
-    `DataLoader` workers it starts, forked or spawned, count together. They are not locked: a lost
-    count now and then does not matter to a share. Processes of a distributed run count apart.
+    It counts all reads and the bad reads, that is, those of corrupt images. The counts are in
+    shared memory, so a process and its `DataLoader` workers, forked or spawned, share them. They
+    have no lock, because a lost count hardly changes the share. Each process of a distributed run
+    has its own counts.
 
     Args:
-        dataset: The data set to wrap.
-        max_bad_fraction: Share of bad reads among all reads above which reading stops; 0 stops at
-            the first bad one.
-        min_bad: Bad reads below which the share is not judged yet: the first of all reads being
-            bad is no share of 100 %.
+        dataset: Data set to wrap.
+        max_bad_fraction: Largest allowed share of bad reads among all reads. Reading stops above
+            it; with 0 it stops at the first bad read.
+        min_bad: Number of bad reads from which on the share is checked. It prevents a stop when one
+            of the first images happens to be corrupt.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
 
     def __init__(
         self, dataset: ImageDataset, *, max_bad_fraction: float = 0.01, min_bad: int = 10
     ) -> None:
         if not 0 <= max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction must be in [0, 1], not {max_bad_fraction}")
+            raise ValueError(f"max_bad_fraction must be in [0, 1], got {max_bad_fraction}")
         if min_bad < 1:
-            raise ValueError(f"min_bad must be at least 1, not {min_bad}")
+            raise ValueError(f"min_bad must be at least 1, got {min_bad}")
         self.dataset = dataset
         self.max_bad_fraction = max_bad_fraction
         self.min_bad = min_bad if max_bad_fraction else 1
@@ -55,27 +63,28 @@ class ResilientDataset(Dataset[tuple[Any, Any]]):
 
     @property
     def bad_count(self) -> int:
-        """Bad reads so far, those of all workers included."""
+        """Number of bad reads so far, including those of all workers."""
         return int(self._counts[_BAD])
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """Returns the sample at `index`, or at the next index that can be read.
+        """Return the sample at `index`, or at the next index that can be read.
 
         Raises:
-            DataError: Too large a share of the images is corrupt, or all of them are.
+            DataError: More images are corrupt than `max_bad_fraction` allows, or all of them are.
         """
         for candidate in itertools.chain(range(index, len(self)), range(index)):
             self._counts[_SEEN] += 1
             try:
                 return self.dataset[candidate]
             except CorruptImageError as error:
-                self._note(candidate, error)
+                self._count_bad(candidate, error)
         raise DataError(f"none of the {len(self)} images can be read")
 
-    def _note(self, index: int, error: CorruptImageError) -> None:
+    def _count_bad(self, index: int, error: CorruptImageError) -> None:
+        """Count and log a bad read; raise `DataError` above the allowed share."""
         self._counts[_BAD] += 1
         seen, bad = self._counts.tolist()
         if index not in self._logged:
@@ -84,5 +93,5 @@ class ResilientDataset(Dataset[tuple[Any, Any]]):
         if bad >= self.min_bad and bad > self.max_bad_fraction * seen:
             raise DataError(
                 f"{bad} of {seen} images read are corrupt, more than the allowed share of "
-                f"{self.max_bad_fraction:g} (max_bad_fraction); the last: {error}"
+                f"{self.max_bad_fraction:g} (max_bad_fraction); the last one: {error}"
             ) from error

@@ -1,12 +1,14 @@
-"""Which samples a process draws in an epoch, and the seed that each of them is drawn with.
+"""Samplers for training and evaluation, and the seeded data set that they are used with.
 
-Every sampler yields (index, seed) pairs for `SeededDataset`. The order is a function of (seed,
-epoch); the randomness inside a sample is a function of (seed, epoch, position in the order). So
-nothing depends on the number of workers or on their state, and an interrupted epoch continues
-exactly with `set_epoch(epoch, start)`, without any saved random state.
+A sampler chooses the samples of one process in an epoch. It yields (index, seed) pairs for
+`SeededDataset`, which seeds the random generators before it reads a sample. The order of an epoch
+depends only on (seed, epoch). The randomness of a sample, such as its augmentation, depends only on
+(seed, epoch, position in the order). Therefore the number of workers has no effect on the samples,
+and an interrupted epoch continues exactly after `set_epoch(epoch, start)`, without saved random
+states.
 
-Repeated augmentation follows Hoffer et al., "Augment your batch" (2019), in the form that DeiT
-uses. The order of an epoch is drawn anew in every run, with torchrun or without.
+Repeated augmentation follows Hoffer et al., "Augment your batch" (2019), in the variant of DeiT.
+One thing differs from DeiT: runs without torchrun also shuffle differently in every epoch.
 """
 
 import random
@@ -20,27 +22,38 @@ from torch.utils.data import Dataset, Sampler
 
 from datasets.images import ImageDataset
 
-# Keeps these seeds apart from seeds that others derive from the same small numbers.
+__all__ = [
+    "SeededSampler",
+    "DistributedShuffleSampler",
+    "RepeatedAugSampler",
+    "EvalSampler",
+    "SeededDataset",
+]
+
+# This constant makes the seeds differ from those that other code derives from the same numbers.
 _SEED_DOMAIN = 0xDA7A
 
 
 class SeededSampler(Sampler[tuple[int, int]], ABC):
-    """Base: turns this process's share of the order into (index, seed) pairs.
+    """Base class: an iterator over the (index, seed) pairs of one process.
 
     Args:
         size: Number of samples in the data set, at least 1.
-        rank: This process, from 0.
+        rank: Rank of this process, from 0.
         world_size: Number of processes.
-        seed: The run's seed, at least 0.
+        seed: Seed of the run, at least 0.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
 
     def __init__(self, size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
         if size < 1:
-            raise ValueError(f"size must be at least 1, not {size}")
+            raise ValueError(f"size must be at least 1, got {size}")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, {world_size}), not {rank}")
+            raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
         if seed < 0:
-            raise ValueError(f"seed must be at least 0, not {seed}")
+            raise ValueError(f"seed must be at least 0, got {seed}")
         super().__init__()
         self.size = size
         self.rank = rank
@@ -50,33 +63,37 @@ class SeededSampler(Sampler[tuple[int, int]], ABC):
         self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Chooses the epoch that the next iteration goes through.
+        """Set the epoch of the next iteration.
 
         Args:
-            epoch: From 0.
-            start: Samples of this process to skip, because they were drawn before an interruption.
+            epoch: Number of the epoch, from 0.
+            start: Number of samples of this process to skip, because they were already used before
+                an interruption.
+
+        Raises:
+            ValueError: An argument is out of range.
         """
         if epoch < 0:
-            raise ValueError(f"epoch must be at least 0, not {epoch}")
+            raise ValueError(f"epoch must be at least 0, got {epoch}")
         if not 0 <= start <= len(self):
-            raise ValueError(f"start must be in [0, {len(self)}], not {start}")
+            raise ValueError(f"start must be in [0, {len(self)}], got {start}")
         self.epoch = epoch
         self.start = start
 
     @abstractmethod
     def __len__(self) -> int:
-        """Samples of this process in a whole epoch, whatever `start` is."""
+        """Return the number of samples of this process in a whole epoch; `start` does not count."""
 
     @abstractmethod
     def _indices(self) -> np.ndarray:
-        """This process's indices in a whole epoch, (len(self),) int64."""
+        """Return the indices of this process in a whole epoch, (len(self),) int64."""
 
     def _positions(self) -> np.ndarray:
-        """Where these stand in the order over all processes, (len(self),) int64."""
+        """Return the positions of these indices in the order over all processes, int64."""
         return np.arange(self.rank, len(self) * self.world_size, self.world_size)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        # Kept here: set_epoch must not change an iteration that is under way.
+        # A copy, because set_epoch must not change an iteration that has started.
         epoch = self.epoch
         pairs = np.stack([self._indices(), self._positions()], axis=1)[self.start :]
         for index, position in pairs.tolist():
@@ -84,10 +101,17 @@ class SeededSampler(Sampler[tuple[int, int]], ABC):
 
 
 class DistributedShuffleSampler(SeededSampler):
-    """Every sample once per epoch, shuffled and dealt out to the processes in turn.
+    """A sampler for training: every sample once per epoch, in shuffled order.
 
-    Where the size does not divide, the first samples of the order come once more at its end, so
-    that all processes take the same number of steps.
+    The processes get the samples of the order in turn. If the number of samples is not divisible by
+    the number of processes, the first samples of the order are repeated at its end, so that all
+    processes have the same number of steps.
+
+    Args:
+        size: Number of samples in the data set, at least 1.
+        rank: Rank of this process, from 0.
+        world_size: Number of processes.
+        seed: Seed of the run, at least 0.
     """
 
     def __len__(self) -> int:
@@ -99,19 +123,22 @@ class DistributedShuffleSampler(SeededSampler):
 
 
 class RepeatedAugSampler(SeededSampler):
-    """Repeated augmentation: three differently augmented copies of an image side by side.
+    """A sampler for repeated augmentation: several differently augmented copies of each image.
 
-    The shuffled order, each index `repeats` times in a row, is dealt out to the processes in
-    turn, so the copies of one image meet in one global batch. An epoch keeps the length of a
-    plain one rounded down to a multiple of 256, so it shows about a third of the images: another
-    third in every epoch. Data of fewer than 256 images is not rounded down.
+    In the shuffled order, each index is repeated `repeats` times. The processes get the samples of
+    this order in turn, so the copies of one image are in the same total batch. An epoch has as many
+    samples as without repetition, rounded down to a multiple of 256 (not for fewer than 256
+    images). With 3 repeats it therefore has about a third of the images, in every epoch other ones.
 
     Args:
         size: Number of samples in the data set, at least 1.
-        rank: This process, from 0.
+        rank: Rank of this process, from 0.
         world_size: Number of processes.
-        seed: The run's seed; 0 gives the published order.
-        repeats: Copies of each image.
+        seed: Seed of the run, at least 0; 0 gives the order of DeiT.
+        repeats: Number of copies of each image, at least 1.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -125,7 +152,7 @@ class RepeatedAugSampler(SeededSampler):
     ) -> None:
         super().__init__(size, rank=rank, world_size=world_size, seed=seed)
         if repeats < 1:
-            raise ValueError(f"repeats must be at least 1, not {repeats}")
+            raise ValueError(f"repeats must be at least 1, got {repeats}")
         self.repeats = repeats
 
     def __len__(self) -> int:
@@ -138,24 +165,27 @@ class RepeatedAugSampler(SeededSampler):
 
 
 class EvalSampler(SeededSampler):
-    """Every sample exactly once over all processes, in order; `set_epoch` is not needed.
+    """A sampler for evaluation: every sample exactly once over all processes, in order.
 
-    Whole batches are dealt out in turn: batch b of the data goes to process `b % world_size`. So a
-    batch holds the same samples for any number of processes, and what is computed of it is the
-    same to the last bit. Nothing is padded: processes may get counts that differ by one batch, and
-    none where there are more processes than batches.
+    The processes get whole batches in turn: batch b of the data goes to process `b % world_size`.
+    So a batch has the same samples for any number of processes, and its results are bitwise equal.
+    There is no padding: the number of batches may differ by one between processes, and is 0 for
+    some if there are more processes than batches. `set_epoch` is not needed.
 
     Args:
         size: Number of samples in the data set, at least 1.
-        batch_size: Samples in a batch of the loader, at least 1.
-        rank: This process, from 0.
+        batch_size: Batch size of the loader, at least 1.
+        rank: Rank of this process, from 0.
         world_size: Number of processes.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
 
     def __init__(self, size: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(size, rank=rank, world_size=world_size)
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -170,13 +200,15 @@ class EvalSampler(SeededSampler):
 
 
 class SeededDataset(Dataset[tuple[Any, Any]]):
-    """Draws a sample with python's, numpy's and torch's (CPU) random generators seeded for it.
+    """A seeded data set: the randomness of a sample depends only on (seed, epoch, position).
 
-    The generators get their former state back afterwards, so that the number of workers, 0
-    included, changes nothing for anybody else.
+    It takes the (index, seed) pairs of a `SeededSampler` as indices. Before it reads a sample, it
+    seeds the random generators of Python, numpy and torch (CPU) with that seed. Afterwards it
+    restores their states, so that reading in the main process, without workers, does not change
+    any other random numbers.
 
     Args:
-        dataset: Any map-style data set of (image, target).
+        dataset: A map-style data set of (image, target).
     """
 
     def __init__(self, dataset: ImageDataset) -> None:
@@ -191,11 +223,11 @@ class SeededDataset(Dataset[tuple[Any, Any]]):
         return len(self.dataset)
 
     def __getitem__(self, pair: tuple[int, int]) -> tuple[Any, Any]:
-        """Returns sample `index` as drawn with `seed`, for the pair (index, seed) of a sampler."""
+        """Return the sample of an (index, seed) pair."""
         return self.__getitems__([pair])[0]
 
     def __getitems__(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[Any, Any]]:
-        """Returns the samples of a batch, for the pairs (index, seed) of a sampler."""
+        """Return the samples of a batch of (index, seed) pairs."""
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         try:
             return [self._draw(index, seed) for index, seed in pairs]
@@ -205,23 +237,24 @@ class SeededDataset(Dataset[tuple[Any, Any]]):
             torch.set_rng_state(states[2])
 
     def _draw(self, index: int, seed: int) -> tuple[Any, Any]:
+        """Seed the random generators and read one sample."""
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        # Not torch.manual_seed: that reseeds every GPU too, whose state is not restored here.
+        # torch.manual_seed would also seed the GPUs, whose states are not restored here.
         torch.default_generator.manual_seed(seed)
         return self.dataset[index]
 
 
 def _sample_seed(seed: int, epoch: int, position: int) -> int:
-    """A 63-bit seed for the sample at `position` of the epoch's order over all processes."""
+    """Return the 63-bit seed of the sample at `position` of the epoch's order."""
     sequence = np.random.SeedSequence((seed, epoch, position), spawn_key=(_SEED_DOMAIN,))
     return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
 def _shuffled(sampler: SeededSampler) -> np.ndarray:
-    """The epoch's order of all samples, (size,) int64; the same in every process."""
-    # torch's CPU generator uses the low 32 bits alone, so seed and epoch are mixed into those; at
-    # seed 0 it is the epoch itself, as in the published recipe.
+    """Return the epoch's order of all samples, (size,) int64; it is the same in every process."""
+    # torch's CPU generator uses only the low 32 bits of a seed, so seed and epoch are mixed into
+    # these. With seed 0 the result is the epoch, as in DeiT.
     mixed = (sampler.seed * 0x9E3779B1 + sampler.epoch) % 2**32
     generator = torch.Generator().manual_seed(mixed)
     return torch.randperm(sampler.size, generator=generator).numpy()

@@ -1,14 +1,18 @@
-"""Drawing one scene of handwritten digits, with the tight box and the mask of each."""
+"""Drawing of one scene of handwritten digits, with a tight box and a mask for each digit."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+__all__ = ["DIGIT_SIDES", "Box", "Glyph", "Scene", "draw_scene"]
+
+# Smallest and largest side of a resized digit, in pixels.
 DIGIT_SIDES = (18, 36)
-_MOST_DIGITS = 4
-_MOST_TRIES = 50
-_INK = 0.25
+_MAX_DIGITS = 4
+_MAX_TRIES = 50
+# A pixel with more ink than this, in 0..1, belongs to the digit's mask.
+_INK_THRESHOLD = 0.25
 
 Box = tuple[int, int, int, int]
 Glyph = tuple[int, int, np.ndarray]
@@ -16,13 +20,13 @@ Glyph = tuple[int, int, np.ndarray]
 
 @dataclass(frozen=True)
 class Scene:
-    """One image and its objects.
+    """One image and its n objects.
 
     Attributes:
-        pixels: (size, size, 3) uint8.
-        boxes: n boxes (x, y, width, height) in pixels.
-        digits: n digits.
-        masks: n bool masks (size, size).
+        pixels: RGB pixels, (size, size, 3) uint8.
+        boxes: Boxes (x, y, width, height) in pixels, n of them.
+        digits: Digits 0 to 9, n of them.
+        masks: Masks (size, size) bool, n of them.
     """
 
     pixels: np.ndarray
@@ -32,26 +36,27 @@ class Scene:
 
 
 def draw_scene(glyphs: list[Glyph], size: int, draw: np.random.Generator) -> Scene:
-    """Draws one scene.
+    """Draw one scene.
 
     Args:
-        glyphs: (number, digit, ink (8, 8) uint8) to choose from.
-        size: Side of the canvas, pixels.
-        draw: Source of all that is random.
+        glyphs: Digit images to choose from, each (number, digit, ink), with ink (8, 8) uint8 in
+            0..255.
+        size: Side of the canvas in pixels.
+        draw: Random generator for all choices.
     """
     canvas = _background(size, draw)
     taken = np.zeros((size, size), dtype=bool)
     boxes, digits, masks = [], [], []
-    for _ in range(draw.integers(1, _MOST_DIGITS + 1)):
+    for _ in range(draw.integers(1, _MAX_DIGITS + 1)):
         _, digit, glyph = glyphs[draw.integers(len(glyphs))]
         side = int(draw.integers(DIGIT_SIDES[0], DIGIT_SIDES[1] + 1))
         color = draw.uniform(0.4, 1, 3)
         ink = _enlarge(glyph, (side, side))
-        left, top, width, height = _tight_box(ink > _INK)
-        place = _find_place(taken, width, height, draw)
-        if place is None:
+        left, top, width, height = _tight_box(ink > _INK_THRESHOLD)
+        corner = _find_corner(taken, width, height, draw)
+        if corner is None:
             continue
-        x, y = place
+        x, y = corner
         mask = np.zeros((size, size), dtype=bool)
         _paste(canvas, mask, ink, color / color.max(), x - left, y - top)
         taken[y : y + height, x : x + width] = True
@@ -62,30 +67,30 @@ def draw_scene(glyphs: list[Glyph], size: int, draw: np.random.Generator) -> Sce
 
 
 def _background(size: int, draw: np.random.Generator) -> np.ndarray:
-    """Soft dark colors and noise, (size, size, 3) in about 0..0.5."""
-    grid = draw.uniform(0, 0.35, (4, 4, 3))
-    soft = _enlarge((grid * 255).round().astype(np.uint8), (size, size))
+    """Draw smooth dark colors with noise, (size, size, 3) in about 0..0.5."""
+    coarse = draw.uniform(0, 0.35, (4, 4, 3))
+    soft = _enlarge((coarse * 255).round().astype(np.uint8), (size, size))
     return soft + draw.normal(0, 0.06, soft.shape)
 
 
 def _enlarge(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes uint8 pixels (bicubic) to (width, height); float in 0..1."""
+    """Resize uint8 pixels (bicubic) to (width, height); return floats in 0..1."""
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)) / 255
 
 
 def _tight_box(mask: np.ndarray) -> Box:
-    """The smallest (x, y, width, height) around what is True."""
+    """Return the smallest box around the True pixels of a mask."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     x, y = int(columns[0]), int(rows[0])
     return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
 
 
-def _find_place(
+def _find_corner(
     taken: np.ndarray, width: int, height: int, draw: np.random.Generator
 ) -> tuple[int, int] | None:
-    """A corner (x, y) where a box is inside and a pixel away from all others, if one is found."""
+    """Try random corners (x, y) until a box fits inside, a pixel away from all others."""
     size = len(taken)
-    for _ in range(_MOST_TRIES):
+    for _ in range(_MAX_TRIES):
         x, y = int(draw.integers(size - width + 1)), int(draw.integers(size - height + 1))
         if not taken[max(0, y - 1) : y + height + 1, max(0, x - 1) : x + width + 1].any():
             return x, y
@@ -95,10 +100,10 @@ def _find_place(
 def _paste(
     canvas: np.ndarray, mask: np.ndarray, ink: np.ndarray, color: np.ndarray, x: int, y: int
 ) -> None:
-    """Writes `ink` with its corner at (x, y); what would lie outside is faint, and left out."""
+    """Draw `ink` with its corner at (x, y); the faint margin outside the canvas is dropped."""
     left, top = max(0, -x), max(0, -y)
     part = ink[top : len(canvas) - y, left : len(canvas) - x]
     rows = slice(y + top, y + top + part.shape[0])
     columns = slice(x + left, x + left + part.shape[1])
     canvas[rows, columns] += part[..., None] * (color - canvas[rows, columns])
-    mask[rows, columns] = part > _INK
+    mask[rows, columns] = part > _INK_THRESHOLD

@@ -1,9 +1,10 @@
-"""Image transforms of the DeiT recipe, through timm.
+"""Image transforms of the DeiT recipe, built with timm.
 
 Training: random resized crop, flip, RandAugment, random erasing. Evaluation: resize to 256/224 of
-the input size, center crop. As in DeiT, inputs of at most 32 pixels (CIFAR, digits) are cropped
-at random from a border of 4 pixels instead, and evaluated whole. What differs: small images of
-another size are first resized to the input size, and rectangles are allowed everywhere.
+the input size, center crop. As in DeiT, inputs of at most 32 pixels (CIFAR, digits) get a random
+crop with a padding of 4 pixels instead of the random resized crop, and evaluation does not crop
+them. Two things differ from DeiT: small images of another size are first resized to the input size,
+and the input size may be a rectangle.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+
+__all__ = ["Augment", "build_transform"]
 
 Augment = Literal["recipe", "affine", "none"]
 
@@ -35,21 +38,25 @@ def build_transform(
     remode: str = "pixel",
     recount: int = 1,
 ) -> transforms.Compose:
-    """Builds the transform from a PIL RGB image to a normalized float tensor (3, H, W).
+    """Build the transform from a PIL RGB image to a normalized float tensor (3, H, W).
 
     Args:
-        is_train: The random transform for training, or the fixed one for evaluation.
-        input_size: Side in pixels, or (height, width).
-        augment: `recipe`, DeiT's; `affine`, for images that are resized whole, such as digits:
-            a rotation of at most 12 degrees, 15 % of scale and a shift of 7.5 %, nothing else;
-            `none`, the evaluation transform for training too. Pass it for evaluation as well:
-            what is trained whole is evaluated whole.
-        color_jitter: Strength; without effect where `aa` is given.
-        aa: timm's name of a RandAugment or AutoAugment policy, or None.
-        train_interpolation: `bicubic`, `bilinear` or `random` (one of both for each image).
+        is_train: True for the random transform of training, False for that of evaluation.
+        input_size: Side, or (height, width), in pixels.
+        augment: Augmentation for training. `recipe` is that of DeiT. `affine` resizes the image
+            without a crop, then rotates it by at most 12 degrees, scales it by at most 15 % and
+            shifts it by at most 7.5 %; it suits small images such as digits. `none` is the
+            evaluation transform. Pass the same value for evaluation: after `affine`, evaluation
+            does not crop either.
+        color_jitter: Strength of the color jitter; without effect if `aa` is given.
+        aa: Name of a RandAugment or AutoAugment policy in timm, or None.
+        train_interpolation: `bicubic`, `bilinear` or `random` (one of the two for each image).
         reprob: Probability of random erasing.
-        remode: `pixel`, `rand` or `const` filling of what is erased.
-        recount: Rectangles erased.
+        remode: Content of an erased rectangle: `pixel`, `rand` or `const`.
+        recount: Number of erased rectangles.
+
+    Returns:
+        The transform.
 
     Raises:
         ValueError: An argument is not one of the allowed values.
@@ -59,11 +66,11 @@ def build_transform(
     _check("remode", remode, _ERASING_MODES)
     size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"input_size must be a side or (height, width) > 0, not {input_size}")
+        raise ValueError(f"input_size must be a side or (height, width) > 0, got {input_size}")
 
-    whole = augment == "affine" or max(size) <= _SMALL
+    without_crop = augment == "affine" or max(size) <= _SMALL
     if not is_train or augment == "none":
-        return _evaluation(size, whole)
+        return _evaluation(size, without_crop)
     if augment == "affine":
         return _affine(size)
     try:
@@ -78,19 +85,22 @@ def build_transform(
             re_count=recount,
         )
     except (AssertionError, ValueError) as error:
-        # timm asserts what it knows of a policy's name.
-        raise ValueError(f"timm refuses aa {aa!r}, color_jitter {color_jitter}: {error}") from error
+        # timm checks the name of a policy with assertions.
+        raise ValueError(
+            f"aa and color_jitter must be accepted by timm, got aa {aa!r}, "
+            f"color_jitter {color_jitter}: {error}"
+        ) from error
     _allow_zero_bits(recipe)
-    if whole:
+    if without_crop:
         crop = [_resize(size), transforms.RandomCrop(size, padding=4)]
         recipe = transforms.Compose(crop + recipe.transforms[1:])
     return recipe
 
 
 def _allow_zero_bits(recipe: transforms.Compose) -> None:
-    """Lets timm's posterize keep no bits, which gives a black image, under every Pillow.
+    """Let timm's posterize keep 0 bits, which gives a black image, with every version of Pillow.
 
-    At the end of its range the recipe asks for that, and Pillow 13 refuses it.
+    The recipe uses 0 bits at the end of its range, which Pillow 13 rejects.
     """
     for step in recipe.transforms:
         for op in getattr(step, "ops", []):
@@ -99,13 +109,15 @@ def _allow_zero_bits(recipe: transforms.Compose) -> None:
 
 
 def _posterize(image: Image.Image, bits: int, **unused: object) -> Image.Image:
+    """Keep the highest `bits` bits of each channel."""
     if bits < 1:
         return Image.new(image.mode, image.size)
     return ImageOps.posterize(image, min(bits, 8))
 
 
-def _evaluation(size: tuple[int, int], whole: bool) -> transforms.Compose:
-    if whole:
+def _evaluation(size: tuple[int, int], without_crop: bool) -> transforms.Compose:
+    """Build the evaluation transform."""
+    if without_crop:
         return transforms.Compose([_resize(size), *_to_tensor()])
     return create_transform(
         input_size=size, is_training=False, interpolation="bicubic", crop_pct=224 / 256
@@ -113,6 +125,7 @@ def _evaluation(size: tuple[int, int], whole: bool) -> transforms.Compose:
 
 
 def _affine(size: tuple[int, int]) -> transforms.Compose:
+    """Build the training transform for `augment="affine"`."""
     affine = transforms.RandomAffine(
         degrees=12,
         translate=(0.075, 0.075),
@@ -123,10 +136,12 @@ def _affine(size: tuple[int, int]) -> transforms.Compose:
 
 
 def _resize(size: tuple[int, int]) -> transforms.Resize:
+    """Build a resize to exactly (height, width)."""
     return transforms.Resize(size, interpolation=InterpolationMode.BICUBIC)
 
 
 def _to_tensor() -> list[object]:
+    """Build the last steps: conversion to a tensor and normalization."""
     return [
         transforms.ToTensor(),
         transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
@@ -134,5 +149,6 @@ def _to_tensor() -> list[object]:
 
 
 def _check(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise `ValueError` if a value is not allowed."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

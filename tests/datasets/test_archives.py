@@ -15,7 +15,7 @@ import pytest
 
 from datasets import DataError, TarArchive, TarImages, archive_index, archives
 from datasets.archive_index import ArchiveIndex, save_index, signature_of
-from datasets.names import PackedNames
+from datasets.packed_strings import PackedStrings
 
 WriteTar = Callable[..., Path]
 
@@ -219,7 +219,7 @@ def test_an_indexed_archive_of_a_million_members_opens_in_seconds(tmp_path: Path
     names = [f"n{i // 1000:08d}/n{i // 1000:08d}_{i:08d}.JPEG" for i in range(count)]
     offsets = np.arange(count, dtype=np.int64)
     signature = signature_of(path.stat())
-    index = ArchiveIndex(PackedNames.pack(names), offsets, offsets, signature)
+    index = ArchiveIndex(PackedStrings.pack(names), offsets, offsets, signature)
     save_index(index, tmp_path / "train.tar.index.npz")
 
     # The processor's time: the machine may be busy with other things.
@@ -322,7 +322,7 @@ def test_a_missing_archive_is_told(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", [[], ["a"], ["", "a", "", "ü/\udcff.jpg", "b" * 999]])
 def test_packed_names_are_the_names(names: list[str]) -> None:
-    packed = PackedNames.pack(names)
+    packed = PackedStrings.pack(names)
     assert list(packed) == names
     assert [packed[i] for i in range(len(names))] == names
     assert [packed[i - len(names)] for i in range(len(names))] == names
