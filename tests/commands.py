@@ -1,4 +1,4 @@
-"""How a command fails: its exit code and its one line on stderr."""
+"""Helper for tests of failing commands."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,10 +14,14 @@ __all__ = ["failure_of"]
 def failure_of(
     main: Callable[[list[str]], None], argv: Sequence[str], capsys: pytest.CaptureFixture
 ) -> tuple[int, str]:
-    """Runs `main` as its command does; it has to fail with exactly one line."""
+    """Run `main` as its command does and check that it fails with one line on stderr.
+
+    Returns:
+        The exit code and the line.
+    """
     capsys.readouterr()
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as exit_info:
         run(lambda: main(list(argv)), DataError, CheckpointError)
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
-    return leaving.value.code, lines[0]
+    return exit_info.value.code, lines[0]

@@ -11,17 +11,18 @@ import torch
 from rpe_ops import implementations
 
 if not torch.cuda.is_available():
-    # Before the first import of Triton, whose kernels then run in its interpreter.
+    # Run Triton kernels in its interpreter; this must be set before Triton is imported.
     assert "triton" not in sys.modules
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Many small tensors: more threads only wait for each other, and figures stay the same everywhere.
+# The tensors are small, so more threads are slower. One thread also gives the same results on
+# every machine.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Random inputs are the same in every run, whatever ran before."""
+def seed_torch() -> None:
+    """Seed torch before every test, so that its random inputs do not depend on other tests."""
     torch.manual_seed(0)
 
 
@@ -29,7 +30,7 @@ def seeded() -> None:
     params=["reference", "cpp", pytest.param("triton", marks=pytest.mark.slow)], scope="module"
 )
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every implementation that runs on the CPU in turn, in the place of "auto"."""
+    """Each implementation that runs on the CPU, used instead of "auto"."""
     if request.param == "cpp":
         from tests.rpe_ops.extension import provide_library
 
@@ -47,7 +48,7 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fill fresh memory with NaN (integers with their maximum), so that unwritten outputs show."""
+    """Fill new memory with NaN (integers: their maximum) to detect outputs that are not written."""
     before = torch.are_deterministic_algorithms_enabled()
     fill_before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -58,8 +59,8 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def own_logging() -> None:
-    """Undo what a command run by an earlier test or fixture did to the root logger."""
+def reset_logging() -> None:
+    """Reset the root logger, which commands in earlier tests or fixtures may have changed."""
     root = logging.getLogger()
     root.setLevel(logging.WARNING)
     for handler in [handler for handler in root.handlers if hasattr(handler, "set_by_engine")]:

@@ -1,4 +1,4 @@
-"""Small trees of real images, as folders, as tars and as zips."""
+"""Small sets of images in folders, tars and zips."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from tests.datasets.coco_files import FILES, data
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keeps every test out of the user's own cache."""
+    """Replace the user's cache by an empty folder in every test."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
@@ -58,38 +58,38 @@ def _write_folder(root: Path, files: dict[str, bytes]) -> Path:
 
 @pytest.fixture
 def png() -> Callable[[int], bytes]:
-    """A 13 x 9 image of noise, the same for the same seed."""
+    """A function that encodes 13 x 9 pixels of noise as a PNG; equal seeds give equal images."""
     return _png
 
 
 @pytest.fixture(scope="session")
 def write_tar() -> Callable[..., Path]:
-    """Writes {name: content} as a tar."""
+    """A function that writes {name: content} as a tar."""
     return _write_tar
 
 
 @pytest.fixture(scope="session")
 def write_zip() -> Callable[..., Path]:
-    """Writes {name: content} as a zip."""
+    """A function that writes {name: content} as a zip."""
     return _write_zip
 
 
 @pytest.fixture
 def write_folder() -> Callable[..., Path]:
-    """Writes {name: content} as a folder tree."""
+    """A function that writes {name: content} as files in a folder."""
     return _write_folder
 
 
 @pytest.fixture
 def tree() -> dict[str, bytes]:
-    """Three classes with 7 images in all, in no particular order."""
+    """Seven images of three classes as {name: content}, not sorted."""
     names = ("b/2.png", "b/10.png", "a/x.png", "c-d/1.png", "c-d/0.png", "a/y.png", "a/w.png")
     return {name: _png(seed) for seed, name in enumerate(names)}
 
 
 @pytest.fixture
 def write_annotations(tmp_path: Path) -> Callable[..., Path]:
-    """Writes an annotation file."""
+    """A function that writes an annotation file."""
 
     def write(content: dict[str, Any]) -> Path:
         path = tmp_path / "instances.json"
@@ -103,7 +103,7 @@ def write_annotations(tmp_path: Path) -> Callable[..., Path]:
 def pictures(
     png: Callable[[int], bytes], tmp_path: Path, write_folder: Callable[..., Path]
 ) -> Path:
-    """The images of `coco_files` as a folder."""
+    """A folder with the images of `coco_files`."""
     return write_folder(tmp_path / "pictures", {name: png(key) for key, name in FILES.items()})
 
 
@@ -114,7 +114,7 @@ def coco_path(
     write_zip: Callable[..., Path],
     write_folder: Callable[..., Path],
 ) -> Path:
-    """Training images in a folder, validation images in a zip."""
+    """A data set in COCO's layout: training images in a folder, validation images in a zip."""
     root = tmp_path / "coco"
     (root / "annotations").mkdir(parents=True)
     for split in ("train", "val"):

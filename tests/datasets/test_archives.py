@@ -1,4 +1,4 @@
-"""A tar read in place: right bytes in every process, an index that is kept, damage that is told."""
+"""Tests of `TarArchive`: content of members, the stored index, errors for damaged files."""
 
 import copy
 import gzip
@@ -21,14 +21,14 @@ WriteTar = Callable[..., Path]
 
 
 def noise(count: int) -> dict[str, bytes]:
-    """Members of many sizes, up to a few pages; every one different."""
+    """Return `count` different members with sizes of 1 to 9,000 bytes."""
     draw = np.random.RandomState(0)
     return {f"{i % 5}/{i:04d}.bin": draw.bytes(1 + draw.randint(9000)) for i in range(count)}
 
 
 @pytest.fixture
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The archives that were scanned so far."""
+    """List of the archives that were scanned so far."""
     seen: list[Path] = []
     scan = archives.scan_tar
 
@@ -62,7 +62,7 @@ def test_members_are_found_by_name(
         archive.read("a.bin")
 
 
-def test_the_last_of_equal_names_counts_and_hard_links_are_followed(tmp_path: Path) -> None:
+def test_the_last_of_equal_names_is_used_and_hard_links_are_followed(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     (tmp_path / "one").write_bytes(b"first")
     with tarfile.open(path, "w") as tar:
@@ -97,14 +97,16 @@ def test_the_index_is_rebuilt_when_the_archive_changes(
     path = write_tar(tmp_path / "train.tar", {"a": b"1", "b": b"2"})
     TarArchive(path)
     write_tar(path, {"b": b"3", "c": b"4"})
-    # The same size: what tells is the time alone.
+    # The size is the same, so only the modification time differs.
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
     archive = TarArchive(path)
     assert {name: archive.read(name) for name in archive.names} == {"b": b"3", "c": b"4"}
     assert len(scans) == 2
 
 
-def test_several_may_index_an_archive_at_once(write_tar: WriteTar, tmp_path: Path) -> None:
+def test_several_threads_can_index_an_archive_at_the_same_time(
+    write_tar: WriteTar, tmp_path: Path
+) -> None:
     files = noise(211)
     path = write_tar(tmp_path / "train.tar", files)
     with ThreadPoolExecutor(4) as pool:
@@ -146,13 +148,13 @@ def test_an_archive_in_a_read_only_folder_is_indexed_in_the_cache(
     scans: list[Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Not by chmod: root, as whom containers run, may write anywhere.
+    # chmod has no effect on root, the usual user in containers.
     save = archive_index.save_index
 
-    def read_only(index: ArchiveIndex, place: Path) -> None:
-        if place.parent == tmp_path:
+    def read_only(index: ArchiveIndex, index_path: Path) -> None:
+        if index_path.parent == tmp_path:
             raise PermissionError(13, "Permission denied")
-        save(index, place)
+        save(index, index_path)
 
     monkeypatch.setattr(archive_index, "save_index", read_only)
     path = write_tar(tmp_path / "train.tar", noise(5))
@@ -164,7 +166,7 @@ def test_an_archive_in_a_read_only_folder_is_indexed_in_the_cache(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into read-only folders")
-def test_a_folder_without_write_permission_is_left_alone(
+def test_a_folder_without_write_permission_is_not_changed(
     write_tar: WriteTar, tmp_path: Path, cache: Path
 ) -> None:
     path = write_tar(tmp_path / "shared" / "train.tar", noise(5))
@@ -177,13 +179,13 @@ def test_a_folder_without_write_permission_is_left_alone(
         path.parent.chmod(0o755)
 
 
-def test_an_index_that_can_be_stored_nowhere_is_no_error(
+def test_an_index_that_cannot_be_stored_is_not_an_error(
     write_tar: WriteTar,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def fail(index: ArchiveIndex, place: Path) -> None:
+    def fail(index: ArchiveIndex, index_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(archive_index, "save_index", fail)
@@ -193,13 +195,13 @@ def test_an_index_that_can_be_stored_nowhere_is_no_error(
     assert "could not be stored" in caplog.text
 
 
-def test_storing_an_index_leaves_the_old_one_when_it_fails(
+def test_a_failed_save_keeps_the_old_index(
     write_tar: WriteTar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_tar(tmp_path / "train.tar", noise(3))
     index = TarArchive(path)._index
-    place = tmp_path / "train.tar.index.npz"
-    before = place.read_bytes()
+    index_path = tmp_path / "train.tar.index.npz"
+    before = index_path.read_bytes()
 
     def half(file: object, **arrays: np.ndarray) -> None:
         file.write(b"half")  # type: ignore[attr-defined]
@@ -207,8 +209,8 @@ def test_storing_an_index_leaves_the_old_one_when_it_fails(
 
     monkeypatch.setattr(archive_index.np, "savez", half)
     with pytest.raises(OSError, match="No space"):
-        save_index(index, place)
-    assert place.read_bytes() == before
+        save_index(index, index_path)
+    assert index_path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train.tar", "train.tar.index.npz"]
 
 
@@ -222,7 +224,7 @@ def test_an_indexed_archive_of_a_million_members_opens_in_seconds(tmp_path: Path
     index = ArchiveIndex(PackedStrings.pack(names), offsets, offsets, signature)
     save_index(index, tmp_path / "train.tar.index.npz")
 
-    # The processor's time: the machine may be busy with other things.
+    # CPU time, because other processes may slow down the machine.
     start = time.process_time()
     archive = TarArchive(path)
     assert archive._index.find(names[123_456]) == 123_456
@@ -272,9 +274,9 @@ def _cut(content: bytes, at: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
-        # One member is a header of 512 bytes and 1,024 of content.
+        # A member has a header of 512 bytes and 1,024 bytes of content.
         (lambda tar: _cut(tar, 2 * 1536 + 700), "truncated"),
         (lambda tar: _cut(tar, 2 * 1536 + 100), "truncated"),
         (lambda tar: _cut(tar, 2 * 1536), "truncated"),
@@ -295,8 +297,8 @@ def _cut(content: bytes, at: int) -> bytes:
         "compressed",
     ],
 )
-def test_a_damaged_archive_is_told_in_one_sentence(
-    damage: Callable[[bytes], bytes], told: str, write_tar: WriteTar, tmp_path: Path
+def test_a_damaged_archive_is_reported_in_one_sentence(
+    damage: Callable[[bytes], bytes], message: str, write_tar: WriteTar, tmp_path: Path
 ) -> None:
     path = write_tar(
         tmp_path / "train.tar",
@@ -305,14 +307,14 @@ def test_a_damaged_archive_is_told_in_one_sentence(
     )
     assert len(TarArchive(path)) == 4
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=told) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         TarArchive(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder"])
-def test_a_missing_archive_is_told(kind: str, tmp_path: Path) -> None:
+def test_a_missing_archive_is_reported(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "train.tar"
     if kind == "folder":
         path.mkdir()
@@ -320,12 +322,12 @@ def test_a_missing_archive_is_told(kind: str, tmp_path: Path) -> None:
         TarArchive(path)
 
 
-@pytest.mark.parametrize("names", [[], ["a"], ["", "a", "", "ü/\udcff.jpg", "b" * 999]])
-def test_packed_names_are_the_names(names: list[str]) -> None:
-    packed = PackedStrings.pack(names)
-    assert list(packed) == names
-    assert [packed[i] for i in range(len(names))] == names
-    assert [packed[i - len(names)] for i in range(len(names))] == names
-    for outside in (len(names), -len(names) - 1):
+@pytest.mark.parametrize("strings", [[], ["a"], ["", "a", "", "ü/\udcff.jpg", "b" * 999]])
+def test_packed_strings_equal_the_strings(strings: list[str]) -> None:
+    packed = PackedStrings.pack(strings)
+    assert list(packed) == strings
+    assert [packed[i] for i in range(len(strings))] == strings
+    assert [packed[i - len(strings)] for i in range(len(strings))] == strings
+    for outside in (len(strings), -len(strings) - 1):
         with pytest.raises(IndexError):
             packed[outside]

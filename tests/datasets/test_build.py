@@ -1,4 +1,4 @@
-"""DeiT's data set names: what each opens, and what it says when the data are not there."""
+"""Tests of `build_dataset`: the data set of each name, and errors for missing data."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from datasets import (
 
 Write = Callable[..., Path]
 
-# Super category and number of each species; the folders are numbered across super categories.
+# Folder of each species: super category and number. Numbers are unique over super categories.
 SPECIES = ["Plantae/0", "Aves/1", "Plantae/2"]
 RANKS = [
     {"id": 0, "name": "Acer rubrum", "kingdom": "Plantae", "genus": "Acer"},
@@ -34,7 +34,7 @@ RANKS = [
 
 @pytest.fixture
 def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """CIFAR-100's files with four images instead of 60,000."""
+    """A folder with CIFAR-100's files, but four images instead of 60,000."""
     folder = tmp_path / CIFAR100.base_folder
     folder.mkdir()
 
@@ -57,7 +57,7 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def inat(tmp_path: Path, write_folder: Write, png: Callable[[int], bytes]) -> Path:
-    """iNaturalist 2018 and 2019: three species, each with two images to train, one to validate."""
+    """iNaturalist 2018 and 2019 with three species: two training images and one for validation."""
     for year in ("2018", "2019"):
         splits: dict[str, list[str]] = {"train": [], "val": []}
         for number, species in enumerate(SPECIES):
@@ -82,12 +82,12 @@ def test_cifar_is_opened(cifar: Path) -> None:
     assert target == 2
 
 
-def test_missing_cifar_is_told(tmp_path: Path) -> None:
+def test_missing_cifar_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"CIFAR-100 .*expected .*cifar-100-python"):
         build_dataset("CIFAR", tmp_path, "train")
 
 
-def test_damaged_cifar_is_told(cifar: Path) -> None:
+def test_damaged_cifar_is_reported(cifar: Path) -> None:
     file = cifar / CIFAR100.base_folder / "train"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(DataError, match=r"CIFAR-100 .*expected .*cifar-100-python"):
@@ -125,7 +125,7 @@ def test_inaturalist_follows_the_official_split(inat: Path, data_set: str, year:
     ],
     ids=["name", "supercategory", "kingdom", "genus"],
 )
-def test_inaturalist_has_the_classes_of_any_rank(
+def test_inaturalist_has_the_classes_of_the_chosen_rank(
     inat: Path, category: str, classes: list[str], targets: list[int]
 ) -> None:
     val = INaturalistImages(inat, "2018", "val", category=category)
@@ -134,16 +134,19 @@ def test_inaturalist_has_the_classes_of_any_rank(
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda root: (root / "2018").rename(root / "2017"), "no folder .*2018"),
         (lambda root: (root / "val2018.json").unlink(), r"cannot read .*val2018\.json: No such"),
-        (lambda root: (root / "val2018.json").write_text("{"), r"val2018\.json is no valid JSON"),
-        (lambda root: (root / "val2018.json").write_text("{}"), "no iNaturalist annotation"),
+        (lambda root: (root / "val2018.json").write_text("{"), r"val2018\.json is not valid JSON"),
+        (
+            lambda root: (root / "val2018.json").write_text("{}"),
+            "not an iNaturalist annotation file",
+        ),
         (lambda root: (root / "val2018.json").write_text('{"images": []}'), "lists no images"),
         (
             lambda root: (root / "2018/Aves/1/11.png").unlink(),
-            r"lacks 1 of the 3 images of val, the first Aves/1/11\.png",
+            r"lacks 1 of the 3 images of val, the first is Aves/1/11\.png",
         ),
         (lambda root: (root / "2018/Aves/1").rename(root / "2018/Aves/crow"), "cannot be opened"),
         (lambda root: (root / "categories.json").write_text("[]"), "genus of every species"),
@@ -159,11 +162,11 @@ def test_inaturalist_has_the_classes_of_any_rank(
         "rank_missing",
     ],
 )
-def test_damaged_inaturalist_is_told(
-    inat: Path, damage: Callable[[Path], object], told: str
+def test_damaged_inaturalist_is_reported(
+    inat: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(inat)
-    with pytest.raises(DataError, match=told) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         build_dataset("INAT", inat, "val", inat_category="genus")
     assert "\n" not in str(caught.value)
 
@@ -175,7 +178,7 @@ def test_missing_inaturalist_does_not_create_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("load_tar", [False, True], ids=["folder", "tar"])
-def test_digits_are_written_at_first_use_and_train_as_they_are(
+def test_digits_are_written_at_the_first_use_and_can_be_loaded(
     tmp_path: Path, load_tar: bool
 ) -> None:
     transform = build_transform(True, input_size=24, augment="affine")
@@ -197,7 +200,7 @@ def test_digits_are_written_at_first_use_and_train_as_they_are(
     assert batches == [((100, 3, 24, 24), 100)] * 3 + [((59, 3, 24, 24), 59)]
 
 
-def test_imagenet_validation_is_numbered_as_train(
+def test_imagenet_validation_uses_the_class_numbers_of_train(
     tmp_path: Path, write_folder: Write, tree: dict[str, bytes]
 ) -> None:
     write_folder(tmp_path / "train", tree)
@@ -212,22 +215,22 @@ def test_imagenet_validation_is_numbered_as_train(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "told"),
+    ("arguments", "error", "message"),
     [
-        (("MNIST", "train"), ValueError, "data_set must be one of CIFAR, IMNET.*'MNIST'"),
-        (("IMNET", "test"), ValueError, "split must be train or val, not 'test'"),
+        (("MNIST", "train"), ValueError, "data_set must be one of CIFAR, IMNET.*got 'MNIST'"),
+        (("IMNET", "test"), ValueError, "split must be train or val, got 'test'"),
         (("IMNET", "train"), DataError, "there is no folder"),
     ],
     ids=["data_set", "split", "data_path"],
 )
-def test_a_bad_argument_is_named(
-    arguments: tuple[str, str], error: type[Exception], told: str, tmp_path: Path
+def test_an_invalid_argument_is_named(
+    arguments: tuple[str, str], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     data_set, split = arguments
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         build_dataset(data_set, tmp_path, split)
 
 
-def test_tars_are_refused_where_there_are_none(cifar: Path) -> None:
+def test_load_tar_is_refused_for_data_sets_without_tars(cifar: Path) -> None:
     with pytest.raises(DataError, match="--load-tar is for IMNET and DIGITS: CIFAR has no tars"):
         build_dataset("CIFAR", cifar, "train", load_tar=True)

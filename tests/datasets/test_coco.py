@@ -1,4 +1,4 @@
-"""COCO's format: targets as recorded, labels, masks, folder and zip alike, loaders."""
+"""Tests of data sets in COCO's format: targets, labels, masks, folders and zips, loaders."""
 
 import logging
 import pickle
@@ -32,12 +32,15 @@ COCO_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Check that two targets are equal."""
     assert list(one) == list(other)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("case", ["mixed", "none", "only_crowd"])
-def test_targets_are_the_recorded_ones(case: str, tmp_path: Path, write_annotations: Write) -> None:
+def test_targets_equal_the_recorded_targets(
+    case: str, tmp_path: Path, write_annotations: Write
+) -> None:
     recorded = golden_json("transforms")["coco_prepare"][case]
     (tmp_path / "images").mkdir()
     Image.new("RGB", (640, 480)).save(tmp_path / "images" / "7.jpg")
@@ -52,11 +55,11 @@ def test_targets_are_the_recorded_ones(case: str, tmp_path: Path, write_annotati
     assert {name: value.tolist() for name, value in target.items()} == recorded["target"]
     assert {name: list(value.shape) for name, value in target.items()} == recorded["shapes"]
     dtypes = {name: str(value.dtype) for name, value in target.items()}
-    # The one thing done otherwise: recorded as float32 where there is no object.
+    # One difference: the recorded iscrowd is float32 if there is no object.
     assert dtypes == recorded["dtypes"] | {"iscrowd": "torch.int64"}
 
 
-def test_samples_come_by_image_id_with_their_objects(
+def test_samples_are_sorted_by_image_id_and_have_their_objects(
     pictures: Path, write_annotations: Write, png: Png
 ) -> None:
     dataset = CocoImages(pictures, write_annotations(data()))
@@ -73,7 +76,7 @@ def test_samples_come_by_image_id_with_their_objects(
     assert "masks" not in targets[1]
 
 
-def test_categories_are_numbered_without_gaps(pictures: Path, write_annotations: Write) -> None:
+def test_labels_have_no_gaps(pictures: Path, write_annotations: Write) -> None:
     dataset = CocoImages(pictures, write_annotations(data()))
     assert dataset.label_to_category == {0: 3, 1: 7, 2: 40}
     assert dataset.classes == ["dog", "cat", "cow"]
@@ -81,7 +84,7 @@ def test_categories_are_numbered_without_gaps(pictures: Path, write_annotations:
     assert dataset[1][1]["labels"].tolist() == [1, 0]
 
 
-def test_coco_keeps_its_published_numbers(pictures: Path, write_annotations: Write) -> None:
+def test_labels_of_coco_are_its_category_ids(pictures: Path, write_annotations: Write) -> None:
     categories = [{"id": number, "name": f"c{number}"} for number in COCO_IDS]
     dataset = CocoImages(pictures, write_annotations(data(categories=categories)))
     assert dataset.num_classes == 91
@@ -90,9 +93,7 @@ def test_coco_keeps_its_published_numbers(pictures: Path, write_annotations: Wri
     assert dataset[1][1]["labels"].tolist() == [7, 3]
 
 
-def test_validation_takes_over_the_labels_of_training(
-    pictures: Path, write_annotations: Write
-) -> None:
+def test_validation_uses_the_labels_of_training(pictures: Path, write_annotations: Write) -> None:
     known = {0: 40, 1: 7, 2: 3, 3: 99}
     dataset = CocoImages(pictures, write_annotations(data()), label_map=known)
     assert dataset.label_to_category == known
@@ -102,19 +103,19 @@ def test_validation_takes_over_the_labels_of_training(
         CocoImages(pictures, write_annotations(data()), label_map={0: 3, 1: 7})
 
 
-def test_masks_are_drawn_from_polygons_and_runs(pictures: Path, write_annotations: Write) -> None:
+def test_masks_are_decoded_from_polygons_and_rle(pictures: Path, write_annotations: Write) -> None:
     box = torch.zeros(9, 13, dtype=torch.bool)
     box[2:5, 1:5] = True
-    runs = coco_mask.encode(np.asfortranarray(box.numpy(), dtype=np.uint8))
-    shapes = [
+    rle = coco_mask.encode(np.asfortranarray(box.numpy(), dtype=np.uint8))
+    segmentations = [
         square(1, 2, 4, 3),
         [*square(1, 2, 4, 2), *square(1, 4, 4, 1), [1, 1, 2, 2]],
         {"size": [9, 13], "counts": [11, 3, 6, 3, 6, 3, 6, 3, 76]},
-        {"size": [9, 13], "counts": runs["counts"].decode()},
+        {"size": [9, 13], "counts": rle["counts"].decode()},
     ]
     objects = [
-        {"id": i, "image_id": 5, "category_id": 3, "bbox": [1, 2, 4, 3], "segmentation": shape}
-        for i, shape in enumerate(shapes)
+        {"id": i, "image_id": 5, "category_id": 3, "bbox": [1, 2, 4, 3], "segmentation": value}
+        for i, value in enumerate(segmentations)
     ]
     degenerate = objects[0] | {"bbox": [1, 2, 0, 3]}
     path = write_annotations(data(annotations=[degenerate, *objects]))
@@ -124,15 +125,15 @@ def test_masks_are_drawn_from_polygons_and_runs(pictures: Path, write_annotation
     assert CocoImages(pictures, path, with_masks=True)[0][1]["masks"].shape == (0, 9, 13)
 
 
-def test_what_other_tools_leave_out_is_filled_in(pictures: Path, write_annotations: Write) -> None:
+def test_missing_area_and_id_are_filled_in(pictures: Path, write_annotations: Write) -> None:
     bare = [dict(entry) for entry in ANNOTATIONS]
-    stray = {"image_id": 77, "category_id": 3, "bbox": [0, 0, 1, 1]}
-    dataset = CocoImages(pictures, write_annotations(data(annotations=[*bare, stray])))
+    without_image = {"image_id": 77, "category_id": 3, "bbox": [0, 0, 1, 1]}
+    dataset = CocoImages(pictures, write_annotations(data(annotations=[*bare, without_image])))
     assert dataset[1][1]["area"].tolist() == [12, 28]
     assert len(dataset.coco.anns) == 5
 
 
-def test_pycocotools_gets_the_file_in_silence(
+def test_pycocotools_reads_the_file_without_output(
     pictures: Path, write_annotations: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = CocoImages(pictures, write_annotations(data()))
@@ -141,11 +142,11 @@ def test_pycocotools_gets_the_file_in_silence(
     assert [entry["iscrowd"] for entry in dataset.coco.dataset["annotations"]] == [0, 0, 0, 1]
     assert capsys.readouterr().out == ""
     assert dataset.coco is dataset.coco
-    # Workers are not sent the file.
+    # The object is not sent to workers.
     assert "coco" not in pickle.loads(pickle.dumps(dataset)).__dict__
 
 
-@pytest.mark.parametrize("packed", ["as_named", "in_own_folder", "in_any_folder", "deflated"])
+@pytest.mark.parametrize("packed", ["no_folder", "folder_of_its_name", "other_folder", "deflated"])
 def test_folder_and_zip_give_the_same_samples(
     packed: str,
     pictures: Path,
@@ -154,7 +155,7 @@ def test_folder_and_zip_give_the_same_samples(
     write_zip: Write,
     tmp_path: Path,
 ) -> None:
-    prefix = {"in_own_folder": "pictures/", "in_any_folder": "any/"}.get(packed, "")
+    prefix = {"folder_of_its_name": "pictures/", "other_folder": "any/"}.get(packed, "")
     files = {prefix + name: png(key) for key, name in FILES.items()}
     files["__MACOSX/._a.png"] = b"not an image"
     path = write_zip(tmp_path / "pictures.zip", files, 8 * (packed == "deflated"))
@@ -185,7 +186,7 @@ def test_folder_or_zip_is_found_for_each_split(
     assert np.array_equal(train[0][0], val[0][0])
     assert f"train: images from {coco_path / 'train2017'}" in caplog.text
     assert f"val: images from {coco_path / 'val2017.zip'}" in caplog.text
-    # An empty folder is no data.
+    # An empty folder is ignored.
     (coco_path / "val2017").mkdir()
     assert len(build_coco("val", coco_path)) == 4
     write_zip(coco_path / "train2017.zip", {"wrong": b""})
@@ -193,10 +194,10 @@ def test_folder_or_zip_is_found_for_each_split(
     with caplog.at_level(logging.INFO):
         build_coco("train", coco_path)
     assert "both" in caplog.text
-    assert "train2017.zip are there: the folder is used" in caplog.text
+    assert "train2017.zip exist: the folder is used" in caplog.text
 
 
-def test_images_and_annotations_may_lie_anywhere(
+def test_images_and_annotations_can_have_any_path(
     coco_path: Path, pictures: Path, write_annotations: Write
 ) -> None:
     own = build_coco("train", images=pictures, annotations=write_annotations(data()))
@@ -220,7 +221,7 @@ def test_a_corrupt_image_is_replaced_with_its_target(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_gives_the_same_batches_for_any_number_of_workers(
+def test_a_loader_has_the_same_batches_for_any_number_of_workers(
     workers: int, coco_path: Path
 ) -> None:
     transforms = build_coco_transforms("train", image_size=16)

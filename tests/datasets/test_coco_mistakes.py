@@ -1,4 +1,4 @@
-"""What is wrong with a data set in COCO's format is told in one sentence that names it."""
+"""Errors in a data set of COCO's format are reported in one sentence with file and problem."""
 
 import logging
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Png = Callable[[int], bytes]
 Write = Callable[..., Path]
 
 
-def test_nothing_to_find_is_told(coco_path: Path, tmp_path: Path) -> None:
+def test_missing_data_is_reported(coco_path: Path, tmp_path: Path) -> None:
     (coco_path / "val2017.zip").unlink()
     with pytest.raises(DataError, match=r"no images in .*expected the folder val2017 or val2017\."):
         build_coco("val", coco_path)
@@ -27,12 +27,12 @@ def test_nothing_to_find_is_told(coco_path: Path, tmp_path: Path) -> None:
         build_coco("train", images=tmp_path)
     with pytest.raises(DataError, match=r"no images at .*nowhere: expected a folder or a zip"):
         build_coco("val", coco_path, images=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="split must be train or val, not 'test'"):
+    with pytest.raises(ValueError, match="split must be train or val, got 'test'"):
         build_coco("test", coco_path)
 
 
 @pytest.mark.parametrize("form", ["folder", "zip"])
-def test_a_missing_image_is_told_at_the_start(
+def test_a_missing_image_is_reported_at_the_start(
     form: str, pictures: Path, write_annotations: Write, png: Png, write_zip: Write, tmp_path: Path
 ) -> None:
     (pictures / "c.png").unlink()
@@ -43,50 +43,53 @@ def test_a_missing_image_is_told_at_the_start(
         path = write_zip(tmp_path / "pictures.zip", files)
     with pytest.raises(DataError) as caught:
         CocoImages(path, write_annotations(data()))
-    told = str(caught.value)
-    assert str(path) in told
-    assert "sub/b.png, which the annotations name: 2 of 4 images are missing" in told
+    message = str(caught.value)
+    assert str(path) in message
+    assert "sub/b.png, which the annotations name: 2 of 4 images are missing" in message
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
-        (changed(bbox=[1, float("nan"), 4, 3]), r"annotation 10 has the bbox \[1, nan, 4, 3\]"),
-        (changed(bbox=[1, 2, float("inf"), 3]), "annotation 10 has the bbox .*four finite"),
-        (changed(bbox=[1, 2, 3]), "annotation 10 has the bbox .*four finite"),
-        (changed(bbox=["1", 2, 3, 4]), "annotation 10 has the bbox .*four finite"),
-        (changed(bbox=None), "annotation 10 has the bbox None"),
-        (changed(bbox=None, id=None), "annotation number 1 has the bbox None"),
-        (changed(category_id=4), "annotation 10 has the category 4, which the file does not list"),
-        (changed(segmentation=None), "annotation 10 has no segmentation"),
-        (changed(segmentation=[]), "annotation 10 has no segmentation"),
+        (
+            changed(bbox=[1, float("nan"), 4, 3]),
+            r"annotation 10: bbox must .*, got \[1, nan, 4, 3\]",
+        ),
+        (changed(bbox=[1, 2, float("inf"), 3]), "annotation 10: bbox must be four finite"),
+        (changed(bbox=[1, 2, 3]), "annotation 10: bbox must be four finite"),
+        (changed(bbox=["1", 2, 3, 4]), "annotation 10: bbox must be four finite"),
+        (changed(bbox=None), "annotation 10: bbox must .*, got None"),
+        (changed(bbox=None, id=None), "annotation number 1: bbox must .*, got None"),
+        (changed(category_id=4), "annotation 10: category_id must .* the file lists, got 4"),
+        (changed(segmentation=None), "annotation 10: segmentation is missing"),
+        (changed(segmentation=[]), "annotation 10: segmentation is missing"),
         (changed(segmentation=[[0, 0, 1, 0, 1, float("nan")]]), "polygons of finite numbers"),
         (changed(segmentation=[1, 2, 3, 4, 5, 6]), "polygons of finite numbers"),
-        (changed(segmentation={"counts": "x"}), "RLE without counts or size"),
-        (changed(image_id=None), "no COCO annotation file: 'image_id' is missing"),
-        (data(images=[{"id": 5}]), "no COCO annotation file: 'file_name' is missing"),
-        (data(images=[{"id": "x", "file_name": "a.png"}]), "no COCO annotation file"),
-        (data(images=[{"id": 5, "file_name": "a.png"}]), "image 5 has no height and width"),
+        (changed(segmentation={"counts": "x"}), "RLE segmentation lacks counts or size"),
+        (changed(image_id=None), "not a COCO annotation file: 'image_id' is missing"),
+        (data(images=[{"id": 5}]), "not a COCO annotation file: 'file_name' is missing"),
+        (data(images=[{"id": "x", "file_name": "a.png"}]), "not a COCO annotation file"),
+        (data(images=[{"id": 5, "file_name": "a.png"}]), "image 5 lacks height or width"),
         (data(images=[]), "lists no images"),
         (data(categories=[]), "lists no categories"),
-        (data(images=7), "no COCO annotation file"),
-        (data(annotations=[7]), "no COCO annotation file"),
+        (data(images=7), "not a COCO annotation file"),
+        (data(annotations=[7]), "not a COCO annotation file"),
         ({"images": [], "annotations": []}, "'categories' is missing"),
-        ([1], "no object at its top"),
+        ([1], "top level must be a JSON object, got list"),
     ],
     ids=lambda value: "" if isinstance(value, (dict, list)) else value[:40],
 )
-def test_wrong_annotations_are_told_in_one_sentence(
-    content: Any, told: str, pictures: Path, write_annotations: Write
+def test_invalid_annotations_are_reported_in_one_sentence(
+    content: Any, message: str, pictures: Path, write_annotations: Write
 ) -> None:
     path = write_annotations(content)
-    with pytest.raises(DataError, match=told) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         CocoImages(pictures, path, with_masks=True)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_segmentation_does_not_matter_without_masks(
+def test_a_missing_segmentation_is_allowed_without_masks(
     pictures: Path, write_annotations: Write
 ) -> None:
     assert (
@@ -95,19 +98,19 @@ def test_a_missing_segmentation_does_not_matter_without_masks(
     )
 
 
-def test_a_truncated_annotation_file_is_told(pictures: Path, write_annotations: Write) -> None:
+def test_a_truncated_annotation_file_is_reported(pictures: Path, write_annotations: Write) -> None:
     path = write_annotations(data())
     path.write_text(path.read_text()[:-9])
     with pytest.raises(DataError, match=r"instances\.json is truncated, damaged or not JSON"):
         CocoImages(pictures, path)
 
 
-def test_runs_of_another_size_name_the_image(pictures: Path, write_annotations: Write) -> None:
-    for runs in ({"counts": [0, 4], "size": [2, 2]}, {"counts": [0, 4], "size": [9, 13]}):
+def test_an_rle_of_another_size_names_the_image(pictures: Path, write_annotations: Write) -> None:
+    for rle in ({"counts": [0, 4], "size": [2, 2]}, {"counts": [0, 4], "size": [9, 13]}):
         dataset = CocoImages(
-            pictures, write_annotations(changed(segmentation=runs)), with_masks=True
+            pictures, write_annotations(changed(segmentation=rle)), with_masks=True
         )
-        with pytest.raises(DataError, match=r"instances\.json: a\.png: an RLE .*size"):
+        with pytest.raises(DataError, match=r"instances\.json: a\.png: RLE .*size"):
             dataset[1]
 
 

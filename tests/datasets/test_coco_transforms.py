@@ -1,4 +1,4 @@
-"""DETR's transforms against the recorded ones; random training samples; batches."""
+"""Tests of DETR's transforms: recorded values, random training samples, batches."""
 
 import random
 
@@ -18,20 +18,20 @@ from datasets.coco_transforms import (
 )
 from tests.recipes import golden, golden_json
 
-# The recorded runs all start from these boxes, with half their area as the objects'.
+# Boxes of the recorded samples before the transforms. The area of an object is half of its box.
 BOXES = [[10, 20, 200, 300], [400, 100, 639, 479], [300, 200, 340, 260], [600, 10, 638, 50]]
 BOXES.append([0, 0, 30, 40])
 LABELS = [1, 17, 44, 62, 90]
 
 
 def made_image(width: int, height: int) -> Image.Image:
-    """The image that the golden data describe."""
+    """Make the image that the recorded values were computed from."""
     y, x, c = np.mgrid[:height, :width, :3]
     return Image.fromarray(((3 * x + 5 * y + 70 * c + x * y // 7) % 256).astype(np.uint8))
 
 
 def made_target(width: int, height: int) -> dict[str, torch.Tensor]:
-    """The target before any transform."""
+    """Make the target before the transforms."""
     boxes = torch.tensor(BOXES, dtype=torch.float32)
     return {
         "boxes": boxes,
@@ -45,7 +45,7 @@ def made_target(width: int, height: int) -> dict[str, torch.Tensor]:
 
 
 def masks_of(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Boxes (x0, y0, x1, y1) in whole pixels, filled."""
+    """Fill boxes (x0, y0, x1, y1), rounded to pixels."""
     masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
     for mask, (x0, y0, x1, y1) in zip(masks, boxes.round().int().tolist(), strict=True):
         mask[y0:y1, x0:x1] = True
@@ -53,30 +53,30 @@ def masks_of(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def assert_recorded(image: torch.Tensor, target: dict[str, torch.Tensor], case: str) -> None:
-    """Compares a sample with a recorded one."""
+    """Compare a sample with a recorded one."""
     arrays = golden("transforms")
     split, number = case.split("/")
-    facts = golden_json("transforms")[split][number]
-    assert list(image.shape) == facts["shape"]
+    expected = golden_json("transforms")[split][number]
+    assert list(image.shape) == expected["shape"]
     sample = image.flatten()[torch.from_numpy(arrays[f"{case}/sample_idx"])]
     torch.testing.assert_close(sample, torch.from_numpy(arrays[f"{case}/sample"]))
     means = image.mean(dim=(1, 2)).tolist()
-    assert means == pytest.approx(facts["mean"], abs=1e-5)
-    assert image.std(dim=(1, 2)).tolist() == pytest.approx(facts["std"], abs=1e-5)
-    assert set(target) == set(facts["target"])
+    assert means == pytest.approx(expected["mean"], abs=1e-5)
+    assert image.std(dim=(1, 2)).tolist() == pytest.approx(expected["std"], abs=1e-5)
+    assert set(target) == set(expected["target"])
     for name, value in target.items():
         torch.testing.assert_close(value, torch.from_numpy(arrays[f"{case}/target/{name}"]))
 
 
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (1000, 300)])
-def test_evaluation_is_the_recorded_one(width: int, height: int) -> None:
+def test_evaluation_equals_the_recorded_values(width: int, height: int) -> None:
     transform = build_coco_transforms("val")
     image, target = transform(made_image(width, height), made_target(width, height))
     assert_recorded(image, target, f"val/{width}x{height}")
 
 
 @pytest.mark.parametrize("number", ["0", "1"])
-def test_training_with_the_recorded_draws_is_the_recorded_one(number: str) -> None:
+def test_training_with_recorded_random_numbers_equals_the_recorded_values(number: str) -> None:
     draws = [draw[2] for draw in golden_json("transforms")["train"][number]["rng_calls"]]
     flipped, _, first, width, height, (top,), (left,), scale = draws
     sample = made_image(640, 480), made_target(640, 480)
@@ -88,7 +88,7 @@ def test_training_with_the_recorded_draws_is_the_recorded_one(number: str) -> No
     assert_recorded(*normalize(*sample), f"train/{number}")
 
 
-def test_sizes_are_the_recorded_ones() -> None:
+def test_sizes_equal_the_recorded_sizes() -> None:
     for image, cases in golden_json("transforms")["sizes"].items():
         width, height = map(int, image.split("x"))
         for case, expected in cases.items():
@@ -100,11 +100,11 @@ def test_sizes_are_the_recorded_ones() -> None:
 @pytest.mark.parametrize(
     ("height", "width"), [(1, 5000), (5000, 1), (1, 1)], ids=["flat", "tall", "one_pixel"]
 )
-def test_an_extreme_image_keeps_a_pixel(height: int, width: int) -> None:
+def test_an_extreme_aspect_ratio_keeps_at_least_one_pixel(height: int, width: int) -> None:
     assert min(short_side_size(height, width, 800, 1333)) >= 1
 
 
-def test_training_samples_are_of_the_recipes_sizes_and_boxes_stay_inside() -> None:
+def test_training_samples_have_the_sizes_of_the_recipe() -> None:
     transform = build_coco_transforms("train")
     seen: dict[bool, set[int]] = {True: set(), False: set()}
     for seed in range(24):
@@ -120,7 +120,7 @@ def test_training_samples_are_of_the_recipes_sizes_and_boxes_stay_inside() -> No
     assert min(len(seen[True]), len(seen[False])) >= 3
 
 
-def test_a_training_sample_is_a_function_of_the_seed() -> None:
+def test_a_training_sample_depends_on_the_seed() -> None:
     transform = build_coco_transforms("train", image_size=96)
     drawn = []
     for _ in range(2):
@@ -130,7 +130,7 @@ def test_a_training_sample_is_a_function_of_the_seed() -> None:
     assert torch.equal(drawn[0][1]["boxes"], drawn[1][1]["boxes"])
 
 
-def test_no_augmentation_is_the_evaluation() -> None:
+def test_no_augmentation_is_the_evaluation_transform() -> None:
     sample = made_image(63, 45), made_target(63, 45)
     options = {"augment": "none", "image_size": 96}
     image, target = build_coco_transforms("train", **options)(*sample)
@@ -150,12 +150,12 @@ def test_another_image_size_scales_the_whole_recipe() -> None:
     assert image.shape == (3, 96, 96)
 
 
-def test_an_image_is_left_as_it_is_at_its_own_size() -> None:
+def test_resize_to_the_same_size_returns_the_image() -> None:
     image = made_image(45, 63)
     assert resize(image, made_target(45, 63), 63, 45)[0] is image
 
 
-def test_flipping_twice_changes_nothing_and_crops_are_the_pixels() -> None:
+def test_flipping_twice_changes_nothing_and_crops_keep_the_pixels() -> None:
     sample = made_image(640, 480), made_target(640, 480)
     image, target = flip(*flip(*sample))
     assert np.array_equal(image, sample[0])
@@ -168,7 +168,7 @@ def test_flipping_twice_changes_nothing_and_crops_are_the_pixels() -> None:
     assert target["area"].tolist() == [210 * 100, 30 * 50]
 
 
-def test_the_caller_keeps_its_target() -> None:
+def test_the_transforms_do_not_change_the_target_in_place() -> None:
     target = made_target(640, 480)
     before = {name: value.clone() for name, value in target.items()}
     for seed in range(6):
@@ -177,7 +177,7 @@ def test_the_caller_keeps_its_target() -> None:
     assert all(torch.equal(target[name], value) for name, value in before.items())
 
 
-def test_masks_follow_their_boxes() -> None:
+def test_masks_are_transformed_with_their_boxes() -> None:
     sample = made_image(640, 480), made_target(640, 480)
     sample[1]["masks"] = masks_of(sample[1]["boxes"], 480, 640)
     for image, target in (
@@ -191,7 +191,7 @@ def test_masks_follow_their_boxes() -> None:
         assert torch.equal(target["masks"], masks_of(target["boxes"], image.height, image.width))
 
 
-def test_an_image_without_objects_goes_through() -> None:
+def test_an_image_without_objects_is_transformed() -> None:
     target = {name: value[:0] for name, value in made_target(640, 480).items()}
     target["masks"] = torch.zeros(0, 480, 640, dtype=torch.bool)
     for seed in range(4):
@@ -227,6 +227,6 @@ def test_a_batch_is_padded_at_the_right_and_the_bottom() -> None:
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
 )
-def test_a_bad_argument_is_named(options: dict[str, object], named: str) -> None:
+def test_an_invalid_argument_is_named(options: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         build_coco_transforms(**{"split": "train", **options})

@@ -1,4 +1,4 @@
-"""The digits on disk: whole or not at all, the same as a folder and as a tar."""
+"""Tests of the written digits: complete or not at all, equal in folders and tars."""
 
 import subprocess
 import sys
@@ -21,6 +21,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(root: Path) -> dict[str, bytes]:
+    """Return {name: content} of the files in a folder, without the stored indices."""
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in root.rglob("*")
@@ -40,7 +41,7 @@ def test_folder_and_tar_hold_the_same_balanced_split(digits: Path, split: str, c
     assert max(shares.values()) - min(shares.values()) <= 0.08 * count / 10 + 1
 
 
-def test_the_images_are_those_of_scikit_learn_and_none_is_in_both_splits(digits: Path) -> None:
+def test_the_splits_divide_the_images_of_scikit_learn(digits: Path) -> None:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -58,7 +59,7 @@ def test_the_images_are_those_of_scikit_learn_and_none_is_in_both_splits(digits:
     assert sorted(numbers) == list(range(1797))
 
 
-def test_writing_again_changes_nothing_and_elsewhere_gives_the_same(
+def test_writing_again_changes_nothing_and_another_folder_gets_the_same(
     digits: Path, tmp_path: Path
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in digits.rglob("*")}
@@ -68,7 +69,7 @@ def test_writing_again_changes_nothing_and_elsewhere_gives_the_same(
     assert contents(write_digits(tmp_path / "empty")) == contents(digits)
 
 
-def test_processes_may_write_at_once(tmp_path: Path, digits: Path) -> None:
+def test_several_threads_can_write_at_the_same_time(tmp_path: Path, digits: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         roots = list(pool.map(write_digits, [tmp_path / "digits"] * 4))
     assert roots == [tmp_path / "digits"] * 4
@@ -91,7 +92,7 @@ def test_an_interrupted_write_leaves_nothing(
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_other_data_are_not_touched(kind: str, tmp_path: Path) -> None:
+def test_other_data_is_not_changed(kind: str, tmp_path: Path) -> None:
     root = tmp_path / "ImageNet"
     if kind == "folder":
         (root / "train" / "n01440764").mkdir(parents=True)
@@ -114,6 +115,6 @@ def test_the_command_fails_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "other").touch()
     with pytest.raises(SystemExit) as caught:
         embedded.main([str(tmp_path)])
-    # A string as the code is printed to stderr, and the exit status is 1.
+    # With a string as the code, Python prints it to stderr and exits with status 1.
     assert str(caught.value.code).startswith(f"error: {tmp_path} holds other files")
     assert "\n" not in caught.value.code

@@ -1,4 +1,4 @@
-"""Folders and tars of class folders: the same samples, and clear words about what is missing."""
+"""Tests of class folders on disk and in tars: equal samples, clear errors for missing data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ Write = Callable[..., Path]
 def open_images(
     request: pytest.FixtureRequest, write_tar: Write, write_folder: Write, tmp_path: Path
 ) -> Callable[..., FolderImages | TarImages]:
-    """Writes {name: content} in one of both forms and opens it."""
+    """A function that writes {name: content} as a folder or a tar and opens it."""
 
     def open_written(files: dict[str, bytes], **options: object) -> FolderImages | TarImages:
         if request.param == "tar":
@@ -26,7 +26,7 @@ def open_images(
 
 
 @pytest.mark.parametrize("prefix", ["", "./", "train/"], ids=["bare", "dot", "with_top_folder"])
-def test_a_tar_gives_the_samples_of_the_folder(
+def test_a_tar_has_the_samples_of_the_folder(
     prefix: str, tree: dict[str, bytes], write_tar: Write, write_folder: Write, tmp_path: Path
 ) -> None:
     folder = FolderImages(write_folder(tmp_path / "train", tree))
@@ -79,7 +79,7 @@ def test_the_transform_is_applied(
     assert open_images(tree, transform=lambda image: image.size)[0] == ((13, 9), 0)
 
 
-def test_validation_is_numbered_by_the_classes_of_train(
+def test_validation_uses_the_class_numbers_of_train(
     open_images: Callable[..., FolderImages], tree: dict[str, bytes]
 ) -> None:
     images = open_images({"b/2.png": tree["b/2.png"]}, classes=["a", "b", "c-d"])
@@ -124,7 +124,7 @@ def test_a_missing_folder_says_what_was_expected(tmp_path: Path) -> None:
         build_imagenet(tmp_path, "val")
 
 
-def test_a_folder_that_cannot_be_listed_is_no_empty_folder(
+def test_a_folder_that_cannot_be_listed_is_an_error(
     tree: dict[str, bytes],
     write_folder: Write,
     tmp_path: Path,
@@ -150,7 +150,7 @@ def test_a_split_is_a_folder_or_a_tar(
     write_tar(tmp_path / "val.tar", tree)
     assert isinstance(build_imagenet(tmp_path, "train"), FolderImages)
     assert isinstance(build_imagenet(tmp_path, "val", load_tar=True), TarImages)
-    with pytest.raises(DataError, match=r"no .*train\.tar; .* drop --load-tar"):
+    with pytest.raises(DataError, match=r"no .*train\.tar, but .* exists: drop --load-tar"):
         build_imagenet(tmp_path, "train", load_tar=True)
-    with pytest.raises(DataError, match=r"no folder .*val; .* add --load-tar"):
+    with pytest.raises(DataError, match=r"no folder .*val, but .* exists: add --load-tar"):
         build_imagenet(tmp_path, "val")

@@ -1,4 +1,4 @@
-"""One corrupt image is replaced; too many end the run with a sentence."""
+"""Tests of `ResilientDataset`: corrupt images are replaced, too many of them are an error."""
 
 import logging
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def to_array(image: object) -> np.ndarray:
 
 @pytest.fixture
 def files(png: Callable[[int], bytes]) -> dict[str, bytes]:
-    """Thirty sound images of one class."""
+    """Thirty readable images of one class as {name: content}."""
     return {f"a/{i:02d}.png": png(i) for i in range(30)}
 
 
@@ -68,7 +68,7 @@ def test_the_replacement_of_the_last_image_is_the_first(
     assert np.array_equal(dataset[29][0], dataset[0][0])
 
 
-def test_too_large_a_share_of_corrupt_images_ends_the_run(
+def test_too_large_a_share_of_corrupt_images_is_an_error(
     files: dict[str, bytes], write_folder: Write, tmp_path: Path
 ) -> None:
     for i in range(0, 30, 3):
@@ -93,7 +93,7 @@ def test_a_share_of_zero_allows_no_corrupt_image(
         dataset[20]
 
 
-def test_data_without_one_readable_image_ends_the_run(
+def test_data_without_a_readable_image_is_an_error(
     files: dict[str, bytes], write_folder: Write, tmp_path: Path
 ) -> None:
     root = write_folder(tmp_path, dict.fromkeys(list(files)[:3], b""))
@@ -112,7 +112,7 @@ def test_other_errors_are_not_hidden(
         dataset[0]
 
 
-def test_the_classes_are_those_of_the_data(
+def test_the_classes_are_those_of_the_wrapped_data_set(
     files: dict[str, bytes], write_folder: Write, tmp_path: Path
 ) -> None:
     assert ResilientDataset(open_folder(write_folder(tmp_path, files))).classes == ["a"]
@@ -127,6 +127,6 @@ def test_the_classes_are_those_of_the_data(
     ],
     ids=["share_above_one", "share_nan", "min_bad"],
 )
-def test_a_bad_argument_is_named(options: dict[str, float], named: str) -> None:
+def test_an_invalid_argument_is_named(options: dict[str, float], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         ResilientDataset(torch.utils.data.TensorDataset(), **options)

@@ -1,4 +1,4 @@
-"""Which samples are drawn: the published order, coverage, and continuing in mid-epoch."""
+"""Tests of the samplers: the order of DeiT, coverage of the data, continuation of an epoch."""
 
 from pathlib import Path
 
@@ -18,17 +18,19 @@ WORLDS = pytest.mark.parametrize("world", [1, 3, 4], ids="{}_ranks".format)
 
 
 def draw(sampler: SeededSampler, epoch: int = 0, start: int = 0) -> list[tuple[int, int]]:
+    """Return the (index, seed) pairs of an epoch."""
     sampler.set_epoch(epoch, start)
     return list(sampler)
 
 
 def indices(sampler: SeededSampler, epoch: int = 0) -> list[int]:
+    """Return the indices of an epoch."""
     return [index for index, _ in draw(sampler, epoch)]
 
 
 @pytest.mark.parametrize("rank", range(4), ids="rank{}".format)
 @pytest.mark.parametrize("epoch", [0, 1], ids="epoch{}".format)
-def test_repeated_augmentation_draws_the_published_indices(epoch: int, rank: int) -> None:
+def test_repeated_augmentation_has_the_indices_of_deit(epoch: int, rank: int) -> None:
     with np.load(GOLDEN) as golden:
         expected = golden[f"ras/n1000_R4_r{rank}_e{epoch}_shuf"].tolist()
     sampler = RepeatedAugSampler(1000, rank=rank, world_size=4, seed=0)
@@ -38,17 +40,17 @@ def test_repeated_augmentation_draws_the_published_indices(epoch: int, rank: int
 
 @SHUFFLED
 @WORLDS
-def test_every_epoch_has_another_order(kind: type[SeededSampler], world: int) -> None:
+def test_every_epoch_has_a_different_order(kind: type[SeededSampler], world: int) -> None:
     sampler = kind(1000, rank=world - 1, world_size=world)
     orders = {tuple(indices(sampler, epoch)) for epoch in range(5)}
     assert len(orders) == 5
 
 
 @SHUFFLED
-def test_another_seed_gives_another_order_and_the_same_seed_the_same(
+def test_order_depends_on_the_seed_and_is_reproducible(
     kind: type[SeededSampler],
 ) -> None:
-    # Seed 1 in epoch 0 must not be seed 0 in epoch 1.
+    # Seed 1 in epoch 0 must not have the order of seed 0 in epoch 1.
     assert indices(kind(300, seed=1), 0) != indices(kind(300, seed=0), 1)
     assert draw(kind(300, seed=7), 2) == draw(kind(300, seed=7), 2)
 
@@ -61,7 +63,7 @@ def test_repeated_augmentation_reaches_every_image_over_the_epochs(size: int, wo
     assert seen == set(range(size))
 
 
-def test_copies_of_one_image_stand_side_by_side_over_the_ranks() -> None:
+def test_copies_of_one_image_are_adjacent_over_the_ranks() -> None:
     ranks = [indices(RepeatedAugSampler(600, rank=rank, world_size=4)) for rank in range(4)]
     dealt = np.array(ranks).T.reshape(-1)
     assert len(dealt) == 512
@@ -108,19 +110,19 @@ def test_evaluation_draws_every_image_exactly_once(size: int, batch: int, world:
 
 
 @pytest.mark.parametrize("world", [2, 3], ids="{}_ranks".format)
-def test_batches_of_evaluation_are_those_of_one_process(world: int) -> None:
+def test_evaluation_has_the_same_batches_as_one_process(world: int) -> None:
     def batches(rank: int, world: int) -> list[list[tuple[int, int]]]:
         sampler = EvalSampler(35, batch_size=4, rank=rank, world_size=world)
         return list(BatchSampler(sampler, batch_size=4, drop_last=False))
 
-    # Indices and seeds alike, so that every process computes what one process would.
+    # Both indices and seeds must be equal.
     dealt = [batch for rank in range(world) for batch in batches(rank, world)]
     assert sorted(dealt) == sorted(batches(0, 1))
 
 
 @SHUFFLED
 @pytest.mark.parametrize("start", [0, 1, 50, 85], ids="start{}".format)
-def test_continuing_in_mid_epoch_is_the_tail_of_the_whole_epoch(
+def test_continued_epoch_is_the_rest_of_the_whole_epoch(
     kind: type[SeededSampler], start: int
 ) -> None:
     sampler = kind(300, rank=1, world_size=3, seed=5)
@@ -131,16 +133,16 @@ def test_continuing_in_mid_epoch_is_the_tail_of_the_whole_epoch(
     assert len(draw(sampler, epoch=5)) == len(whole)
 
 
-def test_choosing_the_next_epoch_does_not_change_the_iteration_under_way() -> None:
+def test_set_epoch_does_not_change_an_iteration_that_has_started() -> None:
     sampler = DistributedShuffleSampler(9)
     expected = draw(sampler, epoch=1)
-    under_way = iter(sampler)
-    first = next(under_way)
+    started = iter(sampler)
+    first = next(started)
     sampler.set_epoch(2, start=4)
-    assert [first, *under_way] == expected
+    assert [first, *started] == expected
 
 
-def test_seeds_change_from_epoch_to_epoch_and_from_rank_to_rank() -> None:
+def test_seeds_differ_between_epochs_and_ranks() -> None:
     seeds = [
         {seed for _, seed in draw(DistributedShuffleSampler(64, rank=r, world_size=2), epoch)}
         for r in range(2)
@@ -160,19 +162,19 @@ def test_seeds_change_from_epoch_to_epoch_and_from_rank_to_rank() -> None:
     ],
     ids=["no_data", "rank_too_big", "rank_negative", "seed", "repeats"],
 )
-def test_a_bad_argument_is_named(arguments: dict[str, int], named: str) -> None:
+def test_an_invalid_argument_is_named(arguments: dict[str, int], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         RepeatedAugSampler(**arguments)
 
 
-def test_a_bad_batch_size_of_evaluation_is_named() -> None:
-    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+def test_an_invalid_batch_size_of_evaluation_is_named() -> None:
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         EvalSampler(9, batch_size=0)
 
 
 @pytest.mark.parametrize(
     ("epoch", "start", "named"), [(-1, 0, "epoch"), (0, -1, "start"), (0, 10, "start")]
 )
-def test_a_bad_place_in_the_run_is_named(epoch: int, start: int, named: str) -> None:
+def test_an_invalid_epoch_or_start_is_named(epoch: int, start: int, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         DistributedShuffleSampler(9).set_epoch(epoch, start)

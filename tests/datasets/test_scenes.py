@@ -1,4 +1,4 @@
-"""Scenes of digits: the same from a seed, whole or not at all, tight boxes that keep apart."""
+"""Tests of the written scenes: reproducible, complete or not at all, with tight boxes."""
 
 import io
 import itertools
@@ -30,6 +30,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(root: Path) -> dict[str, bytes]:
+    """Return {name: content} of the files in a folder, without the stored indices."""
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in root.rglob("*")
@@ -38,10 +39,11 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def annotations(root: Path, split: str) -> dict[str, Any]:
+    """Read the annotation file of a split."""
     return json.loads((root / "annotations" / f"instances_{split}2017.json").read_text())
 
 
-def test_the_tree_is_that_of_coco(few: Path) -> None:
+def test_the_files_have_the_names_of_coco(few: Path) -> None:
     assert sorted(contents(few)) == [
         "annotations/instances_train2017.json",
         "annotations/instances_val2017.json",
@@ -63,7 +65,7 @@ def test_the_tree_is_that_of_coco(few: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_boxes_are_tight_inside_and_apart(few: Path, split: str) -> None:
+def test_boxes_are_tight_inside_the_image_and_do_not_touch(few: Path, split: str) -> None:
     data = annotations(few, split)
     by_image: dict[int, list[list[int]]] = {image["id"]: [] for image in data["images"]}
     for entry in data["annotations"]:
@@ -86,7 +88,7 @@ def test_boxes_are_tight_inside_and_apart(few: Path, split: str) -> None:
             assert (high < low).any(), "at least one pixel between them"
 
 
-def test_ink_is_brighter_than_what_is_around_it(few: Path) -> None:
+def test_ink_is_brighter_than_the_background(few: Path) -> None:
     data = build_coco("val", few, with_masks=True)
     for image, target in (data[i] for i in range(len(data))):
         brightest = np.asarray(image).max(axis=2)
@@ -96,7 +98,7 @@ def test_ink_is_brighter_than_what_is_around_it(few: Path) -> None:
             assert brightest[mask].max() > 200
 
 
-def test_every_digit_and_every_count_comes_about_equally_often() -> None:
+def test_every_digit_and_every_count_is_about_equally_frequent() -> None:
     glyphs = split_digits()["train"]
     drawn = [draw_scene(glyphs, 96, np.random.default_rng(seed)) for seed in range(300)]
     counts = np.bincount([len(scene.digits) for scene in drawn], minlength=5)
@@ -106,7 +108,7 @@ def test_every_digit_and_every_count_comes_about_equally_often() -> None:
     assert digits.min() > 0.06 * digits.sum()
 
 
-def test_the_splits_are_of_different_glyphs(
+def test_the_splits_use_different_digit_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[set[int]] = []
@@ -121,7 +123,7 @@ def test_the_splits_are_of_different_glyphs(
     assert (len(train), len(val), len(train & val)) == (1438, 359, 0)
 
 
-def test_writing_again_changes_nothing_and_elsewhere_gives_the_same(
+def test_writing_again_changes_nothing_and_another_folder_gets_the_same(
     few: Path, tmp_path: Path
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in few.rglob("*")}
@@ -131,9 +133,7 @@ def test_writing_again_changes_nothing_and_elsewhere_gives_the_same(
     assert contents(write_scenes(tmp_path / "empty", FEW)) == contents(few)
 
 
-def test_another_seed_gives_other_scenes_and_more_scenes_begin_alike(
-    few: Path, tmp_path: Path
-) -> None:
+def test_scenes_depend_on_the_seed_and_not_on_their_number(few: Path, tmp_path: Path) -> None:
     other = write_scenes(tmp_path / "seed", SceneOptions(train=40, val=7, seed=1))
     assert contents(other)["val2017.zip"] != contents(few)["val2017.zip"]
     more = build_coco("train", write_scenes(tmp_path / "more", SceneOptions(train=45, val=7)))
@@ -158,7 +158,7 @@ def test_the_labels_are_the_digits(few: Path) -> None:
     assert train.label_to_category == {digit: digit + 1 for digit in range(10)}
 
 
-def test_processes_may_write_at_once(tmp_path: Path, few: Path) -> None:
+def test_several_threads_can_write_at_the_same_time(tmp_path: Path, few: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         roots = list(pool.map(lambda root: write_scenes(root, FEW), [tmp_path / "scenes"] * 3))
     assert roots == [tmp_path / "scenes"] * 3
@@ -180,7 +180,7 @@ def test_an_interrupted_write_leaves_nothing(
 
 
 @pytest.mark.parametrize("kind", ["coco", "other_scenes"])
-def test_other_data_are_not_touched(kind: str, few: Path, tmp_path: Path) -> None:
+def test_other_data_is_not_changed(kind: str, few: Path, tmp_path: Path) -> None:
     root = few
     if kind == "coco":
         root = tmp_path / "coco"
@@ -196,7 +196,7 @@ def test_other_data_are_not_touched(kind: str, few: Path, tmp_path: Path) -> Non
     [({"train": 0}, "train"), ({"size": 35}, "size .*36.*35"), ({"seed": -1}, "seed")],
     ids=["train", "size", "seed"],
 )
-def test_a_bad_option_is_named(options: dict[str, int], named: str) -> None:
+def test_an_invalid_option_is_named(options: dict[str, int], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         SceneOptions(**options)
 

@@ -1,4 +1,4 @@
-"""A sample is a function of its seed, in whatever process it is drawn."""
+"""Tests of `SeededDataset`: a sample depends only on its index and seed."""
 
 import random
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from datasets import FolderImages, RepeatedAugSampler, SeededDataset, build_tran
 
 
 class Draws(Dataset[tuple[torch.Tensor, int]]):
-    """Draws from every generator that augmentation uses."""
+    """A data set of random numbers from every generator that augmentation uses."""
 
     classes = ("only",)
 
@@ -25,7 +25,7 @@ class Draws(Dataset[tuple[torch.Tensor, int]]):
         return torch.tensor([index, *drawn], dtype=torch.float64), 0
 
 
-def test_the_whole_recipe_is_a_function_of_the_seed(
+def test_an_augmented_image_depends_only_on_the_seed(
     tree: dict[str, bytes], write_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     transform = build_transform(True, input_size=64, reprob=1.0)
@@ -39,7 +39,7 @@ def test_the_whole_recipe_is_a_function_of_the_seed(
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["drawn", "failed"])
-def test_the_generators_get_their_state_back(fails: bool) -> None:
+def test_the_states_of_the_generators_are_restored(fails: bool) -> None:
     def generators() -> list[float]:
         return [random.random(), np.random.uniform(), torch.rand(()).item()]
 

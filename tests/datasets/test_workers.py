@@ -1,4 +1,4 @@
-"""Data loader workers, forked and spawned, against no workers: bytes, randomness, counts."""
+"""Tests of loaders: forked and spawned workers return the same samples as no workers."""
 
 import random
 from collections.abc import Callable
@@ -25,7 +25,7 @@ EPOCHS = 2
 
 
 class Members(Dataset[tuple[Any, int]]):
-    """The bytes of each member, with a draw from every generator that augmentation uses."""
+    """A data set of member contents, with random numbers from every generator."""
 
     classes = ("only",)
 
@@ -45,7 +45,7 @@ class Members(Dataset[tuple[Any, int]]):
 
 @pytest.fixture(scope="module")
 def files() -> dict[str, bytes]:
-    """Members of many sizes, up to a few pages; every one different."""
+    """Different members with sizes of 1 to 9,000 bytes."""
     draw = np.random.RandomState(0)
     return {f"{i:04d}.png": draw.bytes(1 + draw.randint(9000)) for i in range(101)}
 
@@ -60,8 +60,9 @@ def archive(
 
 
 def load(archive: TarArchive, workers: int, method: str | None) -> Loaded:
-    """Goes through two epochs of the archive, two of whose images are corrupt."""
-    # Opened before the workers start, which is what breaks readers that share a file position.
+    """Load two epochs of an archive with two corrupt images."""
+    # Open the file before the workers start. With one shared file position, they would read wrong
+    # bytes.
     archive.read_at(0)
     resilient = ResilientDataset(Members(archive, frozenset({7, 40})), max_bad_fraction=1)
     sampler = DistributedShuffleSampler(len(resilient), seed=3)
@@ -81,46 +82,47 @@ def load(archive: TarArchive, workers: int, method: str | None) -> Loaded:
 
 
 @pytest.fixture(scope="module")
-def alone(archive: TarArchive) -> Loaded:
+def without_workers(archive: TarArchive) -> Loaded:
     return load(archive, 0, None)
 
 
 @pytest.fixture(scope="module", params=["fork", "spawn"])
-def shared(request: pytest.FixtureRequest, archive: TarArchive) -> Loaded:
+def with_workers(request: pytest.FixtureRequest, archive: TarArchive) -> Loaded:
     return load(archive, 2, request.param)
 
 
-def test_every_byte_is_right(shared: Loaded, files: dict[str, bytes]) -> None:
-    samples, _ = shared
+def test_every_byte_is_correct(with_workers: Loaded, files: dict[str, bytes]) -> None:
+    samples, _ = with_workers
     assert len(samples) == EPOCHS * len(files)
     assert all(data == files[f"{index:04d}.png"] for (data, _), index in samples)
 
 
-def test_samples_and_their_randomness_are_those_of_no_workers(
-    shared: Loaded, alone: Loaded
+def test_samples_and_their_randomness_equal_those_without_workers(
+    with_workers: Loaded, without_workers: Loaded
 ) -> None:
-    assert shared[0] == alone[0]
+    assert with_workers[0] == without_workers[0]
+    samples, _ = without_workers
     for generator in range(3):
-        assert len({draws[generator] for (_, draws), _ in alone[0]}) == len(alone[0])
+        assert len({draws[generator] for (_, draws), _ in samples}) == len(samples)
 
 
-def test_corrupt_images_are_replaced_alike_and_counted_together(
-    shared: Loaded, alone: Loaded
+def test_corrupt_images_are_replaced_and_counted_over_all_workers(
+    with_workers: Loaded, without_workers: Loaded
 ) -> None:
-    for samples, resilient in (shared, alone):
+    for samples, resilient in (with_workers, without_workers):
         targets = [target for _, target in samples]
         assert targets.count(7) == targets.count(40) == 0
         assert targets.count(8) == targets.count(41) == 2 * EPOCHS
         assert resilient.bad_count == 2 * EPOCHS
 
 
-def test_an_error_in_a_worker_arrives_as_one_sentence(archive: TarArchive) -> None:
+def test_an_error_in_a_worker_has_one_sentence(archive: TarArchive) -> None:
     members = Members(archive, frozenset(range(0, 101, 2)))
     dataset = ResilientDataset(members, max_bad_fraction=0.1, min_bad=8)
     loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="fork")
     with pytest.raises(DataError) as caught:
         list(loader)
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    assert "images read are corrupt, more than the allowed share of 0.1" in sentence
-    assert not sentence.startswith("datasets.")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "images read are corrupt, more than the allowed share of 0.1" in message
+    assert not message.startswith("datasets.")

@@ -1,4 +1,4 @@
-"""A zip read in place: right bytes in forked and spawned workers at once, damage that is told."""
+"""Tests of `ZipArchive`: content of members, forked and spawned workers, damaged files."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ WriteZip = Callable[..., Path]
 
 
 def noise(count: int) -> dict[str, bytes]:
-    """Members of many sizes, up to a few pages; every one different."""
+    """Return `count` different members with sizes of 1 to 9,000 bytes."""
     draw = np.random.RandomState(0)
     return {f"{i % 5}/{i:04d}.bin": draw.bytes(1 + draw.randint(9000)) for i in range(count)}
 
@@ -40,13 +40,13 @@ def test_members_are_found_by_name(method: int, write_zip: WriteZip, tmp_path: P
 def test_a_zip_of_another_tool_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     with path.open("wb") as file:
-        file.write(b"#!/bin/sh, as of a self-extracting archive\n")
+        file.write(b"#!/bin/sh, as in a self-extracting archive\n")
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("folder/", b"")
             link = zipfile.ZipInfo("link")
             link.external_attr = 0o120777 << 16
             archive.writestr(link, "folder/a")
-            # Extra fields of the local header alone; sizes that follow the content.
+            # Only the local header has the extra field; the sizes follow the content.
             extra = zipfile.ZipInfo("folder/a")
             extra.extra = b"UT\x05\x00\x01" + bytes(4)
             with archive.open(extra, "w", force_zip64=True) as member:
@@ -60,9 +60,9 @@ def test_a_zip_of_another_tool_is_read(tmp_path: Path) -> None:
     assert archive.read("folder/b") == b"packed " * 99
 
 
-def test_sizes_that_follow_the_content_are_taken_from_the_directory(tmp_path: Path) -> None:
+def test_sizes_after_the_content_are_read_from_the_directory(tmp_path: Path) -> None:
     class Pipe:
-        """Cannot seek, so the local headers are written before the sizes are known."""
+        """A file that cannot seek: local headers are written before the sizes are known."""
 
         def __init__(self, file: Any) -> None:
             self.write, self.flush = file.write, file.flush
@@ -84,12 +84,13 @@ def test_the_directory_is_read_once(
     assert (tmp_path / "train2017.zip.index.npz").is_file()
 
 
-def test_four_forked_and_four_spawned_workers_at_once_get_every_byte_right(
+def test_four_forked_and_four_spawned_workers_read_all_bytes_correctly(
     write_zip: WriteZip, tmp_path: Path
 ) -> None:
     files = noise(101)
     archive = ZipArchive(write_zip(tmp_path / "train.zip", files))
-    # Opened in the parent first, which is what breaks readers that share a file position.
+    # Open the file before the workers start. With one shared file position, they would read wrong
+    # bytes.
     assert read_all(archive, 0, 1) == files
     spawn, fork = multiprocessing.get_context("spawn"), multiprocessing.get_context("fork")
     barrier, answers = spawn.Barrier(9), spawn.SimpleQueue()
@@ -130,13 +131,13 @@ def test_an_archive_replaced_while_in_use_is_refused_by_workers_started_later(
 
 
 def _encrypted(content: bytes) -> bytes:
-    """Sets the flag in the directory's first entry."""
+    """Set the encryption flag in the first entry of the directory."""
     at = content.index(b"PK\x01\x02") + 8
     return content[:at] + bytes([content[at] | 1]) + content[at + 1 :]
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda content: content[:-1], "truncated"),
         (lambda content: content[:-60], "truncated"),
@@ -146,27 +147,29 @@ def _encrypted(content: bytes) -> bytes:
         (lambda content: b"just text, " * 200, "not a zip"),
         (_encrypted, "a is encrypted"),
     ],
-    ids=["last_byte", "in_directory", "in_content", "headless", "empty", "text", "encrypted"],
+    ids=["last_byte", "in_directory", "in_content", "no_beginning", "empty", "text", "encrypted"],
 )
-def test_a_damaged_archive_is_told_in_one_sentence(
-    damage: Callable[[bytes], bytes], told: str, write_zip: WriteZip, tmp_path: Path
+def test_a_damaged_archive_is_reported_in_one_sentence(
+    damage: Callable[[bytes], bytes], message: str, write_zip: WriteZip, tmp_path: Path
 ) -> None:
     path = write_zip(tmp_path / "train.zip", {name: bytes(1000) for name in "abcd"})
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match=told) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         ZipArchive(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_packing_is_told(write_zip: WriteZip, tmp_path: Path) -> None:
+def test_an_unsupported_compression_is_reported(write_zip: WriteZip, tmp_path: Path) -> None:
     path = write_zip(tmp_path / "train.zip", {"a": bytes(99)}, zipfile.ZIP_BZIP2)
-    with pytest.raises(DataError, match=r"train\.zip: a is packed by bzip2: only store and deflat"):
+    with pytest.raises(
+        DataError, match=r"train\.zip: a is compressed with bzip2, which is not sup"
+    ):
         ZipArchive(path)
 
 
 @pytest.mark.parametrize("damage", ["header", "content"])
-def test_one_damaged_member_does_not_spoil_the_others(
+def test_one_damaged_member_does_not_affect_the_others(
     damage: str, write_zip: WriteZip, tmp_path: Path
 ) -> None:
     files = {name: os.urandom(99) for name in "abc"}
@@ -183,6 +186,6 @@ def test_one_damaged_member_does_not_spoil_the_others(
         archive.read("b")
 
 
-def test_a_missing_archive_is_told(tmp_path: Path) -> None:
+def test_a_missing_archive_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no archive at .*train\.zip"):
         ZipArchive(tmp_path / "train.zip")

@@ -1,4 +1,4 @@
-"""What a worker of `test_zips` runs; apart, since a spawned interpreter imports its module anew."""
+"""The code of the workers in `test_zips`, in a module that a spawned worker imports quickly."""
 
 import pickle
 import sys
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def read_all(archive: Any, seed: int, rounds: int) -> dict[str, bytes]:
-    """Reads every member of an archive, in an order of one's own."""
+    """Read every member of an archive in each round, in an order that depends on the seed."""
     names = list(archive.names)
     for _ in range(rounds):
         np.random.RandomState(seed).shuffle(names)
@@ -19,8 +19,9 @@ def read_all(archive: Any, seed: int, rounds: int) -> dict[str, bytes]:
 
 
 def answer(pickled: bytes, seed: int, barrier: Any, answers: Any) -> None:
-    """A spawned worker: gets the archive, waits for the others, then reads everything."""
-    # The package imports torch, which takes a new interpreter seconds; its archives do without.
+    """Run a spawned worker: unpickle the archive, wait for the other workers, read all members."""
+    # The package imports torch, which takes seconds in a new interpreter. The archives do not need
+    # it, so an empty package replaces `datasets`.
     package = types.ModuleType("datasets")
     package.__path__ = [str(Path(__file__).parents[2] / "datasets")]
     sys.modules.setdefault("datasets", package)
@@ -28,6 +29,6 @@ def answer(pickled: bytes, seed: int, barrier: Any, answers: Any) -> None:
 
 
 def answer_forked(archive: Any, seed: int, barrier: Any, answers: Any) -> None:
-    """A forked worker: has the archive, waits for the others, then reads everything."""
+    """Run a forked worker: wait for the other workers, then read all members."""
     barrier.wait(120)
     answers.put(read_all(archive, seed, rounds=40))
