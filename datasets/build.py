@@ -90,6 +90,7 @@ def build_dataset(
 def _open_cifar(
     root: Path, split: Split, transform: Callable[[Image.Image], Any] | None, download: bool
 ) -> CIFAR100:
+    """Open CIFAR-100 with torchvision."""
     try:
         return CIFAR100(str(root), train=split == "train", transform=transform, download=download)
     except (RuntimeError, OSError) as error:

@@ -18,9 +18,9 @@ def decode_masks(segmentations: Sequence[str], height: int, width: int) -> Tenso
     """Decode segmentations to masks.
 
     Args:
-        segmentations: n segmentations as JSON, each a list of polygons or an RLE (run-length
-            encoding) with a string or a list of counts. Polygons with fewer than three corners are
-            ignored.
+        segmentations: List of n segmentations as JSON, each a list of polygons or an RLE
+            (run-length encoding) with a string or a list of counts. Polygons with fewer than three
+            corners are ignored.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
 

@@ -53,6 +53,7 @@ class FolderImages(LabeledImages):
         super().__init__(root, PackedStrings.pack(names), targets, found, transform)
 
     def _read(self, index: int) -> bytes:
+        """Read the file of image `index`."""
         return read_bytes(self.root / self.names[index])
 
 
@@ -83,6 +84,7 @@ class TarImages(LabeledImages):
         super().__init__(path, PackedStrings.pack(names), targets, found, transform)
 
     def _read(self, index: int) -> bytes:
+        """Read the archive member of image `index`."""
         return self.archive.read_at(int(self._positions[index]))
 
 

@@ -71,6 +71,7 @@ class INaturalistImages(LabeledImages):
         super().__init__(root / year, PackedStrings.pack(names), targets, classes, transform)
 
     def _read(self, index: int) -> bytes:
+        """Read the file of image `index`."""
         return read_bytes(self.source / self.names[index])
 
 

@@ -118,6 +118,7 @@ class DistributedShuffleSampler(SeededSampler):
         return -(-self.size // self.world_size)
 
     def _indices(self) -> np.ndarray:
+        """Return the indices of this process in a whole epoch."""
         order = np.resize(_shuffled(self), len(self) * self.world_size)
         return order[self.rank :: self.world_size]
 
@@ -160,6 +161,7 @@ class RepeatedAugSampler(SeededSampler):
         return rounded or -(-self.size // self.world_size)
 
     def _indices(self) -> np.ndarray:
+        """Return the indices of this process in a whole epoch."""
         repeated = np.repeat(_shuffled(self), self.repeats)
         return np.resize(repeated, len(self) * self.world_size)[self.rank :: self.world_size]
 
@@ -192,10 +194,12 @@ class EvalSampler(SeededSampler):
         return len(self._indices())
 
     def _indices(self) -> np.ndarray:
+        """Return the indices of this process in a whole epoch."""
         indices = np.arange(self.size)
         return indices[indices // self.batch_size % self.world_size == self.rank]
 
     def _positions(self) -> np.ndarray:
+        """Return the positions, which equal the indices because nothing is shuffled."""
         return self._indices()
 
 
