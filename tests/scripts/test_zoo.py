@@ -69,13 +69,14 @@ def test_every_released_model_is_a_row_with_all_figures_and_the_models_own_addre
     for row in ROWS:
         assert row.published.keys() == {**TASKS[row.task].costs, **TASKS[row.task].figures}.keys()
     addresses = [row.checkpoint for row in ROWS if row.checkpoint]
-    assert len(set(addresses)) == 8
+    assert len(set(addresses)) == len(ROWS) == 9
     assert len({address.rpartition("/")[0] for address in addresses}) == 1
     for row in CLASSIFIERS:
         assert row.config.model == row.name
         assert row.checkpoint == default_cfgs[row.name]["url"]
     for row in DETECTORS:
-        assert row.checkpoint is None or row.checkpoint.endswith(f"/{row.config.enc_rpe2d}.pth")
+        suffix = "_300epochs" if row.config.epochs == 300 else ""
+        assert row.checkpoint.endswith(f"/{row.config.enc_rpe2d}{suffix}.pth")
 
 
 def test_readme_has_the_tables_of_the_zoo():
@@ -157,9 +158,12 @@ def test_table_prints_both_columns_and_fails_where_they_differ(tmp_path, capsys)
     ]
 
 
-def test_list_says_which_checkpoints_are_in_the_cache(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    cache = tmp_path / "hub" / "checkpoints"
+def without_checkpoint(folder: Path) -> Path:
+    """Write a zoo whose only row, `mine`, has no checkpoint."""
+    return write_zoo(folder, "detection", mine={"config": str(DETECTORS[0].config_file)})
+
+
+def test_list_says_which_checkpoints_are_in_the_cache(tmp_path, cache, capsys):
     cache.mkdir(parents=True)
     (cache / f"{TINY.name}.pth").write_bytes(b"here")
     main(["list"])
@@ -167,8 +171,9 @@ def test_list_says_which_checkpoints_are_in_the_cache(tmp_path, capsys, monkeypa
     state = {row.name: next(x for x in lines if f"| {row.name} " in x) for row in ROWS}
     assert "| in the cache " in state[TINY.name]
     assert "| 73.7 " in state[TINY.name]
-    assert sum("| not in the cache " in line for line in state.values()) == 7
-    assert "| not published " in state["rpe-2.0-product-ctx-1-k_300_epochs"]
+    assert sum("| not in the cache " in line for line in state.values()) == 8
+    main(["list", "--zoo", str(without_checkpoint(tmp_path))])
+    assert "| not published " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["list", "table", "download", "evaluate"])
@@ -181,10 +186,21 @@ def test_an_unknown_row_is_named_with_those_that_there_are(command, capsys):
 
 
 @pytest.mark.parametrize("command", ["download", "evaluate"])
-def test_a_row_without_checkpoint_cannot_be_asked_for(command, capsys):
-    code, line = failure_of(main, [command, "--rows", "rpe-2.0-product-ctx-1-k_300_epochs"], capsys)
+def test_a_row_without_checkpoint_cannot_be_chosen(command, tmp_path, capsys):
+    zoo = without_checkpoint(tmp_path)
+    code, line = failure_of(main, [command, "--rows", "mine", "--zoo", str(zoo)], capsys)
     assert code == 2
-    assert "300_epochs' has no published checkpoint" in line
+    assert "'mine' has no published checkpoint" in line
+
+
+def test_a_row_without_checkpoint_is_skipped_among_all_rows(tmp_path, cache, capsys):
+    zoo = without_checkpoint(tmp_path)
+    main(["download", "--zoo", str(zoo)])
+    data = ["--coco", str(tmp_path), "--device", "cpu"]
+    main(["evaluate", "--zoo", str(zoo), "--output", str(tmp_path / "out"), *data])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "mine: its checkpoint is not published"
+    assert printed[1] == "[1/1] mine: not run: its checkpoint is not published"
 
 
 @pytest.mark.parametrize(
