@@ -1,4 +1,4 @@
-"""The model zoo as a command: its tables, its checkpoints, its figures measured anew.
+"""Model zoo: the published models, their metrics and their checkpoints.
 
-The rows are those of `configs/zoo.yaml`; `python -m scripts.zoo --help` lists what can be done.
+The rows are in `configs/zoo.yaml`. `python -m scripts.zoo --help` lists the commands.
 """

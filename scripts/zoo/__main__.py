@@ -1,12 +1,13 @@
-"""The model zoo: tables, checkpoints, and all figures measured anew.
+"""Model zoo: list, download and evaluate the published models.
 
-    python -m scripts.zoo list                  rows, figures, configurations, what is in the cache
-    python -m scripts.zoo table                 parameters and MACs, computed, beside the published
-    python -m scripts.zoo download              checkpoints into the torch hub cache
+    python -m scripts.zoo list                 published metrics, configurations, cached checkpoints
+    python -m scripts.zoo table                parameters and MACs, counted and published
+    python -m scripts.zoo download             checkpoints into the torch hub cache
     python -m scripts.zoo evaluate --imagenet ./ImageNet --coco ./coco_data --nproc 8
-    python -m scripts.zoo readme [--check]      the tables of README.md, made from configs/zoo.yaml
+    python -m scripts.zoo readme [--check]     tables of README.md, generated from configs/zoo.yaml
 
-Exit code 1 where something differs from what is published, or failed; 2 for a wrong option.
+Exit code: 0 on success, 1 if a command fails or a result differs from the published one, 2 for an
+invalid option.
 """
 
 import argparse
@@ -28,15 +29,15 @@ from scripts.zoo.rows import ROOT, TASKS, ZOO, Zoo, load_zoo
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raise what the base class would print below its usage."""
+        """Raise UsageError instead of printing the usage."""
         raise UsageError(f"{message} (--help lists all options)")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line.
+    """Parse the command line.
 
     Raises:
-        UsageError: It cannot be meant.
+        UsageError: The command or an option is invalid.
     """
     parser = _Parser(
         prog="python -m scripts.zoo",
@@ -45,56 +46,103 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, function in COMMANDS.items():
-        command = commands.add_parser(name, help=function.__doc__.splitlines()[0])
+        summary = function.__doc__.splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=summary)
         if name == "readme":
-            command.add_argument("--check", action="store_true", help="only say if it is stale")
-            command.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the file")
-        command.add_argument("--zoo", type=Path, default=ZOO, help="table of another zoo")
+            command.add_argument(
+                "--check", action="store_true", help="Only check that the tables are up to date"
+            )
+            command.add_argument(
+                "--readme",
+                type=Path,
+                default=ROOT / "README.md",
+                metavar="FILE",
+                help="File to write (default: README.md)",
+            )
+        command.add_argument(
+            "--zoo",
+            type=Path,
+            default=ZOO,
+            metavar="FILE",
+            help="Rows of the zoo (default: configs/zoo.yaml)",
+        )
         if name != "readme":
-            command.add_argument("--rows", nargs="+", metavar="ROW", help="some rows, or a task")
+            command.add_argument(
+                "--rows", nargs="+", metavar="ROW", help="Names of rows or tasks (default: all)"
+            )
         if name in ("download", "evaluate"):
-            command.add_argument("--mirror", help="folder or address with the checkpoints")
+            command.add_argument(
+                "--mirror",
+                metavar="FOLDER|URL",
+                help="Folder or URL of checkpoints to use instead of the published URLs",
+            )
         if name == "evaluate":
             _add_evaluation(command)
     return parser.parse_args(argv)
 
 
 def _add_evaluation(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--imagenet", help="folder with val/, or with --load-tar val.tar")
-    command.add_argument("--coco", help="folder with annotations/ and val2017/ or val2017.zip")
-    command.add_argument("--output", type=Path, default=Path("outputs/zoo"), help="of the report")
-    command.add_argument("--nproc", type=int, default=1, help="processes of one evaluation")
-    command.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
-    command.add_argument("--dtype", help="of autocast, as for the trainers")
-    command.add_argument("--num-workers", type=int, help="loading processes per process")
+    """Add the options of `evaluate`."""
     command.add_argument(
-        "--batch-size", type=int, help="of classifiers; detectors have the published two"
+        "--imagenet",
+        metavar="FOLDER",
+        help="ImageNet: folder with val/, or with val.tar for --load-tar",
     )
-    command.add_argument("--load-tar", action="store_true", help="read val.tar in place")
+    command.add_argument(
+        "--coco",
+        metavar="FOLDER",
+        help="COCO 2017: folder with annotations/ and either val2017/ or val2017.zip",
+    )
+    command.add_argument(
+        "--output",
+        type=Path,
+        default=Path("outputs/zoo"),
+        metavar="FOLDER",
+        help="Output folder of the report (default: outputs/zoo)",
+    )
+    command.add_argument(
+        "--nproc", type=int, default=1, metavar="N", help="Number of processes (default: 1)"
+    )
+    command.add_argument(
+        "--device", default="auto", help="Device: auto, cpu, cuda or cuda:N (default: auto)"
+    )
+    command.add_argument("--dtype", help="Autocast data type, as for the trainers")
+    command.add_argument(
+        "--num-workers", type=int, metavar="N", help="Data loading workers per process"
+    )
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="Batch size of classifiers per process; detectors use the published 2",
+    )
+    command.add_argument(
+        "--load-tar", action="store_true", help="Read ImageNet from val.tar without unpacking it"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command of the zoo.
+    """Run one command of the zoo.
 
     Raises:
-        UsageError: A wrong option, row or file.
-        UserError: Something differs or failed, said in one sentence.
+        UsageError: An option, a row or a file is invalid.
+        UserError: The command failed, or a result differs from the published one.
     """
     args = parse_args(argv)
     COMMANDS[args.command](args, load_zoo(args.zoo))
 
 
 def list_rows(args: argparse.Namespace, zoo: Zoo) -> None:
-    """Show rows, published figures, configurations and what is in the cache."""
+    """List rows with published metrics, configurations and cached checkpoints."""
     rows = zoo.choose(args.rows)
     for task in TASKS:
         if of_task := [row for row in rows if row.task == task]:
-            print(f"{tables.overview(of_task)}")
-    print(f"Published figures: {zoo.source}.")
+            print(tables.overview(of_task))
+    print(f"Published metrics: {zoo.source}.")
 
 
 def table(args: argparse.Namespace, zoo: Zoo) -> None:
-    """Compute parameters and MACs and compare them with the published ones."""
+    """Count parameters and MACs and compare them with the published ones."""
     rows = zoo.choose(args.rows)
     costs = [cost_of(row) for row in rows]
     print(tables.cost_table(rows, costs), end="")
@@ -103,7 +151,7 @@ def table(args: argparse.Namespace, zoo: Zoo) -> None:
 
 
 def download(args: argparse.Namespace, zoo: Zoo) -> None:
-    """Bring checkpoints into the torch hub cache."""
+    """Download checkpoints into the torch hub cache."""
     failed = []
     for row in zoo.choose(args.rows, with_checkpoint=True):
         if row.checkpoint is None:
@@ -119,16 +167,16 @@ def download(args: argparse.Namespace, zoo: Zoo) -> None:
 
 
 def evaluate(args: argparse.Namespace, zoo: Zoo) -> None:
-    """Measure the published figures with the published checkpoints."""
+    """Evaluate checkpoints and compare their metrics with the published ones."""
     rows = zoo.choose(args.rows, with_checkpoint=True)
     if launched_as()[2] > 1:
-        raise UsageError("start this command once, without torchrun: --nproc N starts processes")
+        raise UsageError("evaluate must be started without torchrun; --nproc N starts N processes")
     if args.nproc < 1:
-        raise UsageError(f"--nproc is {args.nproc} but should be at least 1")
+        raise UsageError(f"--nproc must be at least 1, got {args.nproc}")
     if args.batch_size is not None and args.batch_size < 1:
-        raise UsageError(f"--batch-size is {args.batch_size} but should be at least 1")
+        raise UsageError(f"--batch-size must be at least 1, got {args.batch_size}")
     if not args.imagenet and not args.coco:
-        raise UsageError("evaluate needs data: --imagenet FOLDER, --coco FOLDER or both")
+        raise UsageError("evaluate needs a data set: --imagenet FOLDER, --coco FOLDER or both")
     given = {"--dtype": args.dtype, "--num-workers": args.num_workers}
     flags = [word for flag, value in given.items() if value is not None for word in (flag, value)]
     flags = [str(word) for word in flags]
@@ -139,42 +187,41 @@ def evaluate(args: argparse.Namespace, zoo: Zoo) -> None:
         mirror=args.mirror,
         nproc=args.nproc,
         device=args.device,
-        computes_on=init_distributed(args.device).device,
+        resolved_device=init_distributed(args.device).device,
         flags={"classification": flags + of_classifiers, "detection": flags},
     )
     report = Report(check_writable(args.output), zoo)
     try:
         bad = evaluate_rows(rows, options, report)
     except KeyboardInterrupt:
-        print(f"what is finished is kept in {args.output}: the same command goes on from there")
+        print(f"finished rows are kept in {args.output}: run the same command again to continue")
         raise
-    print(f"report: {args.output / 'zoo.md'}, zoo.json and zoo.csv beside it")
+    print(f"report: {args.output / 'zoo.md'} (also zoo.json and zoo.csv)")
     if bad:
         raise UserError(
-            f"{len(bad)} of {len(rows)} rows failed or are outside of the tolerance: "
-            f"{', '.join(bad)}"
+            f"{len(bad)} of {len(rows)} rows failed or are outside the tolerance: {', '.join(bad)}"
         )
 
 
 def readme(args: argparse.Namespace, zoo: Zoo) -> None:
-    """Write the tables of published figures into README.md, or check them."""
+    """Write the tables of published models into README.md, or check them."""
     try:
         text = args.readme.read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--readme {args.readme}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--readme {args.readme}: not a text file in UTF-8") from error
-    fresh, found = tables.fill_in(text, zoo)
+    filled, found = tables.fill_in(text, zoo)
     if missing := {row.task for row in zoo.rows} - found:
         raise UserError(
-            f"{args.readme} has no place for the table of {min(missing)}: the lines "
-            f"'<!-- zoo: {min(missing)} -->' and '<!-- end of zoo -->'"
+            f"{args.readme} must have the lines '<!-- zoo: {min(missing)} -->' and "
+            f"'<!-- end of zoo -->' around the table of {min(missing)}"
         )
-    if args.check and fresh != text:
-        raise UserError(f"{args.readme} is stale: run python -m scripts.zoo readme")
+    if args.check and filled != text:
+        raise UserError(f"{args.readme} is out of date: run python -m scripts.zoo readme")
     if not args.check:
         with replacing(args.readme) as temporary:
-            temporary.write_text(fresh, encoding="utf-8")
+            temporary.write_text(filled, encoding="utf-8")
 
 
 COMMANDS = {

@@ -1,4 +1,4 @@
-"""The zoo's checkpoints in the torch hub cache, where the trainers' `--pretrained` looks too."""
+"""Checkpoints of the zoo in the torch hub cache, which `--pretrained` of the trainers reads too."""
 
 import shutil
 import tempfile
@@ -14,25 +14,26 @@ __all__ = ["cached", "fetch"]
 
 
 def cached(row: Row) -> Path | None:
-    """A row's checkpoint in the cache; None where it is not there."""
-    path = _place(row)
+    """Return the path of a row's checkpoint in the cache, or None if it is not there."""
+    path = _cache_path(row)
     return path if path.is_file() else None
 
 
 def fetch(row: Row, mirror: str | None = None) -> Path:
-    """Bring a row's checkpoint into the cache, unless it is there.
+    """Download or copy a row's checkpoint into the cache, unless it is there.
 
     Args:
-        row: With a checkpoint.
-        mirror: A folder, or the address of one, that holds it in place of the published address.
+        row: A row with a checkpoint.
+        mirror: Folder, or URL of a folder, to use instead of the published URL.
 
     Returns:
-        Its path in the cache.
+        The path in the cache.
 
     Raises:
-        CheckpointError: It cannot be had, or has another checksum; nothing broken takes its name.
+        CheckpointError: The checkpoint is not available, or its SHA-256 differs. The cache then
+            has no file of its name.
     """
-    target = _place(row)
+    target = _cache_path(row)
     if mirror is None or target.is_file():
         return download(row.checkpoint, sha256=row.sha256)
     if mirror.startswith(("http://", "https://")):
@@ -43,7 +44,7 @@ def fetch(row: Row, mirror: str | None = None) -> Path:
     try:
         if row.sha256 and (found := sha256_of(source)) != row.sha256.lower():
             raise CheckpointError(
-                f"{str(source)!r} has the SHA-256 {found} instead of {row.sha256}"
+                f"SHA-256 of {str(source)!r} must be {row.sha256.lower()}, got {found}"
             )
         _copy(source, target)
     except OSError as error:
@@ -53,12 +54,13 @@ def fetch(row: Row, mirror: str | None = None) -> Path:
     return target
 
 
-def _place(row: Row) -> Path:
+def _cache_path(row: Row) -> Path:
+    """Return the path that the torch hub cache has for a row's checkpoint."""
     return Path(torch.hub.get_dir()) / "checkpoints" / file_name(row.checkpoint)
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Whole or not at all, and not in the way of another process that copies the same file."""
+    """Copy a file atomically, also while another process copies the same file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         copy = Path(folder) / target.name

@@ -1,18 +1,19 @@
-"""Parameters and multiply-accumulates of a row, counted on the model itself without any memory.
+"""Parameters and multiply-accumulate operations (MACs) of a row, counted on the meta device.
 
-The model runs once, on the meta device, for one image. Torch's counter sees every product of
-matrices and every convolution; the published figures also count one for each element of
+The model runs once, for one image. Torch's counter counts all matrix products and convolutions.
+The published MACs also count one for each element of
 
-- a bias that is added: patch embedding, qkv, proj, both layers of the MLP, head;
+- the sum with a bias: patch embedding, qkv, proj, both layers of the MLP, head;
 - the output of a LayerNorm or a GELU;
-- the scaled queries, the scaled keys where iRPE is on the queries, and the addition of iRPE's
-  encoding of the values.
+- the scaled queries, the scaled keys if iRPE is on the queries, and the sum with the output of
+  iRPE on the values.
 
-The original multiplies the encoding of the values by the dense `(L, L, d)` tensor, and is counted
-so; here the attention is summed over buckets first, and the product has K in the place of one L.
+For iRPE on the values, the published MACs count the product of the attention with a dense
+`(L, L, d)` tensor, as the original computes it: L·L·d per head. This implementation first sums the
+attention over buckets, and the product costs L·K·d.
 
-Source: the convention that gives all six figures of the model zoo, rounded up to the next million.
-A detector has no published figure, and only its products and convolutions are counted.
+Source: the convention that gives all six published MACs exactly, rounded up to the next million.
+No MACs are published for detectors; only their products and convolutions are counted.
 """
 
 from typing import Any, NamedTuple
@@ -29,17 +30,17 @@ from scripts.zoo.rows import Row
 __all__ = ["DETECTION_SIZE", "Cost", "cost_of"]
 
 IMAGENET_CLASSES = 1000
-# What the validation transform makes of 480 x 640, the size of many of COCO's images.
+# Size after the validation transform of a 480 x 640 image, a frequent size in COCO.
 DETECTION_SIZE = (800, 1066)
 
 
 class Cost(NamedTuple):
-    """Of one image.
+    """Parameters of a model and its MACs for one image.
 
     Attributes:
-        params: Parameters, frozen ones included.
-        macs: By the published convention; None for detectors.
-        macs_run: What is computed here: the same, but for the encoding of the values.
+        params: Number of parameters, with the frozen ones.
+        macs: MACs by the published convention; None for detectors.
+        macs_run: MACs of this implementation, which computes less for iRPE on the values.
     """
 
     params: int
@@ -48,7 +49,7 @@ class Cost(NamedTuple):
 
 
 def cost_of(row: Row) -> Cost:
-    """Count a row's parameters and multiply-accumulates."""
+    """Count the parameters and MACs of a row's model."""
     config = row.config
     with torch.device("meta"):
         if row.task == "classification":
@@ -57,13 +58,13 @@ def cost_of(row: Row) -> Cost:
         else:
             model = build_network(config, load=False)
             image = torch.empty(1, 3, *DETECTION_SIZE)
-    # The counter follows gradients, which the models' own inference does not need.
+    # FlopCounterMode would otherwise trace gradients, which inference does not need.
     model.eval().requires_grad_(False)
     params = sum(parameter.numel() for parameter in model.parameters())
     elements = _Elements(model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         if isinstance(model, DETR):
-            # Not `forward`: its heads turn autocast off, which the meta device does not know.
+            # `forward` sets autocast for its heads, which the meta device does not support.
             objects = model.encode(image).objects
             model.class_embed(objects)
             model.bbox_embed(objects)
@@ -73,15 +74,15 @@ def cost_of(row: Row) -> Cost:
     if row.task == "detection":
         return Cost(params, None, products)
     run = products + elements.count
-    return Cost(params, run + elements.denser_values, run)
+    return Cost(params, run + elements.dense_value_macs, run)
 
 
 class _Elements:
-    """Counts what is no product while the model runs."""
+    """Counter of the MACs that are not matrix products, by forward hooks."""
 
     def __init__(self, model: nn.Module) -> None:
         self.count = 0
-        self.denser_values = 0
+        self.dense_value_macs = 0
         for module in model.modules():
             if isinstance(module, (nn.LayerNorm, nn.GELU)) or (
                 isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None
@@ -95,11 +96,11 @@ class _Elements:
 
     def _add_attention(self, module: RPEAttention, inputs: tuple[Any, ...], out: Tensor) -> None:
         on = [rpe is not None for rpe in (module.rpe_q, module.rpe_v)]
-        # Queries, keys and values have as many elements as the tokens.
+        # Queries, keys and values each have as many elements as the input.
         self.count += inputs[0].numel() * (1 + sum(on))
         if module.rpe_v is None:
             return
         length = inputs[0].shape[1]
         for table in module.rpe_v.modules():
             if isinstance(table, ValueRPE):
-                self.denser_values += inputs[0].numel() * (length - table.config.num_buckets)
+                self.dense_value_macs += inputs[0].numel() * (length - table.config.num_buckets)

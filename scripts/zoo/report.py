@@ -1,7 +1,7 @@
-"""What an evaluation of the zoo found: kept from run to run, and written in Markdown, JSON and CSV.
+"""Report of an evaluation of the zoo, as Markdown, JSON and CSV.
 
-`zoo.json` holds all of it and is what a later run goes on from; the other two are for reading. They
-are written anew after every row, each whole or not at all.
+`zoo.json` holds all records, and a later evaluation continues from it. `zoo.md` and `zoo.csv` are
+for reading. After every row each file is replaced atomically.
 """
 
 import csv
@@ -21,17 +21,18 @@ __all__ = ["Comparison", "Record", "Report", "compare", "verdict"]
 
 @dataclass(frozen=True)
 class Record:
-    """The outcome of one row.
+    """Outcome of the evaluation of one row.
 
     Attributes:
-        reason: Why there are no figures; empty where there are.
-        measured: Figures by their names in zoo.yaml.
-        images: How many were evaluated.
-        images_per_s: Over all processes, with loading.
-        checkpoint: Its address; `sha256` is of the file that was read.
-        settings: What, with the checkpoint, decides about the figures and their speed.
-        machine: Where the figures come from.
-        failed_later: Why a later evaluation of the same checkpoint gave no figures.
+        reason: Reason of a failure; empty if there are metrics.
+        measured: Metrics by their names in zoo.yaml.
+        images: Number of evaluated images.
+        images_per_s: Images per second over all processes, including data loading.
+        checkpoint: URL of the checkpoint.
+        sha256: SHA-256 of the checkpoint file.
+        settings: Settings that, with the checkpoint, determine metrics and speed.
+        machine: Device, versions and git revision of the evaluation.
+        failed_later: Reason why a later evaluation of the same checkpoint failed.
     """
 
     reason: str = ""
@@ -46,7 +47,7 @@ class Record:
 
 
 class Comparison(NamedTuple):
-    """A measured figure beside the published one; None for what is not known."""
+    """A measured metric and the published one; None for what is not known."""
 
     measured: float
     published: float | None
@@ -56,14 +57,14 @@ class Comparison(NamedTuple):
 
 
 def compare(row: Row, record: Record) -> dict[str, Comparison]:
-    """A row's measured figures beside the published ones, by their names in zoo.yaml."""
+    """Compare the metrics of a record with the published ones, by their names in zoo.yaml."""
     tolerance = TASKS[row.task].tolerance
     comparisons = {}
     for name, measured in record.measured.items():
         published = row.published.get(name)
         difference = within = None
         if published is not None:
-            # Published figures are decimal: 82.4 - 82.3 must not be more than 0.1.
+            # Rounded, so that 82.4 - 82.3 is not greater than 0.1 in binary floating point.
             difference = round(measured - published, 9)
             within = abs(difference) <= tolerance
         comparisons[name] = Comparison(measured, published, difference, tolerance, within)
@@ -71,7 +72,7 @@ def compare(row: Row, record: Record) -> dict[str, Comparison]:
 
 
 def verdict(row: Row, record: Record) -> str:
-    """`within` or `outside` the tolerance, `not compared` or `not run`."""
+    """Return `within` or `outside` (the tolerance), `not compared` or `not run`."""
     if record.reason:
         return "not run"
     results = {c.within for c in compare(row, record).values()} - {None}
@@ -81,14 +82,14 @@ def verdict(row: Row, record: Record) -> str:
 
 
 class Report:
-    """The records of a zoo's rows in a folder.
+    """Records of the rows of a zoo, kept in a folder.
 
     Args:
-        folder: An existing one; the records that it holds are read.
-        zoo: Whose rows are reported.
+        folder: An existing folder; its `zoo.json` is read if there is one.
+        zoo: Zoo of the rows.
 
     Raises:
-        UserError: The folder has a `zoo.json` that is none of ours.
+        UserError: The folder has a `zoo.json` of another program.
     """
 
     def __init__(self, folder: Path, zoo: Zoo) -> None:
@@ -99,11 +100,11 @@ class Report:
     def put(self, row: Row, record: Record) -> None:
         """Keep a row's record and write the three files.
 
-        A failure stands beside the figures of an earlier evaluation of the same checkpoint, and
-        takes the place of another's.
+        A failure is added to the metrics of an earlier evaluation of the same checkpoint, and
+        replaces those of another checkpoint.
 
         Raises:
-            UserError: They cannot be written.
+            UserError: A file cannot be written.
         """
         known = self.records.get(row.name, record)
         if record.reason and not known.reason and known.checkpoint == record.checkpoint:
@@ -115,14 +116,14 @@ class Report:
         _write(self.folder / "zoo.md", _markdown(self.zoo, found))
 
     def _json(self, found: "_Found") -> str:
-        # Rows of another zoo, which was evaluated into the same folder, stay as they are.
+        """Return the content of `zoo.json`."""
+        # Records of another zoo that was evaluated into the same folder are kept.
         rows = {name: asdict(record) for name, record in self.records.items()}
         for row, record in found:
-            figures = {name: c._asdict() for name, c in compare(row, record).items()}
             rows[row.name] |= {
                 "task": row.task,
                 "verdict": verdict(row, record),
-                "figures": figures,
+                "metrics": {name: c._asdict() for name, c in compare(row, record).items()},
             }
         return json.dumps({"published_in": self.zoo.source, "rows": rows}, indent=2) + "\n"
 
@@ -131,6 +132,7 @@ _Found = Sequence[tuple[Row, Record]]
 
 
 def _read(path: Path) -> dict[str, Record]:
+    """Read the records of a `zoo.json`; keys that are not fields of a record are ignored."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         fields = Record.__dataclass_fields__
@@ -142,21 +144,22 @@ def _read(path: Path) -> dict[str, Record]:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} cannot be read as the report of an evaluation: remove it, or choose another "
+            f"cannot read {path} as the report of an evaluation: remove it, or choose another "
             "--output"
         ) from error
 
 
 def _write(path: Path, text: str) -> None:
+    """Replace a file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def _csv(found: _Found) -> str:
-    """A line for each figure; a row without figures has one line with its reason."""
+    """Return a line for each metric; a row without metrics has one line with its reason."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    header = ["row", "task", "figure", *Comparison._fields, "images", "images_per_s", "device"]
+    header = ["row", "task", "metric", *Comparison._fields, "images", "images_per_s", "device"]
     writer.writerow([*header, "torch", "sha256", "reason"])
     for row, record in found:
         facts = [record.images, record.images_per_s, record.machine.get("device")]
@@ -168,15 +171,16 @@ def _csv(found: _Found) -> str:
 
 
 def _markdown(zoo: Zoo, found: _Found) -> str:
+    """Return the content of `zoo.md`."""
     parts = [
-        "# The zoo, evaluated\n\n"
-        "A figure is followed by the published one and the difference, in parentheses. Published "
-        f"figures: {zoo.source}.\n"
+        "# Evaluation of the model zoo\n\n"
+        "Each metric is followed by the published one and the difference, in parentheses. "
+        f"Published metrics: {zoo.source}.\n"
     ]
     for task in TASKS:
         ran = [(row, rec) for row, rec in found if row.task == task and not rec.reason]
         if ran:
-            parts.append(f"## {task}\n\n{_figures(task, ran)}")
+            parts.append(f"## {task}\n\n{_metrics(task, ran)}")
     missing = [f"- {row.name}: {why}\n" for row, record in found if (why := _why(record))]
     if missing:
         parts.append("## Not run\n\n" + "".join(missing))
@@ -187,30 +191,31 @@ def _markdown(zoo: Zoo, found: _Found) -> str:
             machines.setdefault(facts, []).append(row.name)
     if machines:
         lines = [f"- {facts}: {', '.join(names)}\n" for facts, names in machines.items()]
-        parts.append("## Measured on\n\n" + "".join(lines))
+        parts.append("## Machines\n\n" + "".join(lines))
     return "\n".join(parts)
 
 
 def _why(record: Record) -> str:
-    """Why the last evaluation gave no figures; empty where it did."""
+    """Return the reason why the last evaluation failed; empty if it did not fail."""
     if record.failed_later:
-        return f"{record.failed_later}; its figures above are of an earlier evaluation"
+        return f"{record.failed_later}; the metrics above are from an earlier evaluation"
     return record.reason
 
 
-def _figures(task: str, ran: _Found) -> str:
-    figures, tolerance = TASKS[task].figures, TASKS[task].tolerance
-    headings = [figure.heading for figure in figures.values()]
+def _metrics(task: str, ran: _Found) -> str:
+    """Return the Markdown table of the evaluated rows of one task."""
+    columns, tolerance = TASKS[task].metrics, TASKS[task].tolerance
+    headings = [column.heading for column in columns.values()]
     lines = []
     for row, record in ran:
         cells = [row.name]
         for name, c in compare(row, record).items():
-            # A decimal more than published, so that a difference within the tolerance shows.
-            decimals = figures[name].decimals + 1
-            beside = ""
+            # One decimal more than published, to show differences below the tolerance.
+            decimals = columns[name].decimals + 1
+            comparison = ""
             if c.published is not None:
-                beside = f" ({figures[name].show(c.published)}, {c.difference:+.{decimals}f})"
-            cells.append(f"{c.measured:.{decimals}f}{beside}")
+                comparison = f" ({columns[name].show(c.published)}, {c.difference:+.{decimals}f})"
+            cells.append(f"{c.measured:.{decimals}f}{comparison}")
         answer = {"within": "yes", "outside": "no"}.get(verdict(row, record), "—")
         lines.append([*cells, answer, str(record.images), f"{record.images_per_s:.4g}"])
     header = ["row", *headings, f"within {tolerance}", "images", "images/s"]

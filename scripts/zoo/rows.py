@@ -1,4 +1,4 @@
-"""The rows of the zoo, from `configs/zoo.yaml`, and what all rows of a task have in common."""
+"""Rows of the zoo, read from `configs/zoo.yaml`, and facts common to all rows of a task."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,24 +18,24 @@ from detection.config import parse_args as detection_config
 from engine import UsageError
 from irpe_core import RPEConfig, parse_rpe_spec
 
-__all__ = ["ROOT", "TASKS", "ZOO", "Figure", "Row", "Task", "Zoo", "file_name", "load_zoo"]
+__all__ = ["ROOT", "TASKS", "ZOO", "Column", "Row", "Task", "Zoo", "file_name", "load_zoo"]
 
 ROOT = Path(__file__).parents[2]
 ZOO = ROOT / "configs" / "zoo.yaml"
 
 
-def file_name(address: str) -> str:
-    """The last part of an address, by which the torch hub cache knows a file."""
-    return Path(urlsplit(address).path).name
+def file_name(url: str) -> str:
+    """Return the last part of a URL's path, the name of the file in the torch hub cache."""
+    return Path(urlsplit(url).path).name
 
 
-class Figure(NamedTuple):
-    """A column of the published tables.
+class Column(NamedTuple):
+    """A column of the published tables: parameters, MACs or a metric.
 
     Attributes:
-        heading: In a table.
-        decimals: As many as are published.
-        key: Of the measured figure in a trainer's `eval.json`.
+        heading: Heading of the column.
+        decimals: Number of decimals, as published.
+        key: Key of a metric in the trainer's `eval.json`.
     """
 
     heading: str
@@ -43,26 +43,27 @@ class Figure(NamedTuple):
     key: str = ""
 
     def show(self, value: float | None) -> str:
-        """The value as it is published, a dash for none."""
+        """Format a value as it is published; None gives a dash."""
         return "—" if value is None else f"{value:.{self.decimals}f}"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What all rows of a task have in common.
+    """Facts common to all rows of a task.
 
     Attributes:
-        option: Of this command, where the data lies; `data_flag` is the trainer's.
-        costs: Figures that follow from the model, by their names in zoo.yaml.
-        figures: Figures that are measured on the data, likewise.
-        tolerance: Largest difference from a published figure that counts as the same.
-        protocol: Flags of the published evaluation.
+        option: Option of `evaluate` for the folder of the data set.
+        data_flag: Option of the trainer for the same folder.
+        costs: Parameters and MACs, by their names in zoo.yaml.
+        metrics: Metrics of an evaluation, by their names in zoo.yaml.
+        tolerance: Largest accepted difference from a published metric.
+        protocol: Flags of the trainer for the published evaluation.
     """
 
     option: str
     data_flag: str
-    costs: dict[str, Figure]
-    figures: dict[str, Figure]
+    costs: dict[str, Column]
+    metrics: dict[str, Column]
     tolerance: float
     protocol: tuple[str, ...] = ()
 
@@ -71,10 +72,10 @@ TASKS = {
     "classification": Task(
         option="--imagenet",
         data_flag="--data-path",
-        costs={"params": Figure("#Params (M)", 2), "macs": Figure("MACs (M)", 0)},
-        figures={
-            "top1": Figure("top-1", 1, "test_acc1"),
-            "top5": Figure("top-5", 1, "test_acc5"),
+        costs={"params": Column("#Params (M)", 2), "macs": Column("MACs (M)", 0)},
+        metrics={
+            "top1": Column("top-1", 1, "test_acc1"),
+            "top5": Column("top-5", 1, "test_acc5"),
         },
         tolerance=0.1,
     ),
@@ -82,19 +83,19 @@ TASKS = {
         option="--coco",
         data_flag="--coco-path",
         costs={},
-        figures={
-            name: Figure(name, 3, f"test_{name}")
+        metrics={
+            name: Column(name, 3, f"test_{name}")
             for name in ("AP", "AP50", "AP75", "APs", "APm", "APl")
         },
         tolerance=0.002,
-        # Two images a process, padded to the larger: the figures move with the padding.
+        # The metrics depend on the padding: two images per process, padded to the larger one.
         protocol=("--eval-padding", "--batch-size", "2"),
     ),
 }
 
 
 class _Facts(BaseModel):
-    """What the file says of a row."""
+    """Entry of a row in the file of a zoo."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -105,6 +106,8 @@ class _Facts(BaseModel):
 
 
 class _File(BaseModel):
+    """Content of the file of a zoo."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = Field(min_length=1)
@@ -112,28 +115,29 @@ class _File(BaseModel):
     detection: dict[str, _Facts] = {}
 
     @model_validator(mode="after")
-    def _known_figures(self) -> "_File":
+    def _check_names(self) -> "_File":
+        """Check the names of rows and of their published values."""
         for task, facts in TASKS.items():
-            known = [*facts.costs, *facts.figures]
+            known = [*facts.costs, *facts.metrics]
             for name, row in getattr(self, task).items():
-                for figure in row.published.keys() - known:
+                for column in row.published.keys() - known:
                     raise ValueError(
-                        f"{task}, {name}, published: {figure!r} is none of {', '.join(known)}"
+                        f"{task}, {name}, published: keys must be among {', '.join(known)}, "
+                        f"got {column!r}"
                     )
         if shared := self.classification.keys() & self.detection.keys():
-            raise ValueError(f"{min(shared)!r} is the name of two rows")
+            raise ValueError(f"names of rows must be unique, got {min(shared)!r} twice")
         return self
 
     @model_validator(mode="after")
-    def _own_places_in_the_cache(self) -> "_File":
-        addresses: dict[str, str] = {}
+    def _check_file_names(self) -> "_File":
+        """Check that different checkpoints have different names in the cache."""
+        urls: dict[str, str] = {}
         for facts in [*self.classification.values(), *self.detection.values()]:
-            address = facts.checkpoint or ""
-            other = addresses.setdefault(file_name(address), address)
-            if other != address:
-                raise ValueError(
-                    f"{other} and {address} would be one file in the cache of checkpoints"
-                )
+            url = facts.checkpoint or ""
+            other = urls.setdefault(file_name(url), url)
+            if other != url:
+                raise ValueError(f"file names of checkpoints must be unique, got {other} and {url}")
         return self
 
 
@@ -142,11 +146,12 @@ class Row:
     """A row of the zoo.
 
     Attributes:
-        name: Of the row.
-        task: Which of `TASKS`.
-        config_file: The trainer's configuration.
-        sha256: Of the checkpoint, where it is known.
-        published: Figures by their names in zoo.yaml.
+        name: Name of the row.
+        task: Name of its task in `TASKS`.
+        config_file: Path of the trainer's configuration.
+        sha256: SHA-256 of the checkpoint, if it is known.
+        published: Published parameters, MACs and metrics, by their names in zoo.yaml.
+        own_checkpoint: URL of the checkpoint in zoo.yaml, if it has one.
     """
 
     name: str
@@ -158,20 +163,20 @@ class Row:
 
     @cached_property
     def config(self) -> ClassificationConfig | DetectionConfig:
-        """The trainer's configuration; one that cannot be read ends the program with its reason."""
+        """The trainer's configuration; UsageError if the file is invalid."""
         parse = classification_config if self.task == "classification" else detection_config
         return parse(["--config", str(self.config_file)])
 
     @property
     def checkpoint(self) -> str | None:
-        """Its address; None where none is published."""
+        """URL of the checkpoint; None if none is published."""
         if self.own_checkpoint or self.task == "detection":
             return self.own_checkpoint
         return default_cfgs.get(self.config.model, {}).get("url") or None
 
     @property
     def rpe(self) -> RPEConfig | None:
-        """The encoding in its attention, without skipped tokens; None for none."""
+        """The iRPE of its attention, without skipped tokens; None without iRPE."""
         if self.task == "detection":
             return parse_rpe_spec(self.config.enc_rpe2d)
         published = PUBLISHED.get(self.config.model)
@@ -180,39 +185,48 @@ class Row:
 
 @dataclass(frozen=True)
 class Zoo:
-    """All rows, and where their figures were published."""
+    """All rows of a zoo.
+
+    Attributes:
+        file: Path of the file that was read.
+        source: Publication of the metrics, in words.
+        rows: Rows in the order of the file, classification first.
+    """
 
     file: Path
     source: str
     rows: tuple[Row, ...]
 
     def choose(self, names: Sequence[str] | None, *, with_checkpoint: bool = False) -> list[Row]:
-        """The rows of the given names, in the zoo's order; a task stands for all of its rows.
+        """Return the rows of the given names, in the order of the zoo.
 
         Args:
-            names: Rows and tasks; None for all.
-            with_checkpoint: Whether a row that is named has to have a checkpoint.
+            names: Names of rows, and of tasks for all rows of a task; None for all rows.
+            with_checkpoint: Refuse names of rows without a checkpoint.
 
         Raises:
-            UsageError: There is no such row, or no checkpoint; says which there are.
+            UsageError: A name is unknown, or its row has no checkpoint.
         """
         rows = {row.name: row for row in self.rows}
         for name in names or ():
             if name not in rows and name not in TASKS:
                 raise UsageError(
-                    f"--rows: {name!r} is no row of {self.file}; its rows are {', '.join(rows)}, "
-                    f"and {' or '.join(TASKS)} stands for all rows of a task"
+                    f"--rows must be rows of {self.file} ({', '.join(rows)}) or tasks "
+                    f"({', '.join(TASKS)}), got {name!r}"
                 )
             if with_checkpoint and name in rows and rows[name].checkpoint is None:
-                raise UsageError(f"--rows: {name!r} has no published checkpoint")
+                raise UsageError(f"--rows must have a published checkpoint, got {name!r}")
         return [row for row in self.rows if not names or {row.name, row.task} & set(names)]
 
 
 def load_zoo(file: Path = ZOO) -> Zoo:
-    """Read the table of a zoo; a row's configuration is looked for beside it.
+    """Read the file of a zoo.
+
+    Args:
+        file: YAML file; paths of configurations are relative to its folder.
 
     Raises:
-        UsageError: The file is missing, or its first mistake.
+        UsageError: The file or a configuration is missing, or the content is invalid.
     """
     try:
         content = _File.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
@@ -244,6 +258,6 @@ def load_zoo(file: Path = ZOO) -> Zoo:
     for row in rows:
         if not row.config_file.is_file():
             raise UsageError(
-                f"{file}: {row.task}, {row.name}: its configuration {row.config_file} is not there"
+                f"{file}: {row.task}, {row.name}: configuration {row.config_file} does not exist"
             )
     return Zoo(file, content.source.strip(), tuple(rows))

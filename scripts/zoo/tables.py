@@ -1,4 +1,4 @@
-"""The zoo's tables in Markdown: what is published, and what the models themselves cost."""
+"""Markdown tables of the zoo: published metrics, and parameters and MACs of the models."""
 
 import math
 import os
@@ -11,18 +11,19 @@ from scripts.zoo.rows import TASKS, Row, Zoo
 
 __all__ = ["cost_table", "differing_costs", "fill_in", "markdown", "overview", "published_table"]
 
-_PLACE = re.compile(
+_MARKED = re.compile(
     r"(?P<head><!-- zoo: (?P<task>\w+)\b[^>]*-->\n).*?(?P<tail><!-- end of zoo -->)", re.DOTALL
 )
 _NOTE = """\
-MACs: of one image, by the published convention, in millions rounded up. MACs run: as computed here,
-where iRPE on the values costs K products a query in place of L; of a detector the products and
-convolutions alone, on an image of {} x {}.
+MACs: for one image, by the published convention, in millions, rounded up.
+MACs run: MACs of this implementation, where iRPE on the values costs K·d per query and head
+instead of L·d.
+For detectors: matrix products and convolutions only, for an image of {} x {}.
 """
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table whose columns are aligned, so that it reads well on a terminal too."""
+    """Return a Markdown table with aligned columns, which is readable on a terminal too."""
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     cells = [header, ["-" * width for width in widths], *lines]
     return "".join(
@@ -32,75 +33,84 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def published_table(rows: Sequence[Row]) -> str:
-    """The published figures of rows of one task."""
+    """Return the table of the published values of rows of one task."""
     task = TASKS[rows[0].task]
-    columns = task.costs | task.figures
+    columns = task.costs | task.metrics
     lines = [
-        [*_identity(row).values(), *(f.show(row.published.get(n)) for n, f in columns.items())]
+        [*_identity(row).values(), *(c.show(row.published.get(n)) for n, c in columns.items())]
         for row in rows
     ]
-    return markdown([*_identity(rows[0]), *(f.heading for f in columns.values())], lines)
+    return markdown([*_identity(rows[0]), *(c.heading for c in columns.values())], lines)
 
 
 def overview(rows: Sequence[Row]) -> str:
-    """Rows of one task: figures, configurations, and whether their checkpoints are here."""
-    columns = TASKS[rows[0].task].costs | TASKS[rows[0].task].figures
+    """Return the table of rows of one task with configurations and cached checkpoints."""
+    columns = TASKS[rows[0].task].costs | TASKS[rows[0].task].metrics
     lines = []
     for row in rows:
-        here = "not published" if row.checkpoint is None else "in the cache"
+        state = "not published" if row.checkpoint is None else "in the cache"
         if row.checkpoint is not None and cached(row) is None:
-            here = "not in the cache"
-        figures = [figure.show(row.published.get(name)) for name, figure in columns.items()]
-        lines.append([row.name, *figures, os.path.relpath(row.config_file), here])
-    headings = [figure.heading for figure in columns.values()]
+            state = "not in the cache"
+        values = [column.show(row.published.get(name)) for name, column in columns.items()]
+        lines.append([row.name, *values, os.path.relpath(row.config_file), state])
+    headings = [column.heading for column in columns.values()]
     return markdown(["row", *headings, "configuration", "checkpoint"], lines)
 
 
 def cost_table(rows: Sequence[Row], costs: Sequence[Cost]) -> str:
-    """Parameters and MACs beside the published ones, and the MACs that are computed here."""
+    """Return the table of counted and published parameters and MACs."""
     lines = []
     for row, cost in zip(rows, costs, strict=True):
         cells = [row.name]
-        for name, figure in TASKS["classification"].costs.items():
-            cells += [figure.show(_in_millions(cost)[name]), figure.show(row.published.get(name))]
+        for name, column in TASKS["classification"].costs.items():
+            cells += [column.show(_in_millions(cost)[name]), column.show(row.published.get(name))]
         lines.append([*cells, str(_rounded_up(cost.macs_run))])
     header = ["row", "#Params (M)", "published", "MACs (M)", "published", "MACs run (M)"]
     return markdown(header, lines) + "\n" + _NOTE.format(*DETECTION_SIZE)
 
 
 def differing_costs(rows: Sequence[Row], costs: Sequence[Cost]) -> list[str]:
-    """Where a model is not what was published, in words."""
+    """Return a message for each count that differs from the published one."""
     differing = []
     for row, cost in zip(rows, costs, strict=True):
-        for name, figure in TASKS[row.task].costs.items():
-            ours, theirs = figure.show(_in_millions(cost)[name]), row.published.get(name)
-            if theirs is not None and ours != figure.show(theirs):
+        for name, column in TASKS[row.task].costs.items():
+            counted = column.show(_in_millions(cost)[name])
+            published = column.show(row.published.get(name))
+            if name in row.published and counted != published:
                 differing.append(
-                    f"{row.name} has {figure.heading} {ours} in place of {figure.show(theirs)}"
+                    f"{row.name}: {column.heading} must be {published} as published, got {counted}"
                 )
     return differing
 
 
 def fill_in(text: str, zoo: Zoo) -> tuple[str, set[str]]:
-    """A document with the published tables in their places, and the tasks that have a place.
+    """Fill the tables of published models into a document.
 
-    A place begins with the line `<!-- zoo: TASK … -->` and ends with `<!-- end of zoo -->`.
+    A table is between the lines `<!-- zoo: TASK … -->` and `<!-- end of zoo -->`.
+
+    Args:
+        text: The document.
+        zoo: Zoo of the rows.
+
+    Returns:
+        The filled document, and the tasks that have a table in it.
     """
     tables = {
         task: published_table(rows)
         for task in TASKS
         if (rows := [row for row in zoo.rows if row.task == task])
     }
-    found = {place["task"] for place in _PLACE.finditer(text)} & tables.keys()
+    found = {match["task"] for match in _MARKED.finditer(text)} & tables.keys()
 
-    def fill(place: re.Match) -> str:
-        return place["head"] + tables[place["task"]] + place["tail"]
+    def fill(match: re.Match) -> str:
+        table = tables.get(match["task"])
+        return match[0] if table is None else match["head"] + table + match["tail"]
 
-    return _PLACE.sub(lambda p: fill(p) if p["task"] in found else p[0], text), found
+    return _MARKED.sub(fill, text), found
 
 
 def _identity(row: Row) -> dict[str, str]:
-    """What a row is, by heading."""
+    """Return the columns that identify a row, by heading."""
     if row.task == "classification":
         return {"model": row.name, "iRPE on": " ".join(row.rpe.rpe_on) if row.rpe else "—"}
     config = row.config
@@ -108,6 +118,7 @@ def _identity(row: Row) -> dict[str, str]:
 
 
 def _buckets(row: Row) -> str:
+    """Return the number of buckets, as a product for the product method."""
     if row.rpe is None:
         return "—"
     side = math.isqrt(row.rpe.num_buckets)
@@ -115,10 +126,11 @@ def _buckets(row: Row) -> str:
 
 
 def _in_millions(cost: Cost) -> dict[str, float | None]:
-    """By the names of zoo.yaml, in its units."""
+    """Return parameters and MACs under the names and in the units of zoo.yaml."""
     macs = None if cost.macs is None else _rounded_up(cost.macs)
     return {"params": cost.params / 1e6, "macs": macs}
 
 
 def _rounded_up(count: int) -> int:
+    """Round up to whole millions."""
     return -(-count // 1_000_000)

@@ -1,4 +1,4 @@
-"""Stand-in checkpoints by golden/RECIPE.md, a server that has them, and data to measure them on."""
+"""Fixtures: checkpoints filled by golden/RECIPE.md, a web server for them, and data sets."""
 
 import io
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from tests.web_server import Site, serve
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Where the digits and a few scenes lie, as flags of `evaluate`, computed on the CPU."""
+    """Flags of `evaluate` for the digits and a few scenes, on the CPU."""
     root = tmp_path_factory.mktemp("data")
     digits = write_digits(root / "digits")
     scenes = write_scenes(root / "scenes", SceneOptions(train=1, val=5))
@@ -28,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Checkpoints of a classifier and a detector with weights by recipe B."""
+    """Checkpoints of a classifier and a detector, filled by recipe B."""
     folder = tmp_path_factory.mktemp("checkpoints")
     zoo = make_zoo(folder, "http://nowhere")
     configs = {row.name: row.config for row in zoo.rows}
@@ -41,7 +41,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def site(checkpoints: dict[str, bytes]) -> Iterator[Site]:
-    """A server that has the two checkpoints."""
+    """Web server of the two checkpoints."""
     with serve(**checkpoints) as site:
         yield site
 
@@ -54,6 +54,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def saved(model: nn.Module) -> bytes:
+    """Return the checkpoint of a model as bytes."""
     buffer = io.BytesIO()
     torch.save({"model": model.state_dict()}, buffer)
     return buffer.getvalue()

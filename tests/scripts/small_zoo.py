@@ -1,4 +1,4 @@
-"""A zoo of a tiny classifier and a tiny detector, in a file."""
+"""A zoo of a tiny classifier and a tiny detector."""
 
 from pathlib import Path
 
@@ -36,18 +36,24 @@ DETECTOR = {
 }
 
 
-def make_zoo(folder: Path, address: str, **classifiers: dict) -> Zoo:
-    """A zoo in a file: `digits`, more classifiers of its configuration, and `scenes`."""
+def make_zoo(folder: Path, url: str, **classifiers: dict) -> Zoo:
+    """Write and load a zoo of `digits`, further classifiers of its configuration, and `scenes`.
+
+    Args:
+        folder: Folder of the files.
+        url: URL of the folder of the checkpoints.
+        classifiers: Entries of classifiers in zoo.yaml, which may replace `digits`.
+    """
     for name, config in (("digits", CLASSIFIER), ("scenes", DETECTOR)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    rows = {"digits": {"checkpoint": f"{address}/digits.pth"}} | classifiers
+    rows = {"digits": {"checkpoint": f"{url}/digits.pth"}} | classifiers
     content = {
         "source": "a test",
         "classification": {name: {"config": "digits.yaml"} | row for name, row in rows.items()},
         "detection": {
             "scenes": {
                 "config": "scenes.yaml",
-                "checkpoint": f"{address}/scenes.pth",
+                "checkpoint": f"{url}/scenes.pth",
                 "published": {"AP": 0.5},
             }
         },

@@ -1,4 +1,4 @@
-"""The zoo measured anew: stand-in checkpoints from a server of the test, on the embedded data."""
+"""Evaluation of a small zoo: checkpoints from a local web server, on the embedded data sets."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ from tests.web_server import serve
 
 
 def without_tables(checkpoint: bytes) -> bytes:
-    """The same weights as a model without iRPE has them."""
+    """Return the checkpoint without the tables of iRPE."""
     weights = torch.load(io.BytesIO(checkpoint))["model"]
     buffer = io.BytesIO()
     torch.save({"model": {k: v for k, v in weights.items() if ".rpe_" not in k}}, buffer)
@@ -34,7 +34,7 @@ def records(folder: Path) -> dict[str, dict]:
 
 
 def measured_alone(zoo: Zoo, data: list[str], checkpoint: bytes, folder: Path) -> dict:
-    """What the trainer itself says of `digits`."""
+    """Return the `eval.json` of the trainer for `digits`."""
     (folder / "alone.pth").write_bytes(checkpoint)
     run = ["--config", str(zoo.rows[0].config_file), "--eval", "--device", "cpu"]
     run += ["--resume", str(folder / "alone.pth"), "--data-path", data[1]]
@@ -42,7 +42,7 @@ def measured_alone(zoo: Zoo, data: list[str], checkpoint: bytes, folder: Path) -
     return json.loads((folder / "alone" / "eval.json").read_text())
 
 
-def test_the_zoo_is_downloaded_evaluated_and_compared_and_goes_on_where_it_failed(
+def test_the_zoo_is_downloaded_evaluated_and_compared_and_continues_after_a_failure(
     data, checkpoints, site, cache, tmp_path, capsys
 ):
     zoo = make_zoo(tmp_path, site.address)
@@ -61,19 +61,19 @@ def test_the_zoo_is_downloaded_evaluated_and_compared_and_goes_on_where_it_faile
     out = tmp_path / "out"
     run = ["evaluate", "--zoo", str(tmp_path / "zoo.yaml"), "--output", str(out), *data]
 
-    # The first download, of `digits`, breaks off in the middle.
+    # The first download, of `digits`, is interrupted in the middle.
     site.break_after = [len(checkpoints["digits"]) // 2]
     code, line = failure_of(main, run, capsys)
     assert code == 1
     assert line.endswith(
-        "5 of 5 rows failed or are outside of the tolerance: "
+        "5 of 5 rows failed or are outside the tolerance: "
         + ", ".join(["digits", "gone", "foreign", "plain", "scenes"])
     )
     first = records(out)
-    assert "broke off at" in first["digits"]["reason"]
-    assert "the server answered 404" in first["gone"]["reason"]
+    assert "digits.pth" in first["digits"]["reason"]
+    assert "404" in first["gone"]["reason"]
     assert "the checkpoint does not fit VisionTransformer: " in first["foreign"]["reason"]
-    assert "plain.pth' has no iRPE, the row has it on q, k, v: " in first["plain"]["reason"]
+    assert "plain.pth' must have iRPE on q, k, v, got none: " in first["plain"]["reason"]
     assert first["scenes"]["verdict"] == "outside"
     assert first["scenes"]["images"] == 5
     assert first["scenes"]["images_per_s"] > 0
@@ -84,7 +84,7 @@ def test_the_zoo_is_downloaded_evaluated_and_compared_and_goes_on_where_it_faile
     capsys.readouterr()
     code, line = failure_of(main, [*run, "--rows", "digits", "gone", "scenes"], capsys)
     assert code == 1
-    assert "2 of 3 rows failed or are outside of the tolerance: gone, scenes" in line
+    assert "2 of 3 rows failed or are outside the tolerance: gone, scenes" in line
     assert [request.get("Range") for request in site.requests[asked:]] == [
         f"bytes={len(checkpoints['digits']) // 2}-",
         None,
@@ -100,19 +100,19 @@ def test_the_zoo_is_downloaded_evaluated_and_compared_and_goes_on_where_it_faile
     assert (cache / "digits.pth").read_bytes() == checkpoints["digits"]
     check_documents(out, published)
 
-    # Other settings fail: the figures stay, with the reason beside them until they are asked for.
+    # Other settings fail: the metrics are kept with the reason, until these settings run again.
     code, _ = failure_of(main, [*run, "--rows", "digits", "--imagenet", "nowhere"], capsys)
     assert code == 1
-    failed = digits | {"failed_later": "--imagenet nowhere is not a folder"}
+    failed = digits | {"failed_later": "--imagenet must be a folder, got nowhere"}
     assert records(out)["digits"] == failed
     main([*run, "--rows", "digits"])
     assert records(out)["digits"] == digits
 
 
 def check_documents(out: Path, published: dict[str, float]) -> None:
-    """Markdown and CSV say what the JSON says."""
+    """Check that Markdown and CSV agree with the JSON."""
     with (out / "zoo.csv").open() as file:
-        lines = {(line["row"], line["figure"]): line for line in csv.DictReader(file)}
+        lines = {(line["row"], line["metric"]): line for line in csv.DictReader(file)}
     assert len(lines) == 2 + 1 + 1 + 1 + 6
     top1 = lines["digits", "top1"]
     assert float(top1["published"]) == published["top1"]
@@ -127,7 +127,7 @@ def check_documents(out: Path, published: dict[str, float]) -> None:
     assert f"torch {torch.__version__}" in text
 
 
-def test_two_processes_measure_what_one_does(data, checkpoints, site, cache, tmp_path):
+def test_two_processes_give_the_metrics_of_one(data, checkpoints, site, cache, tmp_path):
     zoo = make_zoo(tmp_path, site.address)
     alone = measured_alone(zoo, data, checkpoints["digits"], tmp_path)
     run = ["evaluate", "--zoo", str(tmp_path / "zoo.yaml"), "--output", str(tmp_path), *data]
@@ -138,7 +138,7 @@ def test_two_processes_measure_what_one_does(data, checkpoints, site, cache, tmp
     assert record["machine"]["processes"] == 2
 
 
-def test_interrupted_between_rows_it_leaves_no_process_and_keeps_what_is_finished(
+def test_an_interrupted_evaluation_ends_its_processes_and_keeps_finished_rows(
     data, site, cache, tmp_path, capsys
 ):
     make_zoo(tmp_path, site.address, again={"checkpoint": site.url("digits.pth")})
@@ -151,11 +151,11 @@ def test_interrupted_between_rows_it_leaves_no_process_and_keeps_what_is_finishe
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < end
         time.sleep(0.02)
-    time.sleep(0.5)  # the trainer of the second row is at work
+    time.sleep(0.5)  # the trainer of the second row is running
     process.send_signal(signal.SIGTERM)
     printed, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "error: interrupted\n")
-    assert "the same command goes on from there" in printed
+    assert "run the same command again to continue" in printed
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
     finished = records(out)
@@ -167,22 +167,22 @@ def test_interrupted_between_rows_it_leaves_no_process_and_keeps_what_is_finishe
 
 
 def failing(run: list[str], capsys: pytest.CaptureFixture, out: Path) -> dict[str, str]:
-    """Why the rows of an evaluation could not be run."""
+    """Return the reasons of an evaluation whose rows all fail."""
     assert failure_of(main, [*run, "--output", str(out), "--device", "cpu"], capsys)[0] == 1
     return {name: record["reason"] for name, record in records(out).items()}
 
 
-def test_missing_data_is_said_before_anything_is_downloaded(site, cache, tmp_path, capsys):
+def test_missing_data_sets_are_reported_before_any_download(site, cache, tmp_path, capsys):
     make_zoo(tmp_path, site.address)
     run = ["evaluate", "--zoo", str(tmp_path / "zoo.yaml"), "--imagenet", str(tmp_path / "none")]
     assert failing(run, capsys, tmp_path) == {
-        "digits": f"--imagenet {tmp_path / 'none'} is not a folder",
-        "scenes": "--coco is not given, where its data lies",
+        "digits": f"--imagenet must be a folder, got {tmp_path / 'none'}",
+        "scenes": "--coco must be a folder, got none",
     }
     assert not site.requests
 
 
-def test_without_network_a_row_says_so(data, cache, tmp_path, capsys):
+def test_without_network_every_row_has_the_reason(data, cache, tmp_path, capsys):
     with serve() as site:
         make_zoo(tmp_path, site.address)
     run = ["evaluate", "--zoo", str(tmp_path / "zoo.yaml"), *data]

@@ -1,6 +1,7 @@
-"""The report of an evaluation of the zoo: what is within the tolerance, and what is kept."""
+"""Report of an evaluation of the zoo: tolerances, and records kept between evaluations."""
 
 import csv
+import json
 from dataclasses import replace
 
 import pytest
@@ -24,26 +25,24 @@ def test_the_tolerance_is_a_tenth_of_a_point_inclusive(top1, expected, tmp_path)
     assert compare(row, record)["top1"].difference == pytest.approx(top1 - 82.3)
 
 
-def test_figures_outlive_a_failure_which_is_told_beside_them(tmp_path):
+def test_metrics_are_kept_with_the_reason_of_a_later_failure(tmp_path):
     zoo = make_zoo(tmp_path, "http://nowhere")
-    row, address = zoo.rows[0], "http://nowhere/digits.pth"
-    record = Record(
-        measured={"top1": 1.0, "top5": 2.0}, images=1, images_per_s=1.0, checkpoint=address
-    )
+    row, url = zoo.rows[0], "http://nowhere/digits.pth"
+    record = Record(measured={"top1": 1.0, "top5": 2.0}, images=1, images_per_s=1.0, checkpoint=url)
     Report(tmp_path, zoo).put(row, record)
     assert "## Not run" not in (tmp_path / "zoo.md").read_text()
-    Report(tmp_path, zoo).put(row, Record(reason="no network", checkpoint=address))
+    Report(tmp_path, zoo).put(row, Record(reason="no network", checkpoint=url))
     assert Report(tmp_path, zoo).records == {"digits": replace(record, failed_later="no network")}
     text = (tmp_path / "zoo.md").read_text()
     assert "| 1.00 " in text
-    assert "- digits: no network; its figures above are of an earlier evaluation\n" in text
+    assert "- digits: no network; the metrics above are from an earlier evaluation\n" in text
     with (tmp_path / "zoo.csv").open() as file:
         assert {line["reason"] for line in csv.DictReader(file)} == {"no network"}
     Report(tmp_path, zoo).put(row, record)
     assert "no network" not in (tmp_path / "zoo.md").read_text()
 
 
-def test_figures_of_another_checkpoint_give_way_to_the_reason(tmp_path):
+def test_a_failure_replaces_the_metrics_of_another_checkpoint(tmp_path):
     zoo = make_zoo(tmp_path, "http://nowhere")
     record = Record(
         measured={"top1": 1.0, "top5": 2.0}, images=1, images_per_s=1.0, checkpoint="http://old/a"
@@ -56,7 +55,7 @@ def test_figures_of_another_checkpoint_give_way_to_the_reason(tmp_path):
     assert "- digits: no network\n" in (tmp_path / "zoo.md").read_text()
 
 
-def test_another_zoo_takes_no_figures_away(tmp_path):
+def test_an_evaluation_of_another_zoo_keeps_the_records(tmp_path):
     zoo = make_zoo(tmp_path, "http://nowhere")
     record = Record(measured={"top1": 1.0, "top5": 2.0}, images=1, images_per_s=1.0)
     Report(tmp_path, zoo).put(zoo.rows[0], record)
@@ -65,12 +64,28 @@ def test_another_zoo_takes_no_figures_away(tmp_path):
     assert Report(tmp_path, zoo).records == {"digits": record, other.rows[0].name: record}
 
 
+def test_a_report_of_an_earlier_version_is_read_and_gets_the_key_metrics(tmp_path):
+    zoo = make_zoo(tmp_path, "http://nowhere")
+    record = Record(measured={"top1": 1.0, "top5": 2.0}, images=1, images_per_s=1.0)
+    Report(tmp_path, zoo).put(zoo.rows[0], record)
+    content = json.loads((tmp_path / "zoo.json").read_text())
+    row = content["rows"]["digits"]
+    row["figures"] = row.pop("metrics")
+    (tmp_path / "zoo.json").write_text(json.dumps(content))
+    report = Report(tmp_path, zoo)
+    assert report.records == {"digits": record}
+    report.put(zoo.rows[0], record)
+    row = json.loads((tmp_path / "zoo.json").read_text())["rows"]["digits"]
+    assert row["metrics"]["top1"]["measured"] == 1.0
+    assert "figures" not in row
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"rows": {"a": 1}}', '{"rows": 1}'])
-def test_a_file_that_is_no_report_is_not_overwritten(content, data, tmp_path, capsys):
+def test_a_file_of_another_program_is_not_overwritten(content, data, tmp_path, capsys):
     zoo = make_zoo(tmp_path, "http://nowhere")
     (tmp_path / "zoo.json").write_text(content)
     run = ["evaluate", "--zoo", str(zoo.file), "--output", str(tmp_path), *data]
     code, line = failure_of(main, run, capsys)
     assert code == 1
-    assert "zoo.json cannot be read as the report of an evaluation" in line
+    assert f"cannot read {tmp_path / 'zoo.json'} as the report of an evaluation" in line
     assert (tmp_path / "zoo.json").read_text() == content
