@@ -1,6 +1,7 @@
 """Model zoo: list, download and evaluate the published models.
 
     python -m scripts.zoo list                 published metrics, configurations, cached checkpoints
+    python -m scripts.zoo list --urls          URLs of checkpoints and training logs
     python -m scripts.zoo table                parameters and MACs, counted and published
     python -m scripts.zoo download             checkpoints into the torch hub cache
     python -m scripts.zoo evaluate --imagenet ./ImageNet --coco ./coco_data --nproc 8
@@ -70,6 +71,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             command.add_argument(
                 "--rows", nargs="+", metavar="ROW", help="Names of rows or tasks (default: all)"
             )
+        if name == "list":
+            command.add_argument(
+                "--urls", action="store_true", help="List the URLs of checkpoints and logs instead"
+            )
         if name in ("download", "evaluate"):
             command.add_argument(
                 "--mirror",
@@ -133,8 +138,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def list_rows(args: argparse.Namespace, zoo: Zoo) -> None:
-    """List rows with published metrics, configurations and cached checkpoints."""
+    """List published metrics, configurations and cached checkpoints, or URLs."""
     rows = zoo.choose(args.rows)
+    if args.urls:
+        print(tables.urls(rows), end="")
+        return
     for task in TASKS:
         if of_task := [row for row in rows if row.task == task]:
             print(tables.overview(of_task))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -18,7 +18,19 @@ from detection.config import parse_args as detection_config
 from engine import UsageError
 from irpe_core import RPEConfig, parse_rpe_spec
 
-__all__ = ["ROOT", "TASKS", "ZOO", "Column", "Row", "Task", "Zoo", "file_name", "load_zoo"]
+__all__ = [
+    "ROOT",
+    "TASKS",
+    "ZOO",
+    "Column",
+    "Logs",
+    "Row",
+    "Task",
+    "Zoo",
+    "file_name",
+    "load_zoo",
+    "logs_of",
+]
 
 ROOT = Path(__file__).parents[2]
 ZOO = ROOT / "configs" / "zoo.yaml"
@@ -27,6 +39,29 @@ ZOO = ROOT / "configs" / "zoo.yaml"
 def file_name(url: str) -> str:
     """Return the last part of a URL's path, the name of the file in the torch hub cache."""
     return Path(urlsplit(url).path).name
+
+
+class Logs(NamedTuple):
+    """URLs of the two logs of a published training.
+
+    Attributes:
+        log: Log as JSON lines, `log_<name>.txt`.
+        detail: Detailed log as text, `detail_<name>.log`.
+    """
+
+    log: str
+    detail: str
+
+
+def logs_of(checkpoint: str) -> Logs:
+    """Return the URLs of the logs that are published with a checkpoint.
+
+    The logs are in the folder of the checkpoint, and `<name>` is its file name without `.pth`.
+    """
+    url = urlsplit(checkpoint)
+    path = PurePosixPath(url.path)
+    names = (f"log_{path.stem}.txt", f"detail_{path.stem}.log")
+    return Logs(*(url._replace(path=str(path.with_name(name))).geturl() for name in names))
 
 
 class Column(NamedTuple):
@@ -111,6 +146,7 @@ class _File(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = Field(min_length=1)
+    logs: bool = False
     classification: dict[str, _Facts] = {}
     detection: dict[str, _Facts] = {}
 
@@ -152,6 +188,7 @@ class Row:
         sha256: SHA-256 of the checkpoint, if it is known.
         published: Published parameters, MACs and metrics, by their names in zoo.yaml.
         own_checkpoint: URL of the checkpoint in zoo.yaml, if it has one.
+        has_logs: Whether logs are published with the checkpoint.
     """
 
     name: str
@@ -160,6 +197,7 @@ class Row:
     sha256: str | None
     published: dict[str, float]
     own_checkpoint: str | None
+    has_logs: bool
 
     @cached_property
     def config(self) -> ClassificationConfig | DetectionConfig:
@@ -173,6 +211,11 @@ class Row:
         if self.own_checkpoint or self.task == "detection":
             return self.own_checkpoint
         return default_cfgs.get(self.config.model, {}).get("url") or None
+
+    @property
+    def logs(self) -> Logs | None:
+        """URLs of the logs of its training; None if none are published."""
+        return logs_of(self.checkpoint) if self.has_logs and self.checkpoint else None
 
     @property
     def rpe(self) -> RPEConfig | None:
@@ -251,6 +294,7 @@ def load_zoo(file: Path = ZOO) -> Zoo:
             facts.sha256,
             facts.published,
             facts.checkpoint,
+            content.logs,
         )
         for task in TASKS
         for name, facts in getattr(content, task).items()

@@ -9,11 +9,20 @@ from scripts.zoo.checkpoints import cached
 from scripts.zoo.macs import DETECTION_SIZE, Cost
 from scripts.zoo.rows import TASKS, Row, Zoo
 
-__all__ = ["cost_table", "differing_costs", "fill_in", "markdown", "overview", "published_table"]
+__all__ = [
+    "cost_table",
+    "differing_costs",
+    "fill_in",
+    "markdown",
+    "overview",
+    "published_table",
+    "urls",
+]
 
 _MARKED = re.compile(
     r"(?P<head><!-- zoo: (?P<task>\w+)\b[^>]*-->\n).*?(?P<tail><!-- end of zoo -->)", re.DOTALL
 )
+_WIDEST = 80  # characters of a padded cell
 _NOTE = """\
 MACs: for one image, by the published convention, in millions, rounded up.
 MACs run: MACs of this implementation, where iRPE on the values costs K·d per query and head
@@ -23,8 +32,15 @@ For detectors: matrix products and convolutions only, for an image of {} x {}.
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table with aligned columns, which is readable on a terminal too."""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    """Return a Markdown table with aligned columns, which is readable on a terminal too.
+
+    Columns of long cells, such as URLs, are not padded.
+    """
+    longest = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    widths = [
+        width if width <= _WIDEST else len(heading)
+        for heading, width in zip(header, longest, strict=True)
+    ]
     cells = [header, ["-" * width for width in widths], *lines]
     return "".join(
         f"| {' | '.join(c.ljust(width) for c, width in zip(line, widths, strict=True))} |\n"
@@ -33,14 +49,19 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def published_table(rows: Sequence[Row]) -> str:
-    """Return the table of the published values of rows of one task."""
+    """Return the table of the published values and files of rows of one task."""
     task = TASKS[rows[0].task]
     columns = task.costs | task.metrics
-    lines = [
-        [*_identity(row).values(), *(c.show(row.published.get(n)) for n, c in columns.items())]
-        for row in rows
-    ]
-    return markdown([*_identity(rows[0]), *(c.heading for c in columns.values())], lines)
+    with_logs = any(row.logs for row in rows)
+    lines = []
+    for row in rows:
+        values = [column.show(row.published.get(name)) for name, column in columns.items()]
+        lines.append(
+            [*_identity(row).values(), *values, *_links(row, with_logs=with_logs).values()]
+        )
+    headings = [column.heading for column in columns.values()]
+    links = _links(rows[0], with_logs=with_logs)
+    return markdown([*_identity(rows[0]), *headings, *links], lines)
 
 
 def overview(rows: Sequence[Row]) -> str:
@@ -55,6 +76,15 @@ def overview(rows: Sequence[Row]) -> str:
         lines.append([row.name, *values, os.path.relpath(row.config_file), state])
     headings = [column.heading for column in columns.values()]
     return markdown(["row", *headings, "configuration", "checkpoint"], lines)
+
+
+def urls(rows: Sequence[Row]) -> str:
+    """Return the names of rows, each followed by the URLs of its checkpoint and its logs."""
+    lines = []
+    for row in rows:
+        found = [row.checkpoint, *(row.logs or ())] if row.checkpoint else ["not published"]
+        lines += [f"{row.name}:", *(f"  {url}" for url in found)]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def cost_table(rows: Sequence[Row], costs: Sequence[Cost]) -> str:
@@ -115,6 +145,14 @@ def _identity(row: Row) -> dict[str, str]:
         return {"model": row.name, "iRPE on": " ".join(row.rpe.rpe_on) if row.rpe else "—"}
     config = row.config
     return {"enc_rpe2d": config.enc_rpe2d, "buckets": _buckets(row), "epochs": str(config.epochs)}
+
+
+def _links(row: Row, *, with_logs: bool) -> dict[str, str]:
+    """Return the columns with the links to a row's files, by heading."""
+    links = {"Link": f"[link]({row.checkpoint})" if row.checkpoint else "—"}
+    if with_logs:
+        links["Log"] = f"[log]({row.logs.log}) [detail]({row.logs.detail})" if row.logs else "—"
+    return links
 
 
 def _buckets(row: Row) -> str:

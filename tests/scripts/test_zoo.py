@@ -20,6 +20,7 @@ ROWS = load_zoo().rows
 CLASSIFIERS = [row for row in ROWS if row.task == "classification"]
 DETECTORS = [row for row in ROWS if row.task == "detection"]
 TINY = CLASSIFIERS[0]
+RELEASE = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0"
 
 
 def write_zoo(folder: Path, task: str = "classification", **rows: dict) -> Path:
@@ -28,6 +29,11 @@ def write_zoo(folder: Path, task: str = "classification", **rows: dict) -> Path:
     path = folder / "zoo.yaml"
     path.write_text(yaml.safe_dump({"source": "a test", task: rows}))
     return path
+
+
+def without_checkpoint(folder: Path) -> Path:
+    """Write a zoo whose only row, `mine`, has no checkpoint."""
+    return write_zoo(folder, "detection", mine={"config": str(DETECTORS[0].config_file)})
 
 
 @pytest.mark.parametrize("row", CLASSIFIERS, ids=lambda row: row.name)
@@ -77,6 +83,50 @@ def test_every_released_model_is_a_row_with_all_metrics_and_the_url_of_the_model
     for row in DETECTORS:
         suffix = "_300epochs" if row.config.epochs == 300 else ""
         assert row.checkpoint.endswith(f"/{row.config.enc_rpe2d}{suffix}.pth")
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (TINY.name, TINY.name),
+        ("rpe-1.9-product-ctx-1-k_150_epochs", "rpe-1.9-product-ctx-1-k"),
+        ("rpe-2.0-product-ctx-1-k_300_epochs", "rpe-2.0-product-ctx-1-k_300epochs"),
+    ],
+)
+def test_a_published_row_has_the_urls_of_its_checkpoint_and_its_logs(row, name, capsys):
+    main(["list", "--urls", "--rows", row])
+    assert capsys.readouterr().out.splitlines() == [
+        f"{row}:",
+        f"  {RELEASE}/{name}.pth",
+        f"  {RELEASE}/log_{name}.txt",
+        f"  {RELEASE}/detail_{name}.log",
+    ]
+    links = (
+        f"| [link]({RELEASE}/{name}.pth) "
+        f"| [log]({RELEASE}/log_{name}.txt) [detail]({RELEASE}/detail_{name}.log) |"
+    )
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert sum(line.endswith(links) for line in lines) == 1
+
+
+def test_a_zoo_without_logs_has_links_to_checkpoints_alone(tmp_path, capsys):
+    zoo = write_zoo(tmp_path, mine={"checkpoint": "http://x/mine.pth"})
+    assert load_zoo(zoo).rows[0].logs is None
+    path = tmp_path / "README.md"
+    path.write_text("<!-- zoo: classification -->\n<!-- end of zoo -->\n")
+    main(["readme", "--zoo", str(zoo), "--readme", str(path)])
+    header, _, line = path.read_text().splitlines()[1:4]
+    assert header.endswith("| Link                      |")
+    assert line.endswith("| [link](http://x/mine.pth) |")
+    main(["list", "--urls", "--zoo", str(zoo)])
+    assert capsys.readouterr().out == "mine:\n  http://x/mine.pth\n"
+
+
+def test_a_row_without_checkpoint_has_no_logs(tmp_path, capsys):
+    zoo = without_checkpoint(tmp_path)
+    zoo.write_text(f"logs: true\n{zoo.read_text()}")
+    main(["list", "--urls", "--zoo", str(zoo)])
+    assert capsys.readouterr().out == "mine:\n  not published\n"
 
 
 def test_readme_has_the_tables_of_the_zoo():
@@ -159,11 +209,6 @@ def test_table_prints_counted_and_published_values_and_fails_if_they_differ(tmp_
         ["right", "5.76", "5.76", "1284", "1284", "1284"],
         ["unknown", "5.76", "—", "1284", "—", "1284"],
     ]
-
-
-def without_checkpoint(folder: Path) -> Path:
-    """Write a zoo whose only row, `mine`, has no checkpoint."""
-    return write_zoo(folder, "detection", mine={"config": str(DETECTORS[0].config_file)})
 
 
 def test_list_shows_which_checkpoints_are_in_the_cache(tmp_path, cache, capsys):
