@@ -23,6 +23,7 @@ from engine.errors import UsageError
 from engine.flags import NONE_WORDS, FlagParser, arms, dashed, describe, suggest
 
 _UNMEANT_BOOL = "unmeant_bool_type"
+_BOOLEAN_NOTE = " (YAML reads on, off, yes and no as true and false: put the word in quotes)"
 
 
 class Config(BaseModel):
@@ -46,7 +47,7 @@ class Config(BaseModel):
             return None
         if isinstance(value, bool) and bool not in allowed:
             # Else pydantic would take `epochs: yes` for 1.
-            raise PydanticCustomError(_UNMEANT_BOOL, "should not be a boolean")
+            raise PydanticCustomError(_UNMEANT_BOOL, "must not be a boolean")
         return value
 
 
@@ -65,8 +66,8 @@ def parse_config(
         description: one paragraph for `--help`.
 
     Raises:
-        SystemExit: with code 0 after `--help`; with code 2 after a line on stderr that says what is
-            wrong.
+        SystemExit: With code 0 after `--help` and `--print-config`; with code 2 after one line on
+            stderr that says what is wrong.
     """
     try:
         return _parse(cls, sys.argv[1:] if argv is None else argv, prog, description)
@@ -82,16 +83,20 @@ def dump(config: Config) -> dict[str, Any]:
 def _parse(cls: type[AnyConfig], argv: Sequence[str], prog: str, description: str) -> AnyConfig:
     parser = FlagParser(cls, prog, description)
     flags = parser.parse(argv)
-    files = flags.pop("config", [])
+    files, print_config = flags.pop("config", []), flags.pop("print_config", False)
     if len(files) > 1:
-        raise UsageError(f"--config is given {len(files)} times but should be given once")
+        raise UsageError(f"--config must be given once, got {len(files)} files")
     values, places = _read_file(cls, files[0]) if files else ({}, {})
     values.update(flags)
     places.update((name, dashed(name)) for name in flags)
     try:
-        return cls.model_validate(values)
+        config = cls.model_validate(values)
     except ValidationError as error:
         raise UsageError(_explain(cls, error, values, places)) from error
+    if print_config:
+        print(yaml.safe_dump(dump(config), sort_keys=False), end="")
+        raise SystemExit(0)
+    return config
 
 
 def _read_file(cls: type[Config], path: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -103,7 +108,7 @@ def _read_file(cls: type[Config], path: str) -> tuple[dict[str, Any], dict[str, 
         if node is None:
             return {}, {}
         if not isinstance(node, yaml.MappingNode):
-            raise UsageError(f"{path}: should hold `option: value` lines but holds something else")
+            raise UsageError(f"{path}: must hold `option: value` lines")
         # Pair by pair: a finished dict has lost the line numbers, and keys that are given twice.
         pairs = [(key, loader.construct_object(value, deep=True)) for key, value in node.value]
     except OSError as error:
@@ -143,9 +148,11 @@ def _explain(
         elif name not in values:
             sentences.append(f"{dashed(name)} is required")
         else:
+            place, value = places[name], _show(values[name])
             reason = _reason(details, cls.model_fields[name].annotation)
-            joint = " but " if reason.startswith("should") else ": "
-            sentences.append(f"{places[name]} is {_show(values[name])}{joint}{reason}")
+            rule = f"{place} {reason}, got {value}" if reason.startswith("must ") else ""
+            note = _BOOLEAN_NOTE if details[0]["type"] == _UNMEANT_BOOL else ""
+            sentences.append((rule or f"{place} {value}: {reason}") + note)
     return "; ".join(sentences)
 
 
@@ -159,14 +166,11 @@ def _reason(details: list[ErrorDetails], annotation: Any) -> str:
         kind = detail["type"]
         if not kind.endswith(("_type", "_parsing")) and kind not in ("missing", "too_long"):
             return _message(detail)
-    reason = f"should be {describe(annotation)}"
-    if details[0]["type"] == _UNMEANT_BOOL:
-        reason += " (YAML reads on, off, yes and no as true and false: put the word in quotes)"
-    return reason
+    return f"must be {describe(annotation)}"
 
 
 def _message(detail: ErrorDetails) -> str:
-    return detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    return detail["msg"].removeprefix("Value error, ").replace("Input should", "must")
 
 
 def _show(value: Any) -> str:

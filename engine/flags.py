@@ -41,7 +41,12 @@ class FlagParser(argparse.ArgumentParser):
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
-        self.add_argument("--config", action="append", metavar="FILE.yaml", help="options as YAML")
+        self.add_argument(
+            "--config", action="append", metavar="FILE.yaml", help="YAML file with options"
+        )
+        self.add_argument(
+            "--print-config", action="store_true", help="print all options as YAML and exit"
+        )
         self._fields = cls.model_fields
         homes = {name: _defining_class(cls, name) for name in self._fields}
         for home in cls.__mro__:

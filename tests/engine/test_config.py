@@ -156,6 +156,20 @@ def test_dump_is_plain_and_fills_the_same_configuration_again():
     assert Run(**plain) == config
 
 
+@pytest.mark.parametrize("flag", ["--print-config", "--print_config"])
+def test_the_printed_configuration_is_a_file_that_gives_the_same_one(write, capsys, flag):
+    path = write("batch_size: 7\nopt_betas: [0.9, 0.95]")
+    with pytest.raises(SystemExit) as stop:
+        parse("--config", path, "--lr", "3e-4", flag)
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert [line.partition(":")[0] for line in printed.splitlines() if line[0] != "-"] == list(
+        Run.model_fields
+    )
+    config = parse("--config", write(printed))
+    assert config == parse("--batch-size", "7", "--lr", "3e-4", "--opt-betas", "0.9", "0.95")
+
+
 def test_configurations_are_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         parse().seed = 3
@@ -187,26 +201,26 @@ def test_help_lists_every_field_once_by_group_with_docstring_and_default(capsys)
         (["--batch", "3"], "unknown flag --batch: did you mean --batch-size?"),
         (["ImageNet"], "unexpected argument 'ImageNet'"),
         (["--lr"], "--lr: expected one argument"),
-        (["--lr", "fast"], "--lr is 'fast' but should be a number"),
-        (["--lr", "0"], "--lr is '0' but should be greater than 0"),
-        (["--lr", "nan"], "--lr is 'nan' but should be a finite number"),
-        (["--seed", "1.5"], "--seed is '1.5' but should be an integer"),
-        (["--clip-grad", "x"], "--clip-grad is 'x' but should be a number or none"),
-        (["--dtype", "fp16"], "--dtype is 'fp16' but should be 'float32' or 'bfloat16'"),
+        (["--lr", "fast"], "--lr must be a number, got 'fast'"),
+        (["--lr", "0"], "--lr must be greater than 0, got '0'"),
+        (["--lr", "nan"], "--lr must be a finite number, got 'nan'"),
+        (["--seed", "1.5"], "--seed must be an integer, got '1.5'"),
+        (["--clip-grad", "x"], "--clip-grad must be a number or none, got 'x'"),
+        (["--dtype", "fp16"], "--dtype must be 'float32' or 'bfloat16', got 'fp16'"),
         (
             ["--opt-betas", "0.9"],
-            "--opt-betas is ['0.9'] but should be 2 values (each a number) or none",
+            "--opt-betas must be 2 values (each a number) or none, got ['0.9']",
         ),
-        (["--input-size", "-5"], "--input-size is '-5' but should be greater than 0"),
+        (["--input-size", "-5"], "--input-size must be greater than 0, got '-5'"),
         (
             ["--input-size", "x"],
-            "--input-size is 'x' but should be an integer or 2 values (each an integer)",
+            "--input-size must be an integer or 2 values (each an integer), got 'x'",
         ),
         (["--seed", "13"], "seed 13 and model_ema cannot be given together"),
-        (["--seed", "x", "--lr", "y"], "--lr is 'y' but should be a number; --seed is 'x' but"),
+        (["--seed", "x", "--lr", "y"], "--lr must be a number, got 'y'; --seed must be an integer"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: No such file or directory"),
         (["--config", "/"], "--config /: Is a directory"),
-        (["--config", "a", "--config", "b"], "--config is given 2 times"),
+        (["--config", "a", "--config", "b"], "--config must be given once, got 2 files"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -220,14 +234,14 @@ def test_a_bad_flag_is_one_line_that_says_what_is_allowed(complaint, argv, said)
         ("lr: 1\nbatch_sise: 3", "some.yaml, line 2: batch_sise is not an option: did you mean"),
         ("optim: {lr: 1}", "line 1: optim is not an option"),
         ("? [1]\n: 2", "is not an option"),
-        ("batch_size: 0", "some.yaml, line 1: batch_size is 0 but should be greater than 0"),
-        ("lr: fast", "lr is 'fast' but should be a number"),
-        ("lr:", "lr is null but should be a number"),
-        ("seed: yes", "seed is true but should be an integer (YAML reads on, off, yes and no as"),
-        ("data_path: off", "data_path is false but should be text in quotes (YAML reads on, off"),
-        ("dtype: on", "dtype is true but should be float32 or bfloat16 (YAML reads on, off"),
-        ("data_path: 5", "data_path is 5 but should be text in quotes"),
-        ("- lr\n- seed", "some.yaml: should hold `option: value` lines"),
+        ("batch_size: 0", "some.yaml, line 1: batch_size must be greater than 0, got 0"),
+        ("lr: fast", "lr must be a number, got 'fast'"),
+        ("lr:", "lr must be a number, got null"),
+        ("seed: yes", "seed must be an integer, got true (YAML reads on, off, yes and no as"),
+        ("data_path: off", "data_path must be text in quotes, got false (YAML reads on, off"),
+        ("dtype: on", "dtype must be float32 or bfloat16, got true (YAML reads on, off"),
+        ("data_path: 5", "data_path must be text in quotes, got 5"),
+        ("- lr\n- seed", "some.yaml: must hold `option: value` lines"),
         ("lr: 1\nlr: 2", "some.yaml, line 2: lr is given twice"),
         ("batch-size: 1\nbatch_size: 1", "some.yaml, line 2: batch_size is given twice"),
         ("lr: [1\nseed: 2", "some.yaml, line 2: not valid YAML"),
@@ -249,7 +263,7 @@ def test_a_mistake_in_several_processes_names_the_rank(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(SystemExit):
         parse("--lr", "fast")
-    assert capsys.readouterr().err.startswith("error [rank 3]: --lr is 'fast'")
+    assert capsys.readouterr().err.startswith("error [rank 3]: --lr must be a number")
 
 
 def test_a_required_field_is_asked_for(capsys):
