@@ -1,8 +1,9 @@
-"""Operators of image relative position encoding: gather, bucket sum and attention with both.
+"""Operators of image relative position encoding (iRPE): gather, bucket sum and attention.
 
 Gather and bucket sum map between *lookups* `(B, H, L_q, K)`, one value per query and bucket, and
-*pairs* `(B, H, L_q, L_k)`, one value per query and key, through the bucket of every pair. Each is
-the other's backward. Attention fuses them with all that is around them. Needs nothing but torch.
+*pairs* `(B, H, L_q, L_k)`, one value per query and key. Each is the backward of the other.
+Attention computes both inside one operator. The package needs torch only.
+Notation: rpe_ops/README.md.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""`python -m rpe_ops`: what this installation can run, and why it cannot run the rest."""
+"""Command `python -m rpe_ops`: print what this installation can run, and why not the rest."""
 
 import importlib
 import platform
@@ -13,6 +13,7 @@ _OPERATORS = {"gather": "gather and bucket sum", "attention": "attention"}
 
 
 def _triton_version() -> str:
+    """Return the version of Triton, or why it cannot be imported."""
     try:
         return importlib.import_module("triton").__version__
     except ImportError as error:
@@ -20,6 +21,7 @@ def _triton_version() -> str:
 
 
 def _gpu() -> str:
+    """Return the names and compute capabilities of all GPUs."""
     if not torch.cuda.is_available():
         return "none visible to torch"
     names = []
@@ -30,7 +32,7 @@ def _gpu() -> str:
 
 
 def versions() -> dict[str, str]:
-    """What the operators run on, by name."""
+    """Return the versions and paths that the operators run with, by name."""
     reason = library.load_library()
     kernels = "CPU and CUDA" if library.has_cuda_kernels() else "CPU"
     return {
@@ -45,7 +47,7 @@ def versions() -> dict[str, str]:
 
 
 def report() -> str:
-    """The versions, then every implementation of every operator on the CPU and on CUDA."""
+    """Return the versions, then every implementation of every operator on the CPU and on CUDA."""
     lines = [f"{name:8} {version}" for name, version in versions().items()]
     for device in ("cpu", "cuda"):
         for operator, title in _OPERATORS.items():

@@ -1,4 +1,7 @@
-"""Public operators: validate, choose an implementation, call it."""
+"""Public operators: check the arguments, choose an implementation, call it.
+
+Notation: rpe_ops/README.md.
+"""
 
 import torch
 from torch import Tensor
@@ -10,50 +13,55 @@ __all__ = ["gather", "bucket_sum", "attention"]
 
 
 def gather(
-    lookup: Tensor, index: Tensor, *, implementation: str = "auto", check_bounds: bool = True
+    lookup: Tensor, bucket_ids: Tensor, *, implementation: str = "auto", check_bounds: bool = True
 ) -> Tensor:
-    """Spread per-bucket values over the pairs: `out[..., i, j] = lookup[..., i, index[i, j]]`.
+    """Read the value of every pair's bucket.
+
+        out[..., i, j] = lookup[..., i, bucket_ids[i, j]]
 
     Differentiable in `lookup` to any order; the backward is `bucket_sum`.
 
     Args:
         lookup: `(..., L_q, K)` floating point, one value per query and bucket; any strides.
-        index: `(L_q, L_k)` int32 or int64, the bucket of every pair.
+        bucket_ids: `(L_q, L_k)` int32 or int64, the bucket id of every pair.
         implementation: `"auto"` or a name in `rpe_ops.IMPLEMENTATIONS`.
-        check_bounds: Check that buckets lie in `[0, K)`, which waits for a GPU. Switch off only
-            for an index that is right by construction. Not done inside `torch.compile`.
+        check_bounds: Check that the bucket ids are in `[0, K)`. The check waits for a GPU; switch
+            it off only for bucket ids that are correct by construction. It is skipped inside
+            `torch.compile`.
 
     Returns:
         `(..., L_q, L_k)` in the dtype of `lookup`.
 
     Raises:
-        ValueError: A wrong shape, dtype, device or implementation name.
-        IndexError: A bucket out of range.
-        ImplementationError: An explicit implementation that cannot run here.
+        ValueError: A shape, dtype, device or implementation name is wrong.
+        IndexError: A bucket id is out of range.
+        ImplementationError: The implementation that was named cannot run here.
     """
     validation.check_floating("lookup", lookup)
-    validation.check_bucket_ids(index, lookup.shape[-2], lookup.device)
+    validation.check_bucket_ids(bucket_ids, lookup.shape[-2], lookup.device)
     if check_bounds and not torch.compiler.is_compiling():
-        validation.check_bounds(index, lookup.shape[-1])
-    return ops.gather(lookup, index, implementations.resolve(implementation, lookup.device))
+        validation.check_bounds(bucket_ids, lookup.shape[-1])
+    return ops.gather(lookup, bucket_ids, implementations.resolve(implementation, lookup.device))
 
 
 def bucket_sum(
     pairs: Tensor,
-    index: Tensor,
+    bucket_ids: Tensor,
     num_buckets: int,
     *,
     implementation: str = "auto",
     check_bounds: bool = True,
 ) -> Tensor:
-    """Sum the pairs of every bucket: `out[..., i, n] = Σ_j [index[i, j] = n] · pairs[..., i, j]`.
+    """Sum the pairs of every bucket.
+
+        out[..., i, n] = Σ_j [bucket_ids[i, j] = n] · pairs[..., i, j]
 
     Differentiable in `pairs` to any order; the backward is `gather`. float16 and bfloat16 are
     accumulated in float32.
 
     Args:
         pairs: `(..., L_q, L_k)` floating point, one value per query and key; any strides.
-        index: `(L_q, L_k)` int32 or int64, the bucket of every pair.
+        bucket_ids: `(L_q, L_k)` int32 or int64, the bucket id of every pair.
         num_buckets: `K`, at least 1.
         implementation: `"auto"` or a name in `rpe_ops.IMPLEMENTATIONS`.
         check_bounds: As in `gather`.
@@ -62,22 +70,23 @@ def bucket_sum(
         `(..., L_q, K)` in the dtype of `pairs`.
 
     Raises:
-        ValueError: A wrong shape, dtype, device, number of buckets or implementation name.
-        IndexError: A bucket out of range.
-        ImplementationError: An explicit implementation that cannot run here.
+        ValueError: A shape, dtype, device, number of buckets or implementation name is wrong.
+        IndexError: A bucket id is out of range.
+        ImplementationError: The implementation that was named cannot run here.
     """
     validation.check_floating("pairs", pairs)
-    validation.check_bucket_ids(index, pairs.shape[-2], pairs.device)
-    if index.shape[-1] != pairs.shape[-1]:
+    validation.check_bucket_ids(bucket_ids, pairs.shape[-2], pairs.device)
+    if bucket_ids.shape[-1] != pairs.shape[-1]:
         raise ValueError(
-            f"index has {index.shape[-1]} keys, pairs has {pairs.shape[-1]}: they must be equal"
+            f"bucket_ids must have as many keys as pairs, {pairs.shape[-1]}, "
+            f"got {bucket_ids.shape[-1]}"
         )
     if num_buckets < 1:
         raise ValueError(f"num_buckets must be at least 1, got {num_buckets}")
     if check_bounds and not torch.compiler.is_compiling():
-        validation.check_bounds(index, num_buckets)
+        validation.check_bounds(bucket_ids, num_buckets)
     chosen = implementations.resolve(implementation, pairs.device, "bucket_sum")
-    return ops.bucket_sum(pairs, index, num_buckets, chosen)
+    return ops.bucket_sum(pairs, bucket_ids, num_buckets, chosen)
 
 
 def attention(
@@ -94,28 +103,28 @@ def attention(
     scale: float | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """Attend with encodings that read tables by the bucket of a pair.
+    """Attend with relative position encodings that are read from tables.
 
         logits[i, j] = scale·q_i·(k_j + T_k[bucket(i, j)]) + scale·k_j·T_q[bucket(j, i)]
         A = dropout(softmax(logits));  out_i = Σ_j A[i, j]·(v_j + T_v[bucket(i, j)])
 
-    with the T terms of the buckets added, each of K buckets (`GridBuckets`). Products with the
-    tables come first, `O(L·K·d)` in all, and nothing of size L × L is held, forward or backward,
-    but by the implementation "reference". Differentiable once in `q`, `k`, `v` and the tables;
-    float16 and bfloat16 are accumulated in float32. The mask of dropout is drawn from torch's
-    generator and is the same in the backward.
+    A pair has one bucket in each of the `terms` of `buckets`, and the encodings of the terms are
+    added. The products with the tables are computed first, at a cost of `O(L·K·d)`. Only the
+    implementation "reference" holds a tensor of size L × L, forward or backward. Differentiable
+    once in `q`, `k`, `v` and the tables. float16 and bfloat16 are accumulated in float32. The
+    seed of dropout is drawn from torch's generator, and the backward uses the same mask.
 
     Args:
         q: Queries `(B, H, L, d)`, float16, bfloat16, float32 (float64 on the CPU); any strides.
         k: Keys, like `q`.
         v: Values, like `q`.
-        buckets: The grid's buckets, on the same device, `L` tokens in all.
-        table_k: `(Hs, d, T·K)` in the dtype of `q`, with `Hs` 1 or `H`, read by the queries; or a
-            bias `(Hs, T·K)`, added to the logits as it is.
-        table_q: The same, read by the keys.
-        table_v: `(Hs, T·K, d)`, read by the attention weights.
-        key_padding: `(B, L)` bool, True on keys that nothing attends to. A query left without any
-            key yields zeros.
+        buckets: Buckets of the grid, for `L` tokens, on the device of `q`.
+        table_k: `(Hs, d, terms·K)` in the dtype of `q`, with `Hs` 1 or `H`, multiplied with the
+            queries; or a bias `(Hs, terms·K)`, added to the logits without a product.
+        table_q: The same, multiplied with the keys.
+        table_v: `(Hs, terms·K, d)`, multiplied with the bucket sums of the attention weights.
+        key_padding: `(B, L)` bool, True on keys that no query attends to. A query without any key
+            yields zeros.
         dropout_p: Probability of dropping an attention weight, in [0, 1).
         scale: Factor on the products, finite and not 0, default `d**-0.5`.
         implementation: `"auto"` or a name in `rpe_ops.IMPLEMENTATIONS`.
@@ -124,8 +133,8 @@ def attention(
         `(B, H, L, d)` in the dtype of `q`.
 
     Raises:
-        ValueError: A wrong shape, dtype, device, probability or implementation name.
-        ImplementationError: An explicit implementation that cannot run here.
+        ValueError: A shape, dtype, device, probability or implementation name is wrong.
+        ImplementationError: The implementation that was named cannot run here.
     """
     tables = {"table_k": table_k, "table_q": table_q, "table_v": table_v}
     validation.check_attention(q, k, v, buckets, tables, key_padding, dropout_p, scale)

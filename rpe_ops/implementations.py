@@ -1,7 +1,8 @@
-"""Which implementation of an operator runs, and why the others do not.
+"""Choice of the implementation of an operator, and the reasons why others cannot run.
 
-A choice is `"auto"` or one of `IMPLEMENTATIONS`. `"auto"` takes the first that can run on the
-device; an explicit choice that cannot run raises with the reason and never falls back.
+A choice is `"auto"` or one of `IMPLEMENTATIONS`. `"auto"` is the first one that can run on the
+device. A named implementation that cannot run raises an error with the reason; there is no silent
+fallback.
 """
 
 import functools
@@ -41,23 +42,23 @@ _TRITON_HEAD_DIM = 128
 
 
 class ImplementationError(RuntimeError):
-    """An implementation that was asked for by name cannot run here."""
+    """Error for an implementation that was chosen by name and cannot run here."""
 
 
 def can_run(
     name: str, device: torch.device | str, *, operator: str = "gather", raise_error: bool = False
 ) -> bool:
-    """Whether an implementation of an operator can run on a device.
+    """Return whether an implementation of an operator can run on a device.
 
     Args:
         name: One of `IMPLEMENTATIONS`.
-        device: Where the tensors are.
+        device: Device of the tensors.
         operator: One of `OPERATORS`.
-        raise_error: Raise instead of answering False.
+        raise_error: Raise an error instead of returning False.
 
     Raises:
         ValueError: `name` or `operator` is unknown.
-        ImplementationError: With `raise_error`, the reason why it cannot run.
+        ImplementationError: It cannot run and `raise_error` is set; the message has the reason.
     """
     for value, allowed, what in (
         (name, IMPLEMENTATIONS, "implementation"),
@@ -65,7 +66,7 @@ def can_run(
     ):
         if value not in allowed:
             listed = ", ".join(("auto",) * (what == "implementation") + allowed)
-            raise ValueError(f"unknown rpe_ops {what} {value!r}: choose one of {listed}")
+            raise ValueError(f"rpe_ops {what} must be one of {listed}, got {value!r}")
     device = torch.device(device)
     reason = _reason_against(name, device.type, operator)
     if reason and raise_error:
@@ -78,58 +79,62 @@ def can_run(
 def available_implementations(
     device: torch.device | str, operator: str = "gather"
 ) -> dict[str, str]:
-    """Every implementation with the reason why it cannot run on `device`, empty when it can."""
+    """Return every implementation with the reason why it cannot run; empty if it can run."""
     device = torch.device(device)
     return {name: _reason_against(name, device.type, operator) for name in IMPLEMENTATIONS}
 
 
 def resolve(choice: str, device: torch.device, operator: str = "gather") -> str:
-    """Turn a choice into the name of an implementation that runs on `device`.
+    """Return the name of the implementation that runs on `device` for a choice.
 
     Raises:
         ValueError: The choice is unknown.
-        ImplementationError: An explicit choice cannot run here; says why.
+        ImplementationError: The named implementation cannot run here; the message has the reason.
     """
     return _resolve(choice, device.type, operator)
 
 
 def reason_against_input(name: str, q: torch.Tensor) -> str:
-    """Why an implementation of attention that runs here does not take `q`; empty when it does."""
+    """Return why an implementation of attention does not support `q`; empty if it does."""
     if name != "triton":
         return ""
     if q.dtype not in _TRITON_DTYPES:
-        return f"Triton's attention takes float16, bfloat16 and float32, got {q.dtype}"
+        return f"q must be float16, bfloat16 or float32 for Triton's attention, got {q.dtype}"
     if q.shape[-1] > _TRITON_HEAD_DIM:
-        return f"Triton's attention takes head dims up to {_TRITON_HEAD_DIM}, got {q.shape[-1]}"
+        return (
+            f"the head dim of q must be at most {_TRITON_HEAD_DIM} for Triton's attention, "
+            f"got {q.shape[-1]}"
+        )
     return ""
 
 
 @functools.cache
 def load(name: str) -> ModuleType:
-    """The module with the functions of an implementation that `resolve` named."""
+    """Import the module with the functions of an implementation, a name returned by `resolve`."""
     return importlib.import_module(_MODULES[name])
 
 
 def _resolve(choice: str, device_type: str, operator: str) -> str:
+    """Return what `resolve` returns, from the type of the device."""
     if choice != "auto":
         can_run(choice, device_type, operator=operator, raise_error=True)
         return choice
     for name in IMPLEMENTATIONS:
-        # Triton's interpreter is for tests: never chosen unasked.
+        # Triton's interpreter on the CPU is for tests, so "auto" never chooses it.
         interpreted = name == "triton" and device_type == "cpu"
         if not interpreted and not _reason_against(name, device_type, operator):
             return name
     raise AssertionError("the reference runs everywhere")
 
 
-# A compiler sees the answer alone. This is all that torch.compiler.assume_constant_result does, but
-# that would import the compiler for everybody.
+# torch.compile then uses the result as a constant. torch.compiler.assume_constant_result sets the
+# same attribute, but it would import the compiler in every process.
 _resolve._dynamo_marked_constant = True
 
 
 @functools.cache
 def _reason_against(name: str, device_type: str, operator: str) -> str:
-    """Why `name` cannot run; empty when it can."""
+    """Return why `name` cannot run; empty if it can."""
     if name == "reference":
         return ""
     if name == "triton":
@@ -145,10 +150,12 @@ def _reason_against(name: str, device_type: str, operator: str) -> str:
 
 
 def _reason_without_gpu() -> str:
+    """Return that there is no GPU; empty if there is one."""
     return "" if torch.cuda.is_available() else "no GPU is visible to torch"
 
 
 def _reason_against_triton(device_type: str) -> str:
+    """Return why Triton cannot run; empty if it can."""
     try:
         importlib.import_module("triton")
     except ImportError as error:

@@ -1,9 +1,10 @@
-"""The compiled operators `rpe_ops_cpp::*`: find and load them, or say why they cannot be used.
+"""The compiled operators `rpe_ops_cpp::*`: find and load them, or report why they cannot be used.
 
-The library lies beside this file after an installation. A checkout that is imported instead of the
-installed package has none, so every `rpe_ops` folder on the path is searched too. A library carries
-a record of the torch and the sources it was built from; another torch or other sources are refused
-before they can crash. The operators at the end have the signatures of `rpe_ops.reference`.
+An installation puts the library into the folder of this file. A checkout that is imported instead
+of the installed package has no library, so every `rpe_ops` folder on the path is searched too. A
+library contains a record of the torch version and the sources that it was built with. If they
+differ from those in use, the library is not loaded, because it could crash. The operators at the
+end of this file have the signatures of `rpe_ops.reference`. Notation: rpe_ops/README.md.
 """
 
 import functools
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "source_fingerprint",
+    "find_libraries",
     "load_library",
     "library_path",
     "has_cuda_kernels",
@@ -36,23 +39,25 @@ _RECORD = re.compile(rb"rpe_ops build record: (\{[^\0]*\})\0")
 
 
 class _Loaded(NamedTuple):
+    """The loaded library with its build record, or the reason why there is none."""
+
     path: Path | None
     record: dict[str, str]
     reason: str
 
 
 def source_fingerprint(package: Path) -> str:
-    """Hash of the C++ and CUDA sources under a package folder; empty where they are not kept."""
+    """Return a hash of the C++ and CUDA sources in a package folder; empty without sources."""
     digest = hashlib.sha256()
     sources = sorted((package / "csrc").glob("*.*"))
     for source in sources:
-        # Checkouts on Windows have other line ends.
+        # Text mode gives the same line ends for checkouts on Windows.
         digest.update(f"{source.name}\n{source.read_text(encoding='utf-8')}".encode())
     return digest.hexdigest() if sources else ""
 
 
 def find_libraries() -> list[Path]:
-    """Every compiled library of this package: its own folder first, then along the path."""
+    """Return every compiled library of this package: its own folder first, then the path."""
     folders = [PACKAGE]
     for entry in [*sys.path, *site.getsitepackages(), site.getusersitepackages()]:
         folders.append(Path(entry).resolve() / "rpe_ops")
@@ -61,31 +66,32 @@ def find_libraries() -> list[Path]:
 
 
 def _read_record(path: Path) -> dict[str, str]:
-    """What `setup.py` wrote into the library; empty when it holds no record."""
+    """Read the record that `setup.py` wrote into the library; empty if it has none."""
     match = _RECORD.search(path.read_bytes())
     return json.loads(match[1]) if match else {}
 
 
 def _refusal(path: Path, record: dict[str, str]) -> str:
-    """Why a library must not be loaded; empty when it fits."""
+    """Return why a library must not be loaded; empty if it fits."""
     rebuild = f"rebuild it with `{BUILD_COMMAND}`"
     if not record:
         return f"{path} was not built by rpe_ops/setup.py: {rebuild}"
-    # Builds of one version for the CPU and for CUDA share the interface of the CPU part.
+    # The part after the plus, such as cu126, is ignored: it does not change the CPU's interface.
     built, here = (version.split("+")[0] for version in (record["torch"], torch.__version__))
     if built != here:
         return f"{path} was built for torch {built}, this is torch {here}: {rebuild}"
-    # An installed package keeps no sources, and its library was built with it.
+    # An installed package has no sources; its library was built together with it.
     if source_fingerprint(PACKAGE) not in ("", record["sources"]):
         return f"{path} was built from other sources than {PACKAGE / 'csrc'}: {rebuild}"
     return ""
 
 
 def _load(path: Path) -> str:
+    """Load a library and return why that failed; empty if it succeeded."""
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        # What the loader of the system says, such as a symbol that is missing.
+        # The cause is the message of the system's loader, such as a missing symbol.
         return f"{path} cannot be loaded: {error.__cause__ or error}"
     return ""
 
@@ -104,40 +110,40 @@ def _loaded() -> _Loaded:
 
 
 def load_library() -> str:
-    """Load the compiled operators into `torch.ops.rpe_ops_cpp`, the first time it is called.
+    """Load the compiled operators into `torch.ops.rpe_ops_cpp`, once per process.
 
     Returns:
-        Empty when they are loaded, else the reason why they cannot be.
+        An empty string if they are loaded, else the reason why they cannot be.
     """
     return _loaded().reason
 
 
 def library_path() -> Path | None:
-    """The library that is loaded, None without one."""
+    """Return the path of the loaded library, None without one."""
     return _loaded().path
 
 
 def has_cuda_kernels() -> bool:
-    """Whether the loaded library holds CUDA kernels; says nothing of a GPU."""
+    """Return whether the loaded library contains CUDA kernels, with or without a GPU."""
     return not reason_without_cuda()
 
 
 def reason_without_cuda() -> str:
-    """Why there are no CUDA kernels; empty when there are."""
+    """Return why there are no CUDA kernels; empty if there are."""
     loaded = _loaded()
     if loaded.reason or not loaded.record["without_cuda"]:
         return loaded.reason
     return f"{loaded.path} was built without CUDA: {loaded.record['without_cuda']}"
 
 
-def gather(lookup: Tensor, index: Tensor) -> Tensor:
-    """Spread per-bucket values over the pairs; see `rpe_ops.gather`."""
-    return torch.ops.rpe_ops_cpp.gather(lookup, index)
+def gather(lookup: Tensor, bucket_ids: Tensor) -> Tensor:
+    """Read the value of every pair's bucket; see `rpe_ops.gather`."""
+    return torch.ops.rpe_ops_cpp.gather(lookup, bucket_ids)
 
 
-def bucket_sum(pairs: Tensor, index: Tensor, num_buckets: int) -> Tensor:
+def bucket_sum(pairs: Tensor, bucket_ids: Tensor, num_buckets: int) -> Tensor:
     """Sum the pairs of every bucket; see `rpe_ops.bucket_sum`."""
-    return torch.ops.rpe_ops_cpp.bucket_sum(pairs, index, num_buckets)
+    return torch.ops.rpe_ops_cpp.bucket_sum(pairs, bucket_ids, num_buckets)
 
 
 def attention_forward(
@@ -151,7 +157,7 @@ def attention_forward(
     *rest,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend; see `rpe_ops.tables.attention_forward`."""
-    # The width of a run is for kernels that keep part of a table at hand.
+    # The last field, run_width, is used by the Triton kernels only.
     grid = buckets[:6]
     return torch.ops.rpe_ops_cpp.attention_forward(q, k, v, table_k, table_q, table_v, *grid, *rest)
 
@@ -167,6 +173,6 @@ def attention_backward(
     buckets: tuple,
     *rest,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of attention; see `rpe_ops.tables.attention_backward`."""
+    """Compute the gradients of attention; see `rpe_ops.tables.attention_backward`."""
     tables, grid = (table_k, table_q, table_v), buckets[:6]
     return torch.ops.rpe_ops_cpp.attention_backward(grad_out, q, k, v, *tables, *grid, *rest)

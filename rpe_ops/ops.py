@@ -1,10 +1,10 @@
 """`torch.library` operators: schemas, fakes, autograd.
 
-`rpe_ops::gather` and `rpe_ops::bucket_sum` are adjoint linear maps of their first argument, so
-each one's backward is the other and derivatives of every order come for free. The backward of
-`rpe_ops::attention` is an operator of its own, which has no derivative. The implementation is an
-argument, resolved before the call: the compiler sees one opaque, fake-able operator and no hidden
-dispatch.
+`rpe_ops::gather` and `rpe_ops::bucket_sum` are adjoint linear maps of their first argument: each
+one is the backward of the other, so derivatives of every order exist. The backward of
+`rpe_ops::attention` is a separate operator, which has no derivative. The implementation is an
+argument, chosen before the call, so that `torch.compile` sees one opaque operator without any
+hidden dispatch. Notation: rpe_ops/README.md.
 """
 
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor
 from rpe_ops import implementations
 from rpe_ops.grid import GridBuckets
 
-__all__ = ["gather", "bucket_sum", "attention"]
+__all__ = ["gather", "bucket_sum", "attention", "attention_backward"]
 
 torch.library.define(
-    "rpe_ops::gather", "(Tensor lookup, Tensor index, str implementation) -> Tensor"
+    "rpe_ops::gather", "(Tensor lookup, Tensor bucket_ids, str implementation) -> Tensor"
 )
 torch.library.define(
     "rpe_ops::bucket_sum",
-    "(Tensor pairs, Tensor index, SymInt num_buckets, str implementation) -> Tensor",
+    "(Tensor pairs, Tensor bucket_ids, SymInt num_buckets, str implementation) -> Tensor",
 )
 _BUCKETS = (
     "Tensor row_base, Tensor local, SymInt height, SymInt width, SymInt skip, SymInt num_buckets, "
@@ -44,20 +44,21 @@ torch.library.define(
 
 
 @torch.library.impl("rpe_ops::gather", "default")
-def _gather(lookup: Tensor, index: Tensor, implementation: str) -> Tensor:
-    return implementations.load(implementation).gather(lookup, index)
+def _gather(lookup: Tensor, bucket_ids: Tensor, implementation: str) -> Tensor:
+    return implementations.load(implementation).gather(lookup, bucket_ids)
 
 
 @torch.library.impl("rpe_ops::bucket_sum", "default")
-def _bucket_sum(pairs: Tensor, index: Tensor, num_buckets: int, implementation: str) -> Tensor:
-    return implementations.load(implementation).bucket_sum(pairs, index, num_buckets)
+def _bucket_sum(pairs: Tensor, bucket_ids: Tensor, num_buckets: int, implementation: str) -> Tensor:
+    return implementations.load(implementation).bucket_sum(pairs, bucket_ids, num_buckets)
 
 
 @torch.library.impl("rpe_ops::attention", "default")
 def _attention(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
     tables, buckets, rest, implementation = _split(rest)
     forward = implementations.load(implementation).attention_forward
-    # One node, also to autocast: its inputs have the dtype to compute with.
+    # The operator computes in the dtype of its inputs, so autocast must not change the dtype of the
+    # torch operators inside.
     with torch.autocast(q.device.type, enabled=False):
         return forward(q, k, v, *tables, buckets, *rest)
 
@@ -68,22 +69,24 @@ def _attention_backward(grad_out, q, k, v, *rest) -> tuple[Tensor, ...]:
     backward = implementations.load(implementation).attention_backward
     with torch.autocast(q.device.type, enabled=False):
         grads = backward(grad_out, q, k, v, *tables, buckets, *rest)
-    # An operator returns tensors alone: an empty one stands for no gradient.
+    # A torch.library operator cannot return None, so an empty tensor means "no gradient".
     return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _split(rest: tuple) -> tuple[tuple, GridBuckets, tuple, str]:
-    """What follows q, k and v: tables, buckets, other arguments, implementation."""
+    """Split the arguments after q, k, v into tables, buckets, the others and the implementation."""
     return rest[:3], GridBuckets(*rest[3:10]), rest[10:-1], rest[-1]
 
 
 @torch.library.register_fake("rpe_ops::gather")
-def _gather_fake(lookup: Tensor, index: Tensor, implementation: str) -> Tensor:
-    return lookup.new_empty(*lookup.shape[:-1], index.shape[-1])
+def _gather_fake(lookup: Tensor, bucket_ids: Tensor, implementation: str) -> Tensor:
+    return lookup.new_empty(*lookup.shape[:-1], bucket_ids.shape[-1])
 
 
 @torch.library.register_fake("rpe_ops::bucket_sum")
-def _bucket_sum_fake(pairs: Tensor, index: Tensor, num_buckets: int, implementation: str) -> Tensor:
+def _bucket_sum_fake(
+    pairs: Tensor, bucket_ids: Tensor, num_buckets: int, implementation: str
+) -> Tensor:
     return pairs.new_empty(*pairs.shape[:-1], num_buckets)
 
 
@@ -91,44 +94,45 @@ def _bucket_sum_fake(pairs: Tensor, index: Tensor, num_buckets: int, implementat
 def _attention_fake(q, k, v, table_k, table_q, table_v, *rest):
     wide = torch.promote_types(q.dtype, torch.float32)
     sums = (0,) if table_v is None else (*q.shape[:-1], table_v.shape[1])
-    return _beside(q), q.new_empty(sums), q.new_empty(q.shape[:-1], dtype=wide)
+    return _new_with_adjacent_heads(q), q.new_empty(sums), q.new_empty(q.shape[:-1], dtype=wide)
 
 
 @torch.library.register_fake("rpe_ops::attention_backward")
 def _attention_backward_fake(grad_out, q, k, v, table_k, table_q, table_v, *rest):
     tables = [q.new_empty(0 if x is None else x.shape) for x in (table_k, table_q, table_v)]
-    return (*(_beside(x) for x in (q, k, v)), *tables)
+    return (*(_new_with_adjacent_heads(x) for x in (q, k, v)), *tables)
 
 
-def _beside(q: Tensor) -> Tensor:
-    """Fresh `(B, H, L, d)` with heads beside each other, as the projections around have them."""
+def _new_with_adjacent_heads(q: Tensor) -> Tensor:
+    """Return an empty `(B, H, L, d)` in the memory order `(B, L, H, d)` of linear projections."""
     return q.new_empty(*(q.shape[dim] for dim in (0, 2, 1, 3))).transpose(1, 2)
 
 
 def _gather_setup(ctx, inputs, output) -> None:
-    lookup, index, ctx.implementation = inputs
+    lookup, bucket_ids, ctx.implementation = inputs
     ctx.num_buckets = lookup.shape[-1]
-    ctx.save_for_backward(index)
+    ctx.save_for_backward(bucket_ids)
 
 
 def _gather_backward(ctx, grad: Tensor):
-    (index,) = ctx.saved_tensors
-    return bucket_sum(grad, index, ctx.num_buckets, ctx.implementation), None, None
+    (bucket_ids,) = ctx.saved_tensors
+    return bucket_sum(grad, bucket_ids, ctx.num_buckets, ctx.implementation), None, None
 
 
 def _bucket_sum_setup(ctx, inputs, output) -> None:
-    _, index, _, ctx.implementation = inputs
-    ctx.save_for_backward(index)
+    _, bucket_ids, _, ctx.implementation = inputs
+    ctx.save_for_backward(bucket_ids)
 
 
 def _bucket_sum_backward(ctx, grad: Tensor):
-    (index,) = ctx.saved_tensors
-    return gather(grad, index, ctx.implementation), None, None, None
+    (bucket_ids,) = ctx.saved_tensors
+    return gather(grad, bucket_ids, ctx.implementation), None, None, None
 
 
 def _attention_setup(ctx, inputs, output) -> None:
     *tensors, ctx.scale, ctx.dropout_p, ctx.implementation = inputs
-    # Behind q, k, v, three tables and the two tensors of the grid stand its sizes.
+    # The first eight inputs are tensors: q, k, v, three tables and two axis offsets. The five sizes
+    # of the grid follow.
     ctx.grid = tensors[8:13]
     ctx.save_for_backward(*tensors[:8], *tensors[13:], *output)
     ctx.mark_non_differentiable(*output[1:])
@@ -149,7 +153,7 @@ def _attention_grad(ctx, grad_out: Tensor | None, *_):
 
 def _no_second_derivative(ctx, *grads: Tensor | None):
     raise RuntimeError(
-        "rpe_ops.attention has one derivative, not two: for the second choose an implementation "
+        "rpe_ops.attention has no second derivative: if you need one, choose an implementation "
         "of irpe_core.rpe_attention that is not fused, such as 'reference'"
     )
 

@@ -1,4 +1,4 @@
-"""`RPEIndexFunction` under the import path that users of the original operator know."""
+"""`RPEIndexFunction`, the interface of the original iRPE operator."""
 
 from torch import Tensor
 
@@ -8,9 +8,9 @@ __all__ = ["RPEIndexFunction"]
 
 
 class RPEIndexFunction:
-    """Drop-in for the original autograd function: `RPEIndexFunction.apply(input, index)`.
+    """Drop-in replacement of the original autograd function, used as `RPEIndexFunction.apply`.
 
-    The gradient comes from the operator itself, so this class only carries the name.
+    It calls `rpe_ops.gather`, which is differentiable, and keeps the original argument names.
     """
 
     @staticmethod
@@ -18,9 +18,9 @@ class RPEIndexFunction:
         """Gather `input` `(B, H, L_q, K)` by `index` `(L_q, L_k)` int32 to `(B, H, L_q, L_k)`.
 
         Raises:
-            ValueError: `input` is not four-dimensional, or as in `rpe_ops.gather`.
-            IndexError: A bucket out of range.
+            ValueError: `input` is not four-dimensional, or see `rpe_ops.gather`.
+            IndexError: A bucket id is out of range.
         """
         if input.ndim != 4:
-            raise ValueError(f"input must be (B, H, L_q, K), got shape {tuple(input.shape)}")
+            raise ValueError(f"input must have shape (B, H, L_q, K), got {tuple(input.shape)}")
         return gather(input, index)

@@ -3,12 +3,13 @@
     cd rpe_ops && python setup.py install        (with --user outside a virtual environment)
     pip install ./rpe_ops                        (--no-build-isolation for other build settings)
 
-The library `rpe_ops/_C*.so` is built against the torch of this environment: always for the CPU, and
-for CUDA where torch has it, nvcc is found (CUDA_HOME) and a GPU is visible. FORCE_CUDA=1 builds for
-CUDA without a GPU (TORCH_CUDA_ARCH_LIST says which), FORCE_CUDA=0 leaves it out. Without torch or
-a C++ compiler the package is pure Python. `python -m rpe_ops` says what an installation can run.
+The library `rpe_ops/_C*.so` is built against the torch of this environment. It always has the CPU
+part. It has the CUDA part if torch has CUDA, nvcc is found (CUDA_HOME) and a GPU is visible.
+FORCE_CUDA=1 builds the CUDA part without a GPU, for the architectures in TORCH_CUDA_ARCH_LIST;
+FORCE_CUDA=0 leaves it out. Without torch or a C++ compiler the package is pure Python.
+`python -m rpe_ops` prints what an installation can run.
 
-Everything is here and not in pyproject.toml, which the setuptools of older environments ignores.
+The metadata is in this file because old versions of setuptools ignore it in pyproject.toml.
 """
 
 import json
@@ -21,10 +22,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 os.chdir(HERE)
-# `cd rpe_ops && python setup.py` puts this folder first, where a module of the package may have
-# the name of somebody else's.
+# `cd rpe_ops && python setup.py` puts this folder first on the path. A module of this package could
+# then shadow a module of the same name elsewhere.
 sys.path = [entry for entry in sys.path if Path(entry).resolve() != HERE]
-# pip builds in an environment of its own; the library must fit the torch that is already there.
+# pip builds in an isolated environment, but the library must fit the torch that is installed.
 outside = site.getsitepackages()
 if sys.prefix == sys.base_prefix:
     outside.append(site.getusersitepackages())
@@ -37,11 +38,12 @@ from setuptools.errors import CompileError, LinkError  # noqa: E402
 
 
 def say(message: str) -> None:
+    """Print a message of this build."""
     print(f"rpe_ops: {message}", flush=True)
 
 
 def reason_without_library() -> str:
-    """Why nothing can be compiled here; empty when it can."""
+    """Return why nothing can be compiled here; empty if it can."""
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
@@ -52,7 +54,7 @@ def reason_without_library() -> str:
 
 
 def reason_without_cuda() -> str:
-    """Why the CUDA kernels are not compiled; empty when they are."""
+    """Return why the CUDA kernels are not compiled; empty if they are."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -74,7 +76,7 @@ def reason_without_cuda() -> str:
 
 
 def compiled_library() -> dict:
-    """Arguments of `setup` that build `rpe_ops._C`, a plain shared library of torch operators."""
+    """Return the arguments of `setup` that build `rpe_ops._C`, a shared library of operators."""
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
@@ -88,13 +90,14 @@ def compiled_library() -> dict:
     }
 
     class BuildLibrary(BuildExtension):
-        """Writes the record beside the objects, and exports no Python module."""
+        """Build of a library that contains a build record and exports no Python module."""
 
         def build_extensions(self) -> None:
+            """Write the header with the build record, then compile."""
             header = Path(self.build_temp).resolve() / "rpe_ops_build.h"
             header.parent.mkdir(parents=True, exist_ok=True)
             text = f"#define RPE_OPS_BUILD_RECORD {json.dumps(json.dumps(record))}\n"
-            # Objects are compiled anew only when the record changes.
+            # An unchanged header is not written, so that the objects are not compiled again.
             if not header.exists() or header.read_text() != text:
                 header.write_text(text)
             self.extensions[0].include_dirs.append(str(header.parent))
@@ -103,12 +106,13 @@ def compiled_library() -> dict:
             except (RuntimeError, CompileError, LinkError):
                 if not without_cuda:
                     say(
-                        f"CUDA_HOME must be a toolkit of CUDA {torch.version.cuda}, as torch has; "
+                        f"CUDA_HOME must be a toolkit of CUDA {torch.version.cuda}, as for torch; "
                         "FORCE_CUDA=0 leaves the CUDA kernels out"
                     )
                 raise
 
         def get_export_symbols(self, ext) -> list[str]:
+            """Return no symbols; the default is the init function of a Python module."""
             return []
 
     suffixes = (".cpp",) if without_cuda else (".cpp", ".cu")
@@ -130,14 +134,16 @@ def compiled_library() -> dict:
 
 
 class BuildModules(build_py):
-    """All modules of the package but this file."""
+    """Build of the Python modules, without this file."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """Return the modules of a package without `setup.py`."""
         found = super().find_package_modules(package, package_dir)
         return [module for module in found if Path(module[2]).resolve() != HERE / "setup.py"]
 
 
 def main() -> None:
+    """Install the package."""
     reason = reason_without_library()
     if reason:
         say(f"installing pure Python, without the compiled operators: {reason}")

@@ -1,11 +1,13 @@
-"""Attention with tables, composed of an attention with lookups and products of matrices.
+"""Attention with tables, composed of an attention with lookups and of matrix products.
 
     lookup_k = scale·q T_k,   lookup_q = scale·k T_q,   out += sums T_v
 
-and the gradients of all of them. A bias is its own lookup, the same for every token. Lookups are
-made anew in the backward: kept, they would take K/d times the memory of the queries.
+and the gradients of all of them. A bias needs no product: it is a lookup with the same row for
+every token. The backward recomputes the lookups, because they need K/d times the memory of the
+queries.
 
-What attends with lookups is given, as `rpe_ops.reference.lookup_forward` and `lookup_backward`.
+The attention with lookups is an argument: `lookup_forward` and `lookup_backward` of
+`rpe_ops.reference` or of `rpe_ops.triton_kernels`. Notation: rpe_ops/README.md.
 """
 
 from collections.abc import Callable
@@ -35,10 +37,10 @@ def attention_forward(
     """Attend; see `rpe_ops.attention`.
 
     Returns:
-        `out (B, H, L, d)`, in memory `(B, L, H, d)`; the bucket sums of the weights
-        `(B, H, L, T·K)` where there is `table_v`, else an empty tensor; and the logarithm
-        `(B, H, L)` of every row's sum of exponentials, float32 or wider, -inf where it attends
-        nowhere.
+        `out (B, H, L, d)`, in the memory order `(B, L, H, d)`; `sums (B, H, L, terms·K)`, the
+        bucket sums of the attention weights, or an empty tensor without `table_v`; and
+        `lse (B, H, L)`, the logarithm of the sum of exponentials of every row of logits, float32
+        or wider, -inf for a query without any key.
     """
     lookups = _lookup(q, table_k, scale), _lookup(k, table_q, scale)
     rest = (buckets, key_padding, seed, table_v is not None, scale, dropout_p)
@@ -66,9 +68,10 @@ def attention_backward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, table_k, table_q and table_v; None where there is no such input."""
+    """Compute the gradients of q, k, v, table_k, table_q and table_v; None for an absent input."""
     lookups = _lookup(q, table_k, scale), _lookup(k, table_q, scale)
-    # Of all outputs, the part of the values included: the sums' own product is in it.
+    # `out` includes sums T_v, so this is the delta of both outputs of the attention with lookups:
+    # the gradient of `sums` times `sums` equals `grad_out` times sums T_v.
     delta = (grad_out.to(lse.dtype) * out).sum(-1)
     grad_sums = grad_table_v = None
     if table_v is not None:
@@ -84,7 +87,7 @@ def attention_backward(
 
 
 def _lookup(x: Tensor, table: Tensor | None, scale: float) -> Tensor | None:
-    """A value per token of `x (B, H, L, d)` and bucket, `(B, H, L, T·K)`."""
+    """Return the lookup `(B, H, L, terms·K)` of tokens `x (B, H, L, d)`."""
     if table is None:
         return None
     if table.ndim == 2:
@@ -95,7 +98,7 @@ def _lookup(x: Tensor, table: Tensor | None, scale: float) -> Tensor | None:
 def _through_table(
     grad_lookup: Tensor | None, x: Tensor, table: Tensor | None, scale: float, grad_x: Tensor
 ) -> Tensor | None:
-    """The gradient of a table; adds that of the tokens `x` to `grad_x`."""
+    """Return the gradient of a table, and add the gradient of the tokens `x` to `grad_x`."""
     if table is None:
         return None
     if table.ndim == 2:
@@ -106,7 +109,7 @@ def _through_table(
 
 
 def _product(x: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
-    """`scale·x (B, H, L, m) @ table (Hs, m, n)`, scaled before it is rounded."""
+    """Return `scale·x (B, H, L, m) @ table (Hs, m, n)`, scaled before it is rounded."""
     rows = _rows_of_tables(x, table)
     product = torch.baddbmm(x.new_zeros(()), rows, table, beta=0, alpha=scale)
     if len(table) == 1:
@@ -115,11 +118,11 @@ def _product(x: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def _sum_of_products(x: Tensor, y: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
-    """`scale·xᵀ y` of `(B, H, L, m)` and `(B, H, L, n)`, added up for every table."""
+    """Return `scale·xᵀ y` of `(B, H, L, m)` and `(B, H, L, n)`, summed over what shares a table."""
     x, y = _rows_of_tables(x, table), _rows_of_tables(y, table)
     return torch.baddbmm(x.new_zeros(()), x.transpose(1, 2), y, beta=0, alpha=scale)
 
 
 def _rows_of_tables(x: Tensor, table: Tensor) -> Tensor:
-    """The tokens that share a table below each other: `(B, H, L, n)` as `(Hs, rows, n)`."""
+    """Reshape `(B, H, L, n)` to `(Hs, rows, n)`, with all tokens that share a table as rows."""
     return x.flatten(0, 2)[None] if len(table) == 1 else x.transpose(0, 1).flatten(1, 2)

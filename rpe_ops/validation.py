@@ -1,4 +1,4 @@
-"""Checks of the operators' arguments, one message per rule."""
+"""Checks of the operators' arguments, one message per rule. Notation: rpe_ops/README.md."""
 
 import torch
 from torch import Tensor
@@ -19,26 +19,29 @@ def check_floating(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_bucket_ids(index: Tensor, num_queries: int, device: torch.device) -> None:
-    """Raise ValueError unless `index` holds integers of shape (num_queries, L_k) on `device`."""
-    if index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"index must be int32 or int64, got {index.dtype}")
-    if index.ndim != 2 or index.shape[0] != num_queries:
+def check_bucket_ids(bucket_ids: Tensor, num_queries: int, device: torch.device) -> None:
+    """Raise ValueError unless these are integers of shape `(num_queries, L_k)` on `device`."""
+    if bucket_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"bucket_ids must be int32 or int64, got {bucket_ids.dtype}")
+    if bucket_ids.ndim != 2 or bucket_ids.shape[0] != num_queries:
         raise ValueError(
-            f"index must have shape (L_q, L_k) with L_q = {num_queries}, got {tuple(index.shape)}"
+            f"bucket_ids must have shape (L_q, L_k) with L_q = {num_queries}, "
+            f"got {tuple(bucket_ids.shape)}"
         )
-    if index.device != device:
-        raise ValueError(f"index is on {index.device}, the values are on {device}")
+    if bucket_ids.device != device:
+        raise ValueError(
+            f"bucket_ids must be on the device of the values, {device}, got {bucket_ids.device}"
+        )
 
 
-def check_bounds(index: Tensor, num_buckets: int) -> None:
-    """Raise IndexError unless every bucket lies in [0, num_buckets); waits for the device."""
-    if index.numel() == 0:
+def check_bounds(bucket_ids: Tensor, num_buckets: int) -> None:
+    """Raise IndexError unless all bucket ids are in [0, num_buckets); waits for the device."""
+    if bucket_ids.numel() == 0:
         return
-    smallest, largest = (int(bound) for bound in torch.aminmax(index))
+    smallest, largest = (int(bound) for bound in torch.aminmax(bucket_ids))
     if smallest < 0 or largest >= num_buckets:
         raise IndexError(
-            f"index holds buckets from {smallest} to {largest}, allowed are 0 to {num_buckets - 1}"
+            f"bucket_ids must be in [0, {num_buckets}), got values from {smallest} to {largest}"
         )
 
 
@@ -52,7 +55,7 @@ def check_attention(
     dropout_p: float,
     scale: float | None,
 ) -> None:
-    """Raise ValueError unless the arguments of `rpe_ops.attention` go together."""
+    """Raise ValueError unless the arguments of `rpe_ops.attention` are valid."""
     if (
         q.ndim != 4
         or q.shape[-2] != buckets.num_tokens
@@ -61,7 +64,7 @@ def check_attention(
     ):
         raise ValueError(
             "q must be a tensor of float16, bfloat16, float32 or float64 and shape (B, H, L, d), "
-            f"L = {buckets.num_tokens} on this grid, got {q.dtype} of shape {tuple(q.shape)}"
+            f"L = {buckets.num_tokens} for this grid, got {q.dtype} of shape {tuple(q.shape)}"
         )
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape != q.shape:
@@ -75,18 +78,24 @@ def check_attention(
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
         if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}, q is on {q.device}")
+            raise ValueError(_device_message(name, q.device, tensor.device))
     if buckets.row_base.device != q.device:
-        raise ValueError(f"buckets are on {buckets.row_base.device}, q is on {q.device}")
+        raise ValueError(_device_message("buckets", q.device, buckets.row_base.device))
     _check_padding(key_padding, (q.shape[0], q.shape[2]), q.device)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    # Not math.isfinite: torch.compile cannot take it of a symbolic number.
+    # torch.compile cannot trace math.isfinite of a symbolic number.
     if scale is not None and not 0 < abs(scale) < float("inf"):
         raise ValueError(f"scale must be finite and not 0, got {scale}")
 
 
+def _device_message(name: str, expected: torch.device, device: torch.device) -> str:
+    """Return the message for an argument on a device that `q` is not on."""
+    return f"{name} must be on the device of q, {expected}, got {device}"
+
+
 def _check_table(name: str, table: Tensor, heads: int, dim: int, num_lookups: int) -> None:
+    """Raise ValueError unless a table has the shape of its name, see `rpe_ops.attention`."""
     allowed = [(dim, num_lookups), (num_lookups,)] if name != "table_v" else [(num_lookups, dim)]
     if table.ndim < 2 or table.shape[0] not in (1, heads) or tuple(table.shape[1:]) not in allowed:
         shapes = " or ".join(str((f"1 or {heads}", *shape)).replace("'", "") for shape in allowed)
@@ -94,6 +103,7 @@ def _check_table(name: str, table: Tensor, heads: int, dim: int, num_lookups: in
 
 
 def _check_padding(padding: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
+    """Raise ValueError unless `padding` is None or bool of `shape` on `device`."""
     if padding is None:
         return
     if padding.dtype != torch.bool or tuple(padding.shape) != shape:
@@ -102,4 +112,4 @@ def _check_padding(padding: Tensor | None, shape: tuple[int, int], device: torch
             f"got {padding.dtype} of shape {tuple(padding.shape)}"
         )
     if padding.device != device:
-        raise ValueError(f"key_padding is on {padding.device}, q is on {device}")
+        raise ValueError(_device_message("key_padding", device, padding.device))

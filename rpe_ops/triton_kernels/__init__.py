@@ -1,8 +1,8 @@
-"""Triton kernels of every operator; the only package here that imports Triton.
+"""Triton kernels of all operators; no other module of `rpe_ops` needs Triton.
 
-Same functions and signatures as `rpe_ops.reference`. Deterministic: every element that a kernel
-writes is summed by one program in a fixed order, without atomics; products with the tables are
-torch's.
+The functions and their signatures are those of `rpe_ops.reference`. The kernels are deterministic:
+one program sums every element that is written, in a fixed order, without atomics. The products with
+the tables are computed by torch. Notation: rpe_ops/README.md.
 """
 
 from functools import partial
@@ -10,7 +10,7 @@ from functools import partial
 from rpe_ops import tables
 from rpe_ops.triton_kernels.backward import lookup_backward
 from rpe_ops.triton_kernels.forward import lookup_forward
-from rpe_ops.triton_kernels.index_ops import bucket_sum, gather
+from rpe_ops.triton_kernels.gather_kernels import bucket_sum, gather
 
 __all__ = ["gather", "bucket_sum", "attention_forward", "attention_backward"]
 

@@ -1,13 +1,13 @@
-"""Backward of fused attention: one kernel, run from the queries' side and from the keys' side.
+"""Backward of fused attention: one kernel, launched for the queries and then for the keys.
 
     dA = dO vᵀ + dsums[i, bucket(i, j)],  dP = dropout(dA),  dS = P·(dP - delta)
     dq = scale·dS k,  dk = scale·dSᵀ q,  dv = Aᵀ dO,  dlookup = the bucket sums of dS or dSᵀ
 
-with `delta = dO·out + dsums·sums` given, and P taken again from `lse` (Dao, "FlashAttention-2",
-2023). A program owns the tokens of one grid row and sums over all others, so nothing is written
-twice: from the queries' side own `(x, y) = (q, dO)` meet other `(k, v)`, from the keys' side it is
-the reverse.
-Buckets of own tokens hold lookups_k and dsums on the one side, lookups_q on the other.
+`delta = dO·out + dsums·sums` is an argument, and P is recomputed from `lse` (Dao,
+"FlashAttention-2", 2023). A program owns the tokens of one grid row and sums over all other tokens,
+so no two programs write to the same place. In the launch for the queries, the own tokens have
+`(x, y) = (q, dO)`, lookup_k and dsums, and the other tokens have `(k, v)` and lookup_q. In the
+launch for the keys it is the reverse. Notation: rpe_ops/README.md.
 """
 
 import triton
@@ -43,9 +43,9 @@ __all__ = ["lookup_backward"]
 
 @triton.jit
 def _load_queries(p_lse, p_delta, p_seed, head, o_q, m_q, HAS_DROPOUT: tl.constexpr):
-    """What belongs to every query: lse in base 2, delta, random words."""
+    """Load lse in base 2 and delta of every query, and compute its random words of dropout."""
     b_lse = LOG2E * tl.load(p_lse + o_q, mask=m_q, other=0.0)
-    # A query that attends nowhere and one that does not exist: weights of 0, whatever the logits.
+    # An lse of inf gives weights of 0. It is set for queries without any key and outside the grid.
     b_lse = tl.where(m_q & (b_lse != float("-inf")), b_lse, float("inf"))
     b_delta = tl.load(p_delta + o_q, mask=m_q, other=0.0)
     b_key0, b_key1 = o_q, o_q
@@ -68,6 +68,7 @@ def _backward_kernel(
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_SUMS: tl.constexpr,
 ):  # fmt: skip
+    """Compute dx, dy and the gradients of the lookups of the own tokens."""
     HAS_BUCKETS: tl.constexpr = HAS_OWN or HAS_OTHER or HAS_SUMS
     WAY_BACK: tl.constexpr = HAS_OTHER or (HAS_SUMS and FROM_KEYS)
     tokens = skip + height * width
@@ -186,7 +187,7 @@ def lookup_backward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v and the lookups; see `rpe_ops.reference.lookup_backward`."""
+    """Compute the gradients of q, k, v and the lookups; see `rpe_ops.reference.lookup_backward`."""
     batch, heads, tokens, dim = q.shape
     grad_q, grad_k, grad_v = (
         q.new_empty(batch, tokens, heads, dim).transpose(1, 2) for _ in range(3)
@@ -226,7 +227,7 @@ def lookup_backward(
 
 
 def _lookups(q: Tensor, own: Tensor | None, other: Tensor | None, grad_own: Tensor | None) -> dict:
-    """Lookups of a side's own and other tokens; absent ones are passed as `q`."""
+    """Return the arguments for the lookups of own and other tokens; absent ones are `q`."""
     return {
         **matrices(own=q if own is None else own, other=q if other is None else other),
         "p_sums": q if own is None else grad_own,

@@ -1,10 +1,11 @@
-"""Forward of fused attention: a program for the queries of one grid row in one head.
+"""Forward of fused attention: one program for the queries of one grid row in one head.
 
     logits = scale·q kᵀ + lookup_k[i, bucket(i, j)] + lookup_q[j, bucket(j, i)]
     A = dropout(softmax(logits)),  out = A v
 
-by an online softmax (Dao, "FlashAttention-2", 2023) with logits in base 2. What differs is the walk
-over the keys: row by row of the grid, in runs of equal buckets (`grid_tiles`).
+The softmax is computed online (Dao, "FlashAttention-2", 2023), with logits in base 2. Unlike there,
+the loop over the keys follows the rows of the grid, in runs of equal buckets (`grid_tiles`).
+Notation: rpe_ops/README.md.
 """
 
 import torch
@@ -46,6 +47,7 @@ def _forward_kernel(
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
 ):  # fmt: skip
+    """Compute `out` and `lse` of the own queries."""
     tokens = skip + height * width
     head, row, o_columns = own_columns(tiles, own_chunks, HAS_SKIP, BLOCK_OWN)
     o_q, m_q = row_tokens(row, o_columns, width, skip)
@@ -82,7 +84,7 @@ def _forward_kernel(
                     m_k &= tl.load(p_padding + o_k, mask=m_k, other=1) == 0
                 b_logits = tl.where(m_k[None, :], b_logits, float("-inf"))
                 b_new_max = tl.maximum(b_max, tl.max(b_logits, 1))
-                # As long as a query has found no key: -inf minus -inf would be NaN.
+                # The maximum is -inf until a query has met a key, and -inf - -inf would be NaN.
                 b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
                 b_decay = tl.exp2(b_max - b_shift)
                 b_weights = tl.exp2(b_logits - b_shift[:, None])
@@ -111,11 +113,11 @@ def lookup_forward(
     buckets: GridBuckets,
     key_padding: Tensor | None,
     seed: Tensor,
-    want_sums: bool,
+    needs_sums: bool,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend; see `rpe_ops.reference.lookup_forward`. Head dims up to 128, no float64."""
+    """Attend, with head dims up to 128 and no float64; see `rpe_ops.reference.lookup_forward`."""
     batch, heads, tokens, dim = q.shape
     tiles = choose_tiles(buckets, dim, q.dtype, backward=False)
     common = {
@@ -131,5 +133,5 @@ def lookup_forward(
         operands = matrices(q=q, k=k, v=v, out=out)
         assert operands["p_out"] is out, "the output of a head spans too much memory"
         _forward_kernel[grid](**operands, **common, p_lse=lse)
-        sums = attention_sums(q, k, lse, buckets, common) if want_sums else q.new_empty(0)
+        sums = attention_sums(q, k, lse, buckets, common) if needs_sums else q.new_empty(0)
     return out, sums, lse

@@ -1,16 +1,19 @@
-"""What the attention kernels share: walking over the grid, buckets of a tile, sums by bucket.
+"""Common parts of the attention kernels: loops over the grid, buckets of a tile, sums by bucket.
 
-A tile pairs the tokens of one grid row, the *own* ones, with those of another, the *other* ones.
-Row -1 holds the skipped tokens. Within a tile the difference of rows is one number, so
+A tile holds the pairs of tokens of one grid row, the *own* tokens, with tokens of another grid row,
+the *other* tokens. Row -1 holds the skipped tokens. The difference of rows is the same in the whole
+tile, so
 
     bucket_t(own, other) = base_t + local_t[own column, other column]
 
-with a scalar base. Consecutive other rows of equal bases form a *run*, in which the whole tile of
-buckets stays the same: lookups are read once per run, and sums are taken over the run before they
-are split by bucket. Where buckets are not separable a run is a single row, and the base is 0.
+with a scalar base, from the axis offsets (`rpe_ops.grid`). Consecutive other rows with the same
+base form a *run*. All tiles of a run have the same buckets: a lookup is read once per run, and
+pairs are summed over the run before they are split by bucket. If the buckets are not separable, a
+run is a single row and the base is 0.
 
-Names: `p_` pointer, `b_` block, `o_` offsets, `m_` mask. A second term of buckets (`TERMS == 2`,
-the Cross method) is written out; with one term its variables repeat the first one's.
+Names: `p_` pointer, `b_` block, `o_` offsets, `m_` mask. The second term (`TERMS == 2`, the cross
+method) has variables of its own; with one term they repeat those of the first.
+Notation: rpe_ops/README.md.
 """
 
 import triton
@@ -38,7 +41,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def own_columns(tiles, chunks, HAS_SKIP: tl.constexpr, BLOCK: tl.constexpr):
-    """Head, grid row and columns of this program's own tokens."""
+    """Return the head, the grid row and the columns of this program's own tokens."""
     pid = tl.program_id(0)
     tile = pid % tiles
     o_columns = tile % chunks * BLOCK + tl.arange(0, BLOCK)
@@ -47,14 +50,14 @@ def own_columns(tiles, chunks, HAS_SKIP: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def row_tokens(row, o_columns, width, skip):
-    """Numbers of the tokens in some columns of a row, and which columns exist."""
+    """Return the tokens' indices in some columns of a row, and which columns exist."""
     m_tokens = o_columns < tl.where(row < 0, skip, width)
     return o_columns + tl.where(row < 0, 0, skip + row * width), m_tokens
 
 
 @triton.jit
 def load_rows(p_x, stride_row, o_rows, m_rows, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Rows of a matrix `(L, DIM)`, zero where masked and beyond DIM."""
+    """Load rows of a matrix `(L, DIM)`, zero where masked and beyond DIM."""
     o_dim = tl.arange(0, BLOCK_DIM)
     p_x += o_rows[:, None] * stride_row + o_dim[None, :]
     return tl.load(p_x, mask=m_rows[:, None] & (o_dim < DIM)[None, :], other=0.0)
@@ -71,13 +74,13 @@ def run_end(
     HAS_BUCKETS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """One past the last other row of the run that begins at `row`."""
+    """Return the end, exclusive, of the run of other rows that begins at `row`."""
     if not HAS_BUCKETS:
         end = height
     elif not SEPARABLE:
         end = row + 1
     else:
-        # Bases rise along the rows, so equal ones are neighbours and counting them is enough.
+        # Bases are sorted along the rows, so equal ones are adjacent and counting them is enough.
         on_grid = (own_row >= 0) & (row >= 0)
         o_rows = tl.arange(0, BLOCK_ROWS)
         m_same = (o_rows >= row) & (o_rows < tl.where(on_grid, height, row))
@@ -88,14 +91,14 @@ def run_end(
             p_row_base += 2 * height - 1
         end = row + tl.sum(m_same.to(tl.int32), 0)
         end = tl.where(row < 0, 0, end)
-        # Skipped own tokens have one bucket with everything.
+        # Skipped own tokens have the same bucket with all other tokens.
         end = tl.where(own_row < 0, height, end)
     return end
 
 
 @triton.jit
 def base_buckets(p_row_base, row, other_row, height, num_buckets, TERMS: tl.constexpr):
-    """Bases of a pair of rows in both terms, without the second term's offset; -1 past the grid."""
+    """Return the bases of a pair of rows in both terms, without `t·K`; -1 past the grid."""
     on_grid = (row >= 0) & (other_row >= 0) & (other_row < height)
     p_row_base += row - other_row + height - 1
     base0 = tl.load(p_row_base, mask=on_grid, other=num_buckets - 1)
@@ -119,9 +122,10 @@ def local_buckets(
     TERMS: tl.constexpr,
     SEPARABLE: tl.constexpr,
 ):
-    """Local buckets of columns `o_from` and `o_to`, which broadcast; 0 with skipped tokens."""
+    """Return the local buckets of columns `o_from` and `o_to`, which broadcast; 0 if skipped."""
     on_grid = (row >= 0) & (other_row >= 0)
-    # Columns beyond the grid get a bucket that occurs anyway: the bounds of a tile stay narrow.
+    # Columns beyond the grid are clamped to an existing bucket. This keeps the range of local
+    # buckets in a tile narrow, which `add_by_local` loops over.
     offset = tl.minimum(tl.maximum(o_from - o_to + width - 1, 0), 2 * width - 2)
     term_size = 2 * width - 1
     if not SEPARABLE:
@@ -148,9 +152,9 @@ def gather_terms(
     num_buckets,
     TERMS: tl.constexpr,
 ):
-    """Lookups of some rows at the tile's buckets, summed over the terms in float32.
+    """Read the lookups of some rows at the tile's buckets, summed over the terms in float32.
 
-    `o_rows` and `m_rows` broadcast against the tile: own rows `[:, None]`, other ones `[None, :]`.
+    `o_rows` and `m_rows` broadcast with the tile: own tokens `[:, None]`, other tokens `[None, :]`.
     """
     o_rows *= stride_row
     b_sum = tl.load(p_lookup + (o_rows + base0 + b_local0), mask=m_rows, other=0.0).to(tl.float32)
@@ -167,9 +171,10 @@ def enter_run(
     height, width, num_buckets, scale,
     HAS_OWN: tl.constexpr, HAS_OTHER: tl.constexpr, TERMS: tl.constexpr, SEPARABLE: tl.constexpr,
 ):  # fmt: skip
-    """What stays the same in a run, for one block of other columns.
+    """Return what is constant in a run, for one block of other columns.
 
-    Local buckets from own to other tokens, those the way back, and own lookups over the scale.
+    These are the local buckets from own to other tokens, those from other to own tokens, and the
+    own lookups divided by the scale.
     """
     b_local0, b_local1 = local_buckets(
         p_local, row, first, o_columns[:, None], o_others[None, :], height, width, TERMS, SEPARABLE
@@ -196,9 +201,9 @@ def tile_logits(
     m_other, b_back0, b_back1, height, num_buckets,
     HAS_OTHER: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Logits in base 2: the scaled product, own lookups and those of the other tokens."""
-    # Lookups enter as what the product is added to: added afterwards, their layout in registers
-    # spreads to the reductions that follow, which then go through shared memory.
+    """Return logits in base 2: the scaled product plus the lookups of own and other tokens."""
+    # Lookups are the accumulator of the product. If they were added after it, their register layout
+    # would be used for the reductions that follow, which would then need shared memory.
     b_logits = b_bias
     if HAS_OTHER:
         back0, back1 = base_buckets(p_row_base, other_row, row, height, num_buckets, TERMS)
@@ -212,7 +217,7 @@ def tile_logits(
 
 @triton.jit
 def add_by_local(b_sums, b_pairs, b_local):
-    """`b_sums[i, c] += Σ_j [b_local[i, j] = c] · b_pairs[i, j]`."""
+    """Add pairs to sums: `b_sums[i, c] += Σ_j [b_local[i, j] = c] · b_pairs[i, j]`."""
     o_local = tl.arange(0, b_sums.shape[1])[None, :]
     for local in range(tl.min(b_local), tl.max(b_local) + 1):
         b_total = tl.sum(tl.where(b_local == local, b_pairs, 0.0), 1)
@@ -225,10 +230,10 @@ def finish_run(
     p_sums, b_sums0, b_sums1, m_rows, p_row_base, row, first, end, height, num_buckets, run_width,
     TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Store sums by local bucket where the next run has other bases; return what goes on."""
+    """Store the sums if the next run has another base; return the sums to continue with."""
     base0, base1 = base_buckets(p_row_base, row, first, height, num_buckets, TERMS)
     next0, next1 = base_buckets(p_row_base, row, end, height, num_buckets, TERMS)
-    # Of two terms the first one is that of the rows alone, with a single local bucket.
+    # With two terms, the first depends on the rows only, so it has a single local bucket.
     width0 = 1 if TERMS == 2 else run_width
     if next0 != base0:
         _store_sums(p_sums, b_sums0, m_rows, base0, num_buckets, width0)
@@ -243,8 +248,9 @@ def finish_run(
 
 @triton.jit
 def _store_sums(p_sums, b_sums, m_rows, base, num_buckets, run_width):
+    """Store the sums of all local buckets at `base`."""
     o_local = tl.arange(0, b_sums.shape[1])
-    # Skipped tokens have the last bucket as their base, with no room for others.
+    # The base of skipped tokens is the last bucket, so other local buckets are out of range.
     m_local = (o_local < run_width) & (base + o_local < num_buckets)
     p_sums = p_sums[:, None] + (base + o_local)[None, :]
     tl.store(p_sums, b_sums, mask=m_rows[:, None] & m_local[None, :])

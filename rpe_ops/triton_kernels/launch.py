@@ -1,4 +1,4 @@
-"""How the attention kernels are launched: shapes of tiles, and arguments they have in common."""
+"""Launch of the attention kernels: shapes of tiles and common arguments."""
 
 import contextlib
 from typing import NamedTuple
@@ -18,8 +18,8 @@ __all__ = [
     "device_of",
 ]
 
-# Sizes of every grid and batch would otherwise be compiled for, by Triton's habit, where they
-# happen to be 1 or a multiple of 16.
+# Triton compiles a kernel again when an integer argument becomes 1 or a multiple of 16. These sizes
+# change with the grid and the batch, so that is switched off for them.
 RUNTIME_SIZES = [
     *("heads", "height", "width", "skip", "num_buckets", "run_width"),
     *("tiles", "own_chunks", "other_chunks", "threshold"),
@@ -27,13 +27,13 @@ RUNTIME_SIZES = [
 
 
 class Tiles(NamedTuple):
-    """Tiles of a program and what it runs on.
+    """Shape of a program's tiles, and its warps and pipeline stages.
 
     Attributes:
         own: Columns of the program's own grid row.
-        other: Columns of the grid rows it meets.
+        other: Columns of the other grid rows.
         warps: Warps of the program.
-        stages: Stages of its pipeline of loads.
+        stages: Pipeline stages of its loads.
     """
 
     own: int
@@ -45,12 +45,13 @@ class Tiles(NamedTuple):
 def choose_tiles(
     buckets: GridBuckets, head_dim: int, dtype: torch.dtype, *, backward: bool
 ) -> Tiles:
-    """Tiles by shape alone, so that results never depend on a measurement.
+    """Choose the tiles by shape only, so that results never depend on a measurement.
 
-    Small ones: a grid row is seldom longer than 84 and its rest is computed in vain, and with the
-    lookups of a tile, its sums and the rows of four matrices there are few registers left.
+    The tiles are small for two reasons. A grid row is rarely longer than 84 tokens, and columns
+    beyond its end are wasted work. The lookups and sums of a tile and the rows of four matrices
+    leave few registers.
     """
-    # A wider tile only where it covers the row with no more columns in all.
+    # A wider tile is used only if it covers the row with the same total number of columns.
     wide = not backward and -(-buckets.width // 32) * 2 <= -(-buckets.width // 16)
     warps = _next_power_of_2(head_dim) // 32 * (4 if dtype == torch.float32 else 1)
     warps *= 2 if sums_block(buckets) > 64 else 1
@@ -66,8 +67,8 @@ def common_arguments(
     dropout_p: float,
     tiles: Tiles,
 ) -> dict:
-    """Arguments that every attention kernel takes, by name. What is absent is passed as `q`."""
-    # Lookups are divided by it, to be multiplied again with the product that they are added to.
+    """Return the arguments of all attention kernels, by name; an absent tensor is passed as `q`."""
+    # The kernels add lookup / scale to the product of q and k, then multiply the sum by the scale.
     assert scale != 0
     columns = max(buckets.width, buckets.skip)
     own_chunks, other_chunks = -(-columns // tiles.own), -(-columns // tiles.other)
@@ -88,7 +89,8 @@ def common_arguments(
         "own_chunks": own_chunks,
         "other_chunks": other_chunks,
         "scale": scale,
-        # The bits of the uint32, in the one type that every value fits.
+        # Triton derives the type of an integer from its value. The bits of the uint32 are passed as
+        # an int32, so that the type is always the same.
         "threshold": threshold - 2**32 if threshold >= 2**31 else threshold,
         "keep_scale": 1 / (1 - dropout_p),
         "HAS_PADDING": key_padding is not None,
@@ -103,16 +105,16 @@ def common_arguments(
         "BLOCK_OTHER": tiles.other,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
-        # Otherwise ptxas spills some for the sake of more programs at a time.
+        # Without this limit ptxas spills registers in order to run more programs at a time.
         "maxnreg": 255,
     }
 
 
 def matrices(**named: Tensor) -> dict:
-    """Tensors `(B, H, L, n)` as pointers `p_name` and strides `name_b`, `name_h`, `name_l`."""
+    """Return tensors `(B, H, L, n)` as `p_name` and strides `name_b`, `name_h`, `name_l`."""
     arguments = {}
     for name, x in named.items():
-        # Offsets within a head are 32-bit: a head spread wider than that is copied.
+        # Offsets within a head are 32-bit, so a head that spans more memory is copied.
         if x.stride(-1) != 1 or x.shape[2] * x.stride(2) >= 2**31:
             x = x.contiguous()
         arguments[f"p_{name}"] = x
@@ -121,14 +123,15 @@ def matrices(**named: Tensor) -> dict:
 
 
 def sums_block(buckets: GridBuckets) -> int:
-    """Columns of the sums that a program keeps: all local buckets, a power of two."""
+    """Return the columns of a program's sums: all local buckets, rounded up to a power of two."""
     return max(16, _next_power_of_2(buckets.run_width))
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Make a GPU tensor's device the current one."""
+    """Return a context in which the device of a GPU tensor is the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _next_power_of_2(number: int) -> int:
+    """Return the smallest power of two that is not less than `number`."""
     return 1 << (number - 1).bit_length()

@@ -1,6 +1,8 @@
-"""Bucket sums of the attention weights, from `lse` as the forward left it.
+"""Bucket sums of the attention weights, recomputed from the `lse` of the forward.
 
-sums[i, n] = Σ_j [bucket(i, j) = n] A_ij,   A = dropout(exp(logits - lse))
+    sums[i, n] = Σ_j [bucket(i, j) = n] A_ij,   A = dropout(exp(logits - lse))
+
+Notation: rpe_ops/README.md.
 """
 
 import triton
@@ -36,6 +38,7 @@ def _sums_kernel(
     DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_SUMS: tl.constexpr,
 ):  # fmt: skip
+    """Compute the bucket sums of the own queries."""
     tokens = skip + height * width
     head, row, o_columns = own_columns(tiles, own_chunks, HAS_SKIP, BLOCK_OWN)
     o_q, m_q = row_tokens(row, o_columns, width, skip)
@@ -47,7 +50,7 @@ def _sums_kernel(
     b_q = load_rows(p_q + b * q_b + h * q_h, q_l, o_q, m_q, DIM, BLOCK_DIM)
     o_out = head.to(tl.int64) * tokens + o_q
     b_lse = LOG2E * tl.load(p_lse + o_out, mask=m_q, other=0.0)
-    # A query that attends nowhere and one that does not exist: weights of 0, whatever the logits.
+    # An lse of inf gives weights of 0. It is set for queries without any key and outside the grid.
     b_lse = tl.where(m_q & (b_lse != float("-inf")), b_lse, float("inf"))
     if HAS_DROPOUT:
         b_key0, b_key1 = query_keys(p_seed, head, o_q)
@@ -90,9 +93,12 @@ def _sums_kernel(
 
 
 def attention_sums(q: Tensor, k: Tensor, lse: Tensor, buckets: GridBuckets, common: dict) -> Tensor:
-    """Sums `(B, H, L, T·K)` in the dtype of `q`; `common` is what the forward was launched with."""
+    """Return sums `(B, H, L, terms·K)` in the dtype of `q`.
+
+    `common` holds the common arguments of the forward kernel.
+    """
     batch, heads, tokens, _ = q.shape
-    # Zeros: buckets that no key falls into are never visited.
+    # The kernel does not write buckets without any key, so they must be zero before.
     sums = q.new_zeros(batch, heads, tokens, buckets.num_lookups)
     _sums_kernel[(batch * heads * common["tiles"],)](
         **matrices(q=q, k=k),
