@@ -119,10 +119,10 @@ def attention(
         k: Keys, like `q`.
         v: Values, like `q`.
         buckets: Buckets of the grid, for `L` tokens, on the device of `q`.
-        table_k: `(Hs, d, terms·K)` in the dtype of `q`, with `Hs` 1 or `H`, multiplied with the
+        table_k: `(Hs, d, terms·K)` in the dtype of `q`, with `Hs` 1 or `H`, multiplied by the
             queries; or a bias `(Hs, terms·K)`, added to the logits without a product.
-        table_q: The same, multiplied with the keys.
-        table_v: `(Hs, terms·K, d)`, multiplied with the bucket sums of the attention weights.
+        table_q: The same, multiplied by the keys.
+        table_v: `(Hs, terms·K, d)`, multiplied by the bucket sums of the attention weights.
         key_padding: `(B, L)` bool, True on keys that no query attends to. A query without any key
             yields zeros.
         dropout_p: Probability of dropping an attention weight, in [0, 1).

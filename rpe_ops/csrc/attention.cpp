@@ -1,10 +1,11 @@
-// Fused attention with encodings on the CPU; the mathematics are those of rpe_ops/reference.py and
-// rpe_ops/tables.py.
+// Fused attention with encodings on the CPU. The equations are in rpe_ops/reference.py and
+// rpe_ops/tables.py, the notation in rpe_ops/README.md.
 //
-// A tile holds the logits of some query rows of one head and stays in the cache, so nothing of size
-// L x L is ever held. Matrix products are torch's own. The backward computes the weights anew from
-// the logarithm of the row sums; a head belongs to one thread, since its rows add up to the
-// gradients of keys and values: no atomics, the same bits in every run.
+// A tile holds the logits of a block of queries of one head and stays in the cache, so nothing of
+// size L x L is held. torch computes the matrix products. The backward recomputes the weights from
+// the logarithm of the row sums. One thread computes a whole head, because all queries of the head
+// add to the gradients of its keys and values. So no atomics are needed, and every run gives the
+// same bits.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -19,13 +20,13 @@
 namespace rpe_ops {
 namespace {
 
-// Calls body(index, bh) for every block of queries and every head.
+// Calls body(block, bh) for every block of queries and every head in [from, to).
 template <typename Body>
-void for_each_block(const Inputs& in, int64_t from, int64_t to, bool index_queries,
+void for_each_block(const Inputs& in, int64_t from, int64_t to, bool needs_query_ids,
                     const Body& body) {
   for (int64_t begin = 0; begin < in.tokens(); begin += in.block()) {
-    const BlockIndex index(in, begin, std::min(in.block(), in.tokens() - begin), index_queries);
-    for (int64_t bh = from; bh < to; ++bh) body(index, bh);
+    const BlockBuckets block(in, begin, std::min(in.block(), in.tokens() - begin), needs_query_ids);
+    for (int64_t bh = from; bh < to; ++bh) body(block, bh);
   }
 }
 
@@ -36,12 +37,12 @@ struct Outputs {
 };
 
 template <typename scalar_t>
-void forward_block(Tensor tile, const Lookups& lookups, const Inputs& in, const BlockIndex& index,
+void forward_block(Tensor tile, const Lookups& lookups, const Inputs& in, const BlockBuckets& block,
                    int64_t bh, const Outputs& to) {
-  const int64_t tokens = in.tokens(), rows = index.rows, width = in.grid.lookups();
-  fill_logits<scalar_t>(tile, lookups, in, bh, index);
+  const int64_t tokens = in.tokens(), rows = block.rows, width = in.grid.lookups();
+  fill_logits<scalar_t>(tile, lookups, in, bh, block);
   scalar_t* weights = tile.mutable_data_ptr<scalar_t>();
-  scalar_t* lse = in.data<scalar_t>(to.lse, bh) + index.begin;
+  scalar_t* lse = in.data<scalar_t>(to.lse, bh) + block.begin;
   std::vector<scalar_t> share(rows), factors(in.dropout.p > 0 ? tokens : 0);
   for (int64_t r = 0; r < rows; ++r) {
     scalar_t* row = weights + r * tokens;
@@ -49,17 +50,17 @@ void forward_block(Tensor tile, const Lookups& lookups, const Inputs& in, const 
     lse[r] = shift + std::log(sum);
     share[r] = sum == 0 ? 0 : 1 / sum;
     if (factors.empty()) continue;
-    in.dropout.fill(factors.data(), tokens, index.begin + r, bh);
+    in.dropout.fill(factors.data(), tokens, block.begin + r, bh);
     multiply(row, factors.data(), tokens);
   }
-  Tensor out = in.rows(to.out, bh, index.begin, rows);
+  Tensor out = in.rows(to.out, bh, block.begin, rows);
   at::mm_out(out, tile, in.slice(in.v, bh));
   if (to.sums) {
-    Tensor sums = in.rows(*to.sums, bh, index.begin, rows);
+    Tensor sums = in.rows(*to.sums, bh, block.begin, rows);
     scalar_t* values = sums.mutable_data_ptr<scalar_t>();
     std::fill_n(values, rows * width, scalar_t(0));
-    for (int64_t t = 0; t < index.terms; ++t) {
-      add_to_buckets(values, width, weights, tokens, index.query_row(0, t), index.stride(), rows,
+    for (int64_t t = 0; t < block.terms; ++t) {
+      add_to_buckets(values, width, weights, tokens, block.query_row(0, t), block.stride(), rows,
                      tokens);
     }
     at::addmm_out(out, out, sums, in.slice(*in.table_v, bh));
@@ -79,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
   const int64_t batch = q.size(0), heads = q.size(1), tokens = q.size(2), dim = q.size(3);
   const auto options = in.q.options();
   Outputs to;
-  // Heads beside each other: what follows attention joins them without a copy.
+  // In memory (B, L, H, d): the linear projection after attention then needs no copy.
   to.out = at::empty({batch, tokens, heads, dim}, options).transpose(1, 2);
   if (table_v) to.sums = at::empty({batch, heads, tokens, in.grid.lookups()}, options);
   to.lse = at::empty({batch, heads, tokens}, options);
@@ -87,9 +88,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
     const at::AutoDispatchBelowADInplaceOrView guard;
     const Tensor tile = at::empty({in.block(), tokens}, options);
     const Lookups lookups(in, from, until);
-    for_each_block(in, from, until, table_v || table_k, [&](const BlockIndex& index, int64_t bh) {
+    for_each_block(in, from, until, table_v || table_k, [&](const BlockBuckets& block, int64_t bh) {
       AT_DISPATCH_FLOATING_TYPES(in.q.scalar_type(), "attention_forward", [&] {
-        forward_block<scalar_t>(tile.narrow(0, 0, index.rows), lookups, in, index, bh, to);
+        forward_block<scalar_t>(tile.narrow(0, 0, block.rows), lookups, in, block, bh, to);
       });
     });
   });
@@ -97,19 +98,19 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
   return {to.out.to(narrow), to.sums ? to.sums->to(narrow) : at::empty({0}, q.options()), to.lse};
 }
 
-// What the backward reads beside the inputs, and what it writes, in the dtype of computation.
+// Further inputs of the backward, and its outputs, in the dtype of computation.
 struct Gradients {
   Tensor grad_out, out;
   OptionalTensor sums;
   Tensor lse;
   Tensor q, k, v;
-  OptionalTensor table_k, table_q, table_v;  // of every head of every image, (B, H, ...)
+  OptionalTensor table_k, table_q, table_v;  // (B, H, ...), summed at the end
 };
 
-// Scratch of one thread.
+// Working memory of one thread.
 struct Tiles {
   Tensor weights, grad;  // logits, then weights; their gradient
-  Tensor factors;        // of dropout, for one row
+  Tensor factors;        // factors of dropout for one row
   Tensor buckets;        // (rows, terms x K): gradients of the bucket sums, then of the lookups
   HeadScratch of_keys;   // gradients of the lookups of keys
 
@@ -123,9 +124,10 @@ struct Tiles {
   }
 };
 
-// The gradient of the logits of a block from that of the weights, in place.
+// Replaces the gradients of the weights of a block by those of the logits, and multiplies the
+// weights by the factors of dropout.
 template <typename scalar_t>
-void through_rows(const Tiles& tiles, const Inputs& in, const BlockIndex& index, int64_t bh,
+void through_rows(const Tiles& tiles, const Inputs& in, const BlockBuckets& block, int64_t bh,
                   const Gradients& g) {
   const int64_t tokens = in.tokens(), dim = in.q.size(3), lookups = in.grid.lookups();
   scalar_t* weights = tiles.weights.mutable_data_ptr<scalar_t>();
@@ -133,21 +135,23 @@ void through_rows(const Tiles& tiles, const Inputs& in, const BlockIndex& index,
   scalar_t* factors = in.dropout.p > 0 ? tiles.factors.mutable_data_ptr<scalar_t>() : nullptr;
   const scalar_t *grad_out = in.data<scalar_t>(g.grad_out, bh), *out = in.data<scalar_t>(g.out, bh);
   const scalar_t* of_sums = in.table_v ? tiles.buckets.const_data_ptr<scalar_t>() : nullptr;
-  for (int64_t r = 0; r < index.rows; ++r) {
-    const int64_t i = index.begin + r;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t i = block.begin + r;
     const scalar_t delta =
         dot(grad_out + i * g.grad_out.stride(2), out + i * g.out.stride(2), dim);
-    for (int64_t t = 0; of_sums && t < index.terms; ++t) {
-      add_gathered(grads + r * tokens, of_sums + r * lookups, index.query_row(r, t), tokens);
+    for (int64_t t = 0; of_sums && t < block.terms; ++t) {
+      add_gathered(grads + r * tokens, of_sums + r * lookups, block.query_row(r, t), tokens);
     }
     if (factors) in.dropout.fill(factors, tokens, i, bh);
     through_softmax(grads + r * tokens, weights + r * tokens, factors, delta, tokens);
   }
 }
 
-// From the gradient of the lookups of some tokens to those of the table and of the tokens `x`.
+// Adds to the gradients of a table and of tokens `x`, from the gradient of the lookups of these
+// tokens. With `first` the gradient of the table is overwritten.
 inline void through_table(const Tensor& grad_lookups, const Table& table, const Tensor& grad_table,
-                          const Tensor& x, Tensor grad_x, const Inputs& in, int64_t bh, bool first) {
+                          const Tensor& x, Tensor grad_x, const Inputs& in, int64_t bh,
+                          bool first) {
   if (table.is_bias()) {
     Tensor grad_values = grad_table[bh / in.heads()][bh % in.heads()];
     if (first) grad_values.zero_();
@@ -161,13 +165,13 @@ inline void through_table(const Tensor& grad_lookups, const Table& table, const 
 
 template <typename scalar_t>
 void backward_block(const Tiles& tiles, const Lookups& lookups, const Inputs& in,
-                    const BlockIndex& index, int64_t bh, const Gradients& g) {
-  const int64_t tokens = in.tokens(), rows = index.rows, width = in.grid.lookups();
-  const bool first = index.begin == 0, last = index.begin + rows == tokens;
-  const auto block_of = [&](const Tensor& x) { return in.rows(x, bh, index.begin, rows); };
-  const scalar_t* lse = in.data<scalar_t>(g.lse, bh) + index.begin;
+                    const BlockBuckets& block, int64_t bh, const Gradients& g) {
+  const int64_t tokens = in.tokens(), rows = block.rows, width = in.grid.lookups();
+  const bool first = block.begin == 0, last = block.begin + rows == tokens;
+  const auto block_of = [&](const Tensor& x) { return in.rows(x, bh, block.begin, rows); };
+  const scalar_t* lse = in.data<scalar_t>(g.lse, bh) + block.begin;
   const Tensor weights = tiles.weights.narrow(0, 0, rows);
-  fill_logits<scalar_t>(weights, lookups, in, bh, index);
+  fill_logits<scalar_t>(weights, lookups, in, bh, block);
   scalar_t* row = weights.mutable_data_ptr<scalar_t>();
   for (int64_t r = 0; r < rows; ++r) exponentials(row + r * tokens, lse[r], tokens);
 
@@ -176,9 +180,10 @@ void backward_block(const Tiles& tiles, const Lookups& lookups, const Inputs& in
   if (tiles.buckets.defined()) buckets = tiles.buckets.narrow(0, 0, rows);
   at::mm_out(grad, grad_out, in.slice(in.v, bh).t());
   if (in.table_v) at::mm_out(buckets, grad_out, in.slice(*in.table_v, bh).t());
-  through_rows<scalar_t>(tiles, in, index, bh, g);
+  through_rows<scalar_t>(tiles, in, block, bh, g);
 
-  // The first block of a head writes the gradients of what all queries meet, the others add to them.
+  // The gradients of keys, values and tables are sums over all blocks of queries: the first block
+  // of a head writes them, the others add to them.
   const int64_t beta = first ? 0 : 1;
   Tensor grad_q = block_of(g.q), grad_k = in.slice(g.k, bh), grad_v = in.slice(g.v, bh);
   at::addmm_out(grad_q, grad_q, grad, in.slice(in.k, bh), 0, in.scale);
@@ -191,9 +196,9 @@ void backward_block(const Tiles& tiles, const Lookups& lookups, const Inputs& in
   const scalar_t* pairs = grad.const_data_ptr<scalar_t>();
   if (in.table_k) {
     std::fill_n(buckets.mutable_data_ptr<scalar_t>(), rows * width, scalar_t(0));
-    for (int64_t t = 0; t < index.terms; ++t) {
+    for (int64_t t = 0; t < block.terms; ++t) {
       add_to_buckets(buckets.mutable_data_ptr<scalar_t>(), width, pairs, tokens,
-                     index.query_row(0, t), index.stride(), rows, tokens);
+                     block.query_row(0, t), block.stride(), rows, tokens);
     }
     through_table(buckets, *in.table_k, *g.table_k, block_of(in.q), grad_q, in, bh, first);
   }
@@ -201,15 +206,18 @@ void backward_block(const Tiles& tiles, const Lookups& lookups, const Inputs& in
   Tensor of_keys = tiles.of_keys.of(bh);
   if (first) std::fill_n(of_keys.mutable_data_ptr<scalar_t>(), tokens * width, scalar_t(0));
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t t = 0; t < index.terms; ++t) {
+    for (int64_t t = 0; t < block.terms; ++t) {
       add_to_buckets_of_keys(of_keys.mutable_data_ptr<scalar_t>(), width, pairs + r * tokens,
-                             index.key_row(r, t), tokens);
+                             block.key_row(r, t), tokens);
     }
   }
-  if (last) through_table(of_keys, *in.table_q, *g.table_q, in.slice(in.k, bh), grad_k, in, bh, true);
+  if (last) {
+    through_table(of_keys, *in.table_q, *g.table_q, in.slice(in.k, bh), grad_k, in, bh, true);
+  }
 }
 
-// Room for the gradient of a table in every head of every image; they are added up in one order.
+// Memory for the gradients of a table in every head of every image. They are summed at the end, so
+// that the order of additions does not depend on the threads.
 OptionalTensor empty_grad(const OptionalTable& table, const Inputs& in) {
   if (!table) return std::nullopt;
   std::vector<int64_t> sizes{in.q.size(0), in.heads()};
@@ -217,6 +225,7 @@ OptionalTensor empty_grad(const OptionalTable& table, const Inputs& in) {
   return at::empty(sizes, in.q.options());
 }
 
+// Sums the gradients of a table over images and, for a shared table, over heads.
 OptionalTensor total_grad(const OptionalTensor& of_heads, const OptionalTable& table,
                           const Tensor& like) {
   if (!of_heads) return std::nullopt;
@@ -240,7 +249,7 @@ attention_backward(
   g.out = widen(out, wide);
   if (table_v) g.sums = sums.to(wide);
   g.lse = lse.contiguous();
-  // Heads beside each other, as the projections before attention have them.
+  // In memory (B, L, H, d), as the linear projections before attention compute q, k and v.
   for (Tensor* grad : {&g.q, &g.k, &g.v}) {
     *grad = at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, options).transpose(1, 2);
   }
@@ -251,9 +260,10 @@ attention_backward(
     const at::AutoDispatchBelowADInplaceOrView guard;
     const Tiles tiles(in, from, until);
     const Lookups lookups(in, from, until);
-    for_each_block(in, from, until, table_k || table_v, [&](const BlockIndex& index, int64_t bh) {
-      AT_DISPATCH_FLOATING_TYPES(wide, "attention_backward",
-                                 [&] { backward_block<scalar_t>(tiles, lookups, in, index, bh, g); });
+    for_each_block(in, from, until, table_k || table_v, [&](const BlockBuckets& block, int64_t bh) {
+      AT_DISPATCH_FLOATING_TYPES(wide, "attention_backward", [&] {
+        backward_block<scalar_t>(tiles, lookups, in, block, bh, g);
+      });
     });
   });
   const auto narrow = [&](const Tensor& x) { return x.to(q.scalar_type()); };

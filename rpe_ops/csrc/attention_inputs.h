@@ -1,4 +1,5 @@
-// What the forward and the backward of attention both read, checked and in the dtype of computation.
+// Inputs of the forward and the backward of attention, checked and in the dtype of computation.
+// Notation: rpe_ops/README.md.
 
 #pragma once
 
@@ -7,6 +8,8 @@
 #include <algorithm>
 #include <limits>
 #include <optional>
+#include <sstream>
+#include <string>
 #include <vector>
 
 #include "dropout.h"
@@ -18,7 +21,7 @@ namespace rpe_ops {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A tile of this many logits stays in the second-level cache beside its gradient.
+// A tile of this many logits and its gradient fit into the second-level cache together.
 constexpr int64_t kTileElements = 65536;
 
 struct Dropout {
@@ -37,14 +40,14 @@ inline at::ScalarType wide_type(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Converted, and contiguous along the last dimension; other strides, also zero ones, are kept.
+// Converts to `wide` and makes the last dimension contiguous. Other strides are kept, even zero.
 inline Tensor widen(const Tensor& x, at::ScalarType wide) {
   const Tensor converted = x.to(wide);
   return converted.stride(-1) == 1 || converted.size(-1) == 1 ? converted : converted.contiguous();
 }
 
-// Learned values of the buckets: (Hs, d, terms x K) multiplied with queries or keys, or a bias
-// (Hs, terms x K); for values (Hs, terms x K, d). Hs is 1 or the number of heads.
+// A table: (Hs, d, terms x K) for queries or keys, or a bias (Hs, terms x K); for values
+// (Hs, terms x K, d). Hs is 1 or the number of heads.
 struct Table {
   Tensor values;
 
@@ -57,7 +60,7 @@ struct Inputs {
   Tensor q, k, v;                           // (B, H, L, d)
   OptionalTable table_k, table_q, table_v;
   OptionalTensor padding;  // (B, L)
-  Tensor row_base, local;
+  Tensor row_base, local;  // axis offsets, kept because `grid` points to their values
   Grid grid;
   Dropout dropout;
   double scale;
@@ -83,6 +86,19 @@ struct Inputs {
   }
 };
 
+// Returns the allowed shapes of a table, for a message.
+inline std::string table_shapes(const Inputs& in, bool of_values) {
+  const int64_t lookups = in.grid.lookups(), dim = in.q.size(3);
+  std::ostringstream text;
+  text << "(1 or " << in.heads() << ", ";
+  if (of_values) {
+    text << lookups << ", " << dim << ")";
+  } else {
+    text << dim << ", " << lookups << ") or (1 or " << in.heads() << ", " << lookups << ")";
+  }
+  return text.str();
+}
+
 inline OptionalTable make_table(const char* name, const OptionalTensor& values, const Inputs& in,
                                 bool of_values) {
   if (!values) return std::nullopt;
@@ -92,8 +108,8 @@ inline OptionalTable make_table(const char* name, const OptionalTensor& values, 
                         (values->size(0) == 1 || values->size(0) == in.heads()) &&
                         values->size(of_values ? 1 : -1) == lookups &&
                         (bias || values->size(of_values ? 2 : 1) == dim),
-                    name, " does not fit ", lookups, " buckets, ", in.heads(), " heads and d = ",
-                    dim, ", got ", values->sizes());
+                    name, " must have shape ", table_shapes(in, of_values), ", got ",
+                    values->sizes());
   return Table{values->to(in.q.scalar_type()).contiguous()};
 }
 
@@ -107,11 +123,12 @@ inline Inputs make_inputs(const Tensor& q, const Tensor& k, const Tensor& v,
   const Grid grid = make_grid(bases, locals, height, width, skip, num_buckets);
   TORCH_CHECK_VALUE(q.dim() == 4 && q.size(2) == grid.tokens() && k.sizes() == q.sizes() &&
                         v.sizes() == q.sizes(),
-                    "q, k and v must be (B, H, ", grid.tokens(), ", d), got ", q.sizes(), ", ",
-                    k.sizes(), " and ", v.sizes());
+                    "q, k and v must have shape (B, H, L, d) with L = ", grid.tokens(), ", got ",
+                    q.sizes(), ", ", k.sizes(), " and ", v.sizes());
   TORCH_CHECK_VALUE(!padding || (padding->dim() == 2 && padding->size(0) == q.size(0) &&
                                  padding->size(1) == q.size(2)),
-                    "key_padding must be (B, L), got ", padding->sizes());
+                    "key_padding must have shape (B, L) = (", q.size(0), ", ", q.size(2), "), got ",
+                    padding->sizes());
   const auto wide = wide_type(q);
   const Dropout dropout{static_cast<uint64_t>(seed.item<int64_t>()), dropout_p};
   Inputs in{q.to(wide), k.to(wide), v.to(wide), {}, {}, {},
@@ -123,8 +140,10 @@ inline Inputs make_inputs(const Tensor& q, const Tensor& k, const Tensor& v,
   return in;
 }
 
-// Values of the buckets for the tokens of a part of the heads, (tokens, terms x K) of one head: of
-// all heads where their blocks take turns, else of the one at work.
+// Memory for the lookups of all tokens or for their gradients, (tokens, terms x K) per head, of the
+// heads of one thread.
+// With several blocks the thread computes all its heads for one block, then for the next block, so
+// every head needs memory of its own. With a single block all heads share the memory of one.
 class HeadScratch {
  public:
   HeadScratch() = default;
@@ -141,7 +160,7 @@ class HeadScratch {
   bool single_ = true;
 };
 
-// What a thread computes of the tables on the way to the logits.
+// Memory of one thread for the lookups, which are products with the tables.
 struct Lookups {
   Tensor of_queries;    // (rows of a block, terms x K)
   HeadScratch of_keys;
@@ -154,20 +173,20 @@ struct Lookups {
   }
 };
 
-// Buckets of the pairs of a block of queries, (rows, terms, tokens); the same for every head.
-struct BlockIndex {
+// Bucket ids of the pairs of a block of queries, (rows, terms, tokens); the same for every head.
+struct BlockBuckets {
   std::vector<int> of_queries, of_keys;  // bucket(i, j) and bucket(j, i)
   int64_t begin, rows, terms, tokens;
 
-  BlockIndex(const Inputs& in, int64_t begin, int64_t rows, bool of_queries_needed)
+  BlockBuckets(const Inputs& in, int64_t begin, int64_t rows, bool needs_query_ids)
       : begin(begin), rows(rows), terms(in.grid.terms), tokens(in.tokens()) {
-    const auto fill = [&](std::vector<int>& index, bool needed, bool from_key) {
-      index.resize(needed ? rows * stride() : 0);
+    const auto fill = [&](std::vector<int>& ids, bool needed, bool from_key) {
+      ids.resize(needed ? rows * stride() : 0);
       for (int64_t r = 0; needed && r < rows; ++r) {
-        fill_index(index.data() + r * stride(), in.grid, begin + r, from_key);
+        fill_bucket_ids(ids.data() + r * stride(), in.grid, begin + r, from_key);
       }
     };
-    fill(of_queries, of_queries_needed, false);
+    fill(of_queries, needs_query_ids, false);
     fill(of_keys, in.table_q.has_value(), true);
   }
 
@@ -180,7 +199,7 @@ struct BlockIndex {
   }
 };
 
-// A row of values for every token; a bias has one for all.
+// The lookup of every token; with a bias all tokens have the same one, and the stride is 0.
 template <typename scalar_t>
 struct Rows {
   const scalar_t* data = nullptr;
@@ -194,45 +213,46 @@ struct Rows {
 
 template <typename scalar_t>
 Rows<scalar_t> rows_of_queries(const Lookups& lookups, const Inputs& in, int64_t bh,
-                               const BlockIndex& index) {
+                               const BlockBuckets& block) {
   if (!in.table_k) return {};
   const Tensor table = in.slice(*in.table_k, bh);
   if (in.table_k->is_bias()) return Rows<scalar_t>(table);
-  Tensor values = lookups.of_queries.narrow(0, 0, index.rows);
-  at::addmm_out(values, values, in.rows(in.q, bh, index.begin, index.rows), table, 0, in.scale);
+  Tensor values = lookups.of_queries.narrow(0, 0, block.rows);
+  at::addmm_out(values, values, in.rows(in.q, bh, block.begin, block.rows), table, 0, in.scale);
   return Rows<scalar_t>(values);
 }
 
 template <typename scalar_t>
 Rows<scalar_t> rows_of_keys(const Lookups& lookups, const Inputs& in, int64_t bh,
-                            const BlockIndex& index) {
+                            const BlockBuckets& block) {
   if (!in.table_q) return {};
   const Tensor table = in.slice(*in.table_q, bh);
   if (in.table_q->is_bias()) return Rows<scalar_t>(table);
   Tensor values = lookups.of_keys.of(bh);
-  if (index.begin == 0) at::addmm_out(values, values, in.slice(in.k, bh), table, 0, in.scale);
+  if (block.begin == 0) at::addmm_out(values, values, in.slice(in.k, bh), table, 0, in.scale);
   return Rows<scalar_t>(values);
 }
 
-// The logits of a block of queries of one head, written to `tile` (rows, tokens).
+// Writes the logits of a block of queries of one head to `tile` (rows, tokens).
 template <typename scalar_t>
 void fill_logits(Tensor tile, const Lookups& lookups, const Inputs& in, int64_t bh,
-                 const BlockIndex& index) {
+                 const BlockBuckets& block) {
   const int64_t tokens = in.tokens();
-  const Tensor q = in.rows(in.q, bh, index.begin, index.rows);
+  const Tensor q = in.rows(in.q, bh, block.begin, block.rows);
   at::addmm_out(tile, tile, q, in.slice(in.k, bh).t(), 0, in.scale);
-  const auto of_queries = rows_of_queries<scalar_t>(lookups, in, bh, index);
-  const auto of_keys = rows_of_keys<scalar_t>(lookups, in, bh, index);
+  const auto of_queries = rows_of_queries<scalar_t>(lookups, in, bh, block);
+  const auto of_keys = rows_of_keys<scalar_t>(lookups, in, bh, block);
   const bool* padding =
       in.padding ? in.padding->const_data_ptr<bool>() + bh / in.heads() * tokens : nullptr;
   scalar_t* logits = tile.mutable_data_ptr<scalar_t>();
-  for (int64_t r = 0; r < index.rows; ++r, logits += tokens) {
-    for (int64_t t = 0; t < index.terms; ++t) {
+  for (int64_t r = 0; r < block.rows; ++r, logits += tokens) {
+    for (int64_t t = 0; t < block.terms; ++t) {
       if (of_queries.data) {
-        add_gathered(logits, of_queries.data + r * of_queries.stride, index.query_row(r, t), tokens);
+        add_gathered(logits, of_queries.data + r * of_queries.stride, block.query_row(r, t),
+                     tokens);
       }
       if (of_keys.data) {
-        add_gathered_of_keys(logits, of_keys.data, of_keys.stride, index.key_row(r, t), tokens);
+        add_gathered_of_keys(logits, of_keys.data, of_keys.stride, block.key_row(r, t), tokens);
       }
     }
     for (int64_t j = 0; padding && j < tokens; ++j) {

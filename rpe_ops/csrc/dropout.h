@@ -1,4 +1,4 @@
-// Which attention weights survive dropout, a function of seed and pair; see rpe_ops/dropout.py.
+// Mask of dropout, a function of the seed and the pair; see rpe_ops/dropout.py.
 
 #pragma once
 

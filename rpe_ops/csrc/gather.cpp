@@ -1,11 +1,12 @@
 // Gather and bucket sum on the CPU.
 //
-//     gather:      out[n, i, j] = lookup[n, i, index[i, j]]
-//     bucket sum:  out[n, i, k] = sum over j of [index[i, j] = k] * pairs[n, i, j]
+//     gather:      out[n, i, j] = lookup[n, i, bucket_ids[i, j]]
+//     bucket sum:  out[n, i, k] = sum over j of [bucket_ids[i, j] = k] * pairs[n, i, j]
 //
-// n counts the slices (all leading dimensions, any strides). A task is one query row of a few
-// slices, which share a checked copy of their row of the index. A row is summed from its first key
-// to its last by one thread: the result is the same for every number of threads.
+// n is the slice, the index over all leading dimensions, which may have any strides. A task is one
+// query of up to kLanes slices, which share a checked copy of the query's bucket ids. One thread
+// sums a row from its first key to its last, so the number of threads does not change the result.
+// Notation: rpe_ops/README.md.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -22,15 +23,15 @@
 namespace rpe_ops {
 namespace {
 
-// Slices of a task. Their sums stand side by side in memory, so that one key adds to all of them
-// in a few vector instructions, and equal buckets in a row do not wait for each other.
+// Slices of a task. Their sums are adjacent in memory, so that one key adds to all of them in a few
+// vector instructions, and adjacent keys with the same bucket do not wait for each other.
 constexpr int kLanes = 8;
-// Pairs for which another thread pays.
+// Pairs per thread; with fewer, starting a thread costs more than it saves.
 constexpr int64_t kPairsPerThread = 1 << 15;
 
 using Ids = std::vector<int32_t>;
 
-// Offset of every slice in elements, leading dimensions in row-major order.
+// Returns the offset of every slice in elements, leading dimensions in row-major order.
 std::vector<int64_t> slice_offsets(const at::Tensor& values) {
   std::vector<int64_t> offsets{0};
   for (int64_t d = 0; d < values.dim() - 2; ++d) {
@@ -46,46 +47,47 @@ std::vector<int64_t> slice_offsets(const at::Tensor& values) {
   return offsets;
 }
 
-// Copies one row of the index and raises IndexError unless all of it lies in [0, num_buckets).
+// Copies the bucket ids of one query; raises IndexError unless all are in [0, num_buckets).
 template <typename index_t>
 void read_ids(const index_t* row, int64_t stride, int64_t num_buckets, Ids& ids) {
   using unsigned_t = std::make_unsigned_t<index_t>;
   unsigned_t largest = 0;
   for (size_t j = 0; j < ids.size(); ++j) {
     const index_t id = row[static_cast<int64_t>(j) * stride];
-    // A negative bucket is a very large unsigned one.
+    // A negative id becomes a very large unsigned one, so one comparison is enough.
     largest = std::max(largest, static_cast<unsigned_t>(id));
     ids[j] = static_cast<int32_t>(id);
   }
   TORCH_CHECK_INDEX(ids.empty() || largest < static_cast<uint64_t>(num_buckets),
-                    "index holds bucket ", static_cast<index_t>(largest), ", allowed are 0 to ",
-                    num_buckets - 1);
+                    "bucket_ids must be in [0, ", num_buckets, "), got ",
+                    static_cast<index_t>(largest));
 }
 
-// Calls `make_visitor()(i, n, live, ids)` for query row i of slices n to n + live, live <= kLanes.
-// Every thread makes a visitor of its own, which may hold memory to work in.
+// Calls `make_visitor()(i, n, live, ids)` for query i of slices n to n + live, live <= kLanes.
+// Every thread makes its own visitor, which may hold working memory.
 template <typename MakeVisitor>
-void for_each_row(const at::Tensor& index, int64_t num_slices, int64_t num_buckets,
+void for_each_row(const at::Tensor& bucket_ids, int64_t num_slices, int64_t num_buckets,
                   const MakeVisitor& make_visitor) {
-  TORCH_CHECK_VALUE(num_buckets <= std::numeric_limits<int32_t>::max(), "at most 2^31 - 1 buckets");
-  const int64_t num_queries = index.size(0), num_keys = index.size(1);
+  TORCH_CHECK_VALUE(num_buckets <= std::numeric_limits<int32_t>::max(),
+                    "num_buckets must be at most 2^31 - 1, got ", num_buckets);
+  const int64_t num_queries = bucket_ids.size(0), num_keys = bucket_ids.size(1);
   const int64_t num_tasks = (num_slices + kLanes - 1) / kLanes * num_queries;
   const int64_t grain = kPairsPerThread / (kLanes * (num_keys + 1)) + 1;
-  AT_DISPATCH_INDEX_TYPES(index.scalar_type(), "rpe_ops", [&] {
-    const auto* data = index.const_data_ptr<index_t>();
+  AT_DISPATCH_INDEX_TYPES(bucket_ids.scalar_type(), "rpe_ops", [&] {
+    const auto* data = bucket_ids.const_data_ptr<index_t>();
     at::parallel_for(0, num_tasks, grain, [&](int64_t begin, int64_t end) {
       auto visit = make_visitor();
       Ids ids(num_keys);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t i = task % num_queries, n = task / num_queries * kLanes;
-        read_ids(data + i * index.stride(0), index.stride(1), num_buckets, ids);
+        read_ids(data + i * bucket_ids.stride(0), bucket_ids.stride(1), num_buckets, ids);
         visit(i, n, std::min<int64_t>(kLanes, num_slices - n), ids);
       }
     });
   });
 }
 
-// Calls `f(stride)` with a stride of 1 known to the compiler, which then multiplies nothing.
+// Calls `f(stride)`. A stride of 1 is a compile-time constant, which saves the multiplication.
 template <typename F>
 void with_stride(int64_t stride, const F& f) {
   if (stride == 1) {
@@ -102,10 +104,10 @@ void gather_row(const T* row, int64_t bucket_stride, const Ids& ids, T* out) {
   });
 }
 
-// Adds one query row of `width` slices to `sums` (K, width).
+// Adds one query of `width` slices to `sums` (K, width).
 template <int width, typename T, typename sum_t>
 void add_rows(const T* const* rows, int64_t key_stride, const Ids& ids, sum_t* sums) {
-  // Copies that nothing else points to, so that they stay in registers.
+  // Local copies of the pointers can stay in registers, because nothing else points to them.
   const T* row[width];
   for (int s = 0; s < width; ++s) row[s] = rows[s];
   with_stride(key_stride, [&](auto stride) {
@@ -118,7 +120,7 @@ void add_rows(const T* const* rows, int64_t key_stride, const Ids& ids, sum_t* s
   });
 }
 
-// Sums one query row of `live` slices. Lanes without a slice repeat the first and are not written.
+// Sums one query of `live` slices. Lanes without a slice repeat the first and are not written.
 template <typename T, typename sum_t>
 void sum_rows(const T* const* rows, int64_t live, int64_t key_stride, const Ids& ids,
               int64_t num_buckets, std::vector<sum_t>& sums, T* out, int64_t slice_size) {
@@ -135,12 +137,12 @@ void sum_rows(const T* const* rows, int64_t live, int64_t key_stride, const Ids&
   }
 }
 
-at::Tensor gather_cpu(const at::Tensor& lookup, const at::Tensor& index) {
-  check_arguments("lookup", lookup, index);
-  at::Tensor out = empty_result(lookup, index.size(1));
+at::Tensor gather_cpu(const at::Tensor& lookup, const at::Tensor& bucket_ids) {
+  check_arguments("lookup", lookup, bucket_ids);
+  at::Tensor out = empty_result(lookup, bucket_ids.size(1));
   if (out.numel() == 0) return out;
   const auto offsets = slice_offsets(lookup);
-  const int64_t slice_size = index.numel(), row_size = index.size(1);
+  const int64_t slice_size = bucket_ids.numel(), row_size = bucket_ids.size(1);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, lookup.scalar_type(), "rpe_ops::gather", [&] {
         const auto* from = lookup.const_data_ptr<scalar_t>();
@@ -151,18 +153,19 @@ at::Tensor gather_cpu(const at::Tensor& lookup, const at::Tensor& index) {
                        to + s * slice_size + i * row_size);
           }
         };
-        for_each_row(index, static_cast<int64_t>(offsets.size()), lookup.size(-1),
+        for_each_row(bucket_ids, static_cast<int64_t>(offsets.size()), lookup.size(-1),
                      [&] { return visit; });
       });
   return out;
 }
 
-at::Tensor bucket_sum_cpu(const at::Tensor& pairs, const at::Tensor& index, int64_t num_buckets) {
-  check_pairs(pairs, index, num_buckets);
+at::Tensor bucket_sum_cpu(const at::Tensor& pairs, const at::Tensor& bucket_ids,
+                          int64_t num_buckets) {
+  check_pairs(pairs, bucket_ids, num_buckets);
   at::Tensor out = empty_result(pairs, num_buckets);
   if (out.numel() == 0) return out;
   const auto offsets = slice_offsets(pairs);
-  const int64_t slice_size = index.size(0) * num_buckets;
+  const int64_t slice_size = bucket_ids.size(0) * num_buckets;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, pairs.scalar_type(), "rpe_ops::bucket_sum", [&] {
         using sum_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
@@ -179,7 +182,7 @@ at::Tensor bucket_sum_cpu(const at::Tensor& pairs, const at::Tensor& index, int6
                      to + n * slice_size + i * num_buckets, slice_size);
           };
         };
-        for_each_row(index, static_cast<int64_t>(offsets.size()), num_buckets, make_visitor);
+        for_each_row(bucket_ids, static_cast<int64_t>(offsets.size()), num_buckets, make_visitor);
       });
   return out;
 }

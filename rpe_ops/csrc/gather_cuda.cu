@@ -18,11 +18,12 @@ namespace rpe_ops {
 namespace {
 
 constexpr int kMaxWarps = 4;
-// What every device grants a block without asking.
+// Shared memory that a block can use on every device without an attribute.
 constexpr int64_t kSharedBytes = 48 * 1024;
 
-// Exactly four dimensions: a permuted or expanded (B, H, L, K) is read as it is. Of more dimensions,
-// those between the first and the last two are combined, by a copy where strides allow no view.
+// Returns `values` with exactly four dimensions. A permuted or expanded (B, H, L, K) is not copied.
+// If there are more dimensions, those between the first and the last two are flattened, with a copy
+// if their strides allow no view.
 at::Tensor with_two_leading_dims(const at::Tensor& values) {
   if (values.dim() == 2) return values.unsqueeze(0).unsqueeze(0);
   if (values.dim() == 3) return values.unsqueeze(0);
@@ -35,9 +36,9 @@ Slices slices_of(const at::Tensor& values) {
 }
 
 template <typename index_t>
-Index<index_t> index_of(const at::Tensor& index) {
-  return {index.const_data_ptr<index_t>(), index.size(0), index.size(1), index.stride(0),
-          index.stride(1)};
+BucketIds<index_t> bucket_ids_of(const at::Tensor& bucket_ids) {
+  return {bucket_ids.const_data_ptr<index_t>(), bucket_ids.size(0), bucket_ids.size(1),
+          bucket_ids.stride(0), bucket_ids.stride(1)};
 }
 
 unsigned num_blocks(int64_t tasks, int tasks_per_block) {
@@ -45,19 +46,19 @@ unsigned num_blocks(int64_t tasks, int tasks_per_block) {
   return static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max()));
 }
 
-at::Tensor gather_cuda(const at::Tensor& lookup, const at::Tensor& index) {
-  check_arguments("lookup", lookup, index);
+at::Tensor gather_cuda(const at::Tensor& lookup, const at::Tensor& bucket_ids) {
+  check_arguments("lookup", lookup, bucket_ids);
   const c10::cuda::CUDAGuard guard(lookup.device());
-  at::Tensor out = empty_result(lookup, index.size(1));
+  at::Tensor out = empty_result(lookup, bucket_ids.size(1));
   if (out.numel() == 0) return out;
   const at::Tensor values = with_two_leading_dims(lookup);
   const Slices slices = slices_of(values);
-  const unsigned blocks = num_blocks(index.size(0) * slices.num_slices, kMaxWarps);
+  const unsigned blocks = num_blocks(bucket_ids.size(0) * slices.num_slices, kMaxWarps);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, values.scalar_type(), "rpe_ops::gather", [&] {
-        AT_DISPATCH_INDEX_TYPES(index.scalar_type(), "rpe_ops::gather", [&] {
+        AT_DISPATCH_INDEX_TYPES(bucket_ids.scalar_type(), "rpe_ops::gather", [&] {
           gather_kernel<<<blocks, dim3(kWarp, kMaxWarps), 0, c10::cuda::getCurrentCUDAStream()>>>(
-              values.const_data_ptr<scalar_t>(), slices, index_of<index_t>(index),
+              values.const_data_ptr<scalar_t>(), slices, bucket_ids_of<index_t>(bucket_ids),
               lookup.size(-1), out.mutable_data_ptr<scalar_t>());
           C10_CUDA_KERNEL_LAUNCH_CHECK();
         });
@@ -65,14 +66,15 @@ at::Tensor gather_cuda(const at::Tensor& lookup, const at::Tensor& index) {
   return out;
 }
 
-at::Tensor bucket_sum_cuda(const at::Tensor& pairs, const at::Tensor& index, int64_t num_buckets) {
-  check_pairs(pairs, index, num_buckets);
+at::Tensor bucket_sum_cuda(const at::Tensor& pairs, const at::Tensor& bucket_ids,
+                           int64_t num_buckets) {
+  check_pairs(pairs, bucket_ids, num_buckets);
   const c10::cuda::CUDAGuard guard(pairs.device());
   at::Tensor out = empty_result(pairs, num_buckets);
   if (out.numel() == 0) return out;
   const at::Tensor values = with_two_leading_dims(pairs);
   const Slices slices = slices_of(values);
-  const int64_t num_rows = index.size(0) * slices.num_slices;
+  const int64_t num_rows = bucket_ids.size(0) * slices.num_slices;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, values.scalar_type(), "rpe_ops::bucket_sum", [&] {
         using sum_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
@@ -82,12 +84,12 @@ at::Tensor bucket_sum_cuda(const at::Tensor& pairs, const at::Tensor& index, int
             std::min<int64_t>(kMaxWarps, kSharedBytes / (chunk * bytes_per_bucket));
         const unsigned blocks =
             num_blocks((num_rows + kRowsPerWarp - 1) / kRowsPerWarp, warps);
-        AT_DISPATCH_INDEX_TYPES(index.scalar_type(), "rpe_ops::bucket_sum", [&] {
+        AT_DISPATCH_INDEX_TYPES(bucket_ids.scalar_type(), "rpe_ops::bucket_sum", [&] {
           bucket_sum_kernel<scalar_t, sum_t, index_t>
               <<<blocks, dim3(kWarp, warps), warps * chunk * bytes_per_bucket,
                  c10::cuda::getCurrentCUDAStream()>>>(
-                  values.const_data_ptr<scalar_t>(), slices, index_of<index_t>(index), num_buckets,
-                  static_cast<int>(chunk), out.mutable_data_ptr<scalar_t>());
+                  values.const_data_ptr<scalar_t>(), slices, bucket_ids_of<index_t>(bucket_ids),
+                  num_buckets, static_cast<int>(chunk), out.mutable_data_ptr<scalar_t>());
           C10_CUDA_KERNEL_LAUNCH_CHECK();
         });
       });

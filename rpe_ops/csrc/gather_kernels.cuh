@@ -1,6 +1,8 @@
-// Kernels of gather and bucket sum. Equations as in gather.cpp; deterministic, without atomics.
+// Kernels of gather and bucket sum, deterministic and without atomics. The equations are in
+// gather.cpp.
 //
-// Rows are numbered r = i * N + n, so that neighbours read the same row of the index from the cache.
+// A row is one query i of one slice n, and r = i * num_slices + n. So adjacent rows have the same
+// query and read its bucket ids from the cache.
 
 #pragma once
 
@@ -11,10 +13,10 @@
 namespace rpe_ops {
 
 constexpr int kWarp = 32;
-// A warp sums 4 rows at once, 8 lanes to a row: 8 neighbouring keys fill one 32-byte sector.
+// A warp sums 4 rows at once with 8 lanes each: 8 adjacent float32 keys fill one 32-byte sector.
 constexpr int kLanesPerRow = 8;
 constexpr int kRowsPerWarp = kWarp / kLanesPerRow;
-// Keys that a lane fetches before it adds them, to have several loads under way.
+// Keys that a lane loads before it adds them, so that several loads are in flight.
 constexpr int kUnroll = 4;
 
 // Values (outer, inner, L_q, *) with their strides in elements.
@@ -27,9 +29,9 @@ struct Slices {
   }
 };
 
-// Index (L_q, L_k) with its strides in elements.
+// Bucket ids (L_q, L_k) with their strides in elements.
 template <typename index_t>
-struct Index {
+struct BucketIds {
   const index_t* data;
   int64_t num_queries, num_keys, query_stride, key_stride;
 
@@ -39,45 +41,46 @@ struct Index {
 };
 
 template <typename T, typename index_t>
-__global__ void gather_kernel(const T* __restrict__ lookup, Slices slices, Index<index_t> index,
-                              int64_t num_buckets, T* __restrict__ out) {
-  const int64_t num_rows = index.num_queries * slices.num_slices;
+__global__ void gather_kernel(const T* __restrict__ lookup, Slices slices,
+                              BucketIds<index_t> bucket_ids, int64_t num_buckets,
+                              T* __restrict__ out) {
+  const int64_t num_rows = bucket_ids.num_queries * slices.num_slices;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t r = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; r < num_rows;
        r += stride) {
     const int64_t i = r / slices.num_slices, n = r % slices.num_slices;
     const T* row = lookup + slices.offset(n, i);
-    T* out_row = out + (n * index.num_queries + i) * index.num_keys;
-    for (int64_t j = threadIdx.x; j < index.num_keys; j += kWarp) {
-      const int64_t id = index(i, j);
-      CUDA_KERNEL_ASSERT(id >= 0 && id < num_buckets && "bucket out of range");
+    T* out_row = out + (n * bucket_ids.num_queries + i) * bucket_ids.num_keys;
+    for (int64_t j = threadIdx.x; j < bucket_ids.num_keys; j += kWarp) {
+      const int64_t id = bucket_ids(i, j);
+      CUDA_KERNEL_ASSERT(id >= 0 && id < num_buckets && "bucket id out of range");
       out_row[j] = row[id * slices.last_stride];
     }
   }
 }
 
-// One warp sums kRowsPerWarp rows in `sums` (buckets, kWarp): each lane has a column of its own, so
-// no two lanes share a sum or a bank. Afterwards the columns of a row are added in a fixed order.
-// Buckets [first, first + count) fit shared memory; the pairs are read once per such chunk.
+// One warp sums kRowsPerWarp rows in `sums` (buckets, kWarp). Each lane has its own column, so no
+// two lanes share a sum or a bank. Then the columns of a row are added in a fixed order. Buckets
+// [first, first + count) fit into shared memory; the pairs are read once for every such chunk.
 template <typename T, typename sum_t, typename index_t>
-__device__ void sum_chunk(const T* row, int64_t key_stride, const Index<index_t>& index, int64_t i,
-                          bool live, int64_t first, int count, int64_t num_buckets, sum_t* sums,
-                          T* out_row) {
+__device__ void sum_chunk(const T* row, int64_t key_stride, const BucketIds<index_t>& bucket_ids,
+                          int64_t i, bool live, int64_t first, int count, int64_t num_buckets,
+                          sum_t* sums, T* out_row) {
   const int lane = threadIdx.x, part = lane % kLanesPerRow;
   for (int k = 0; k < count; ++k) sums[k * kWarp + lane] = 0;
-  for (int64_t start = part; live && start < index.num_keys; start += kUnroll * kLanesPerRow) {
+  for (int64_t start = part; live && start < bucket_ids.num_keys; start += kUnroll * kLanesPerRow) {
     T values[kUnroll];
     int64_t ids[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t j = start + u * kLanesPerRow;
-      const bool inside = j < index.num_keys;
-      ids[u] = inside ? index(i, j) : first;
+      const bool inside = j < bucket_ids.num_keys;
+      ids[u] = inside ? bucket_ids(i, j) : first;
       values[u] = inside ? row[j * key_stride] : T(0);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      CUDA_KERNEL_ASSERT(ids[u] >= 0 && ids[u] < num_buckets && "bucket out of range");
+      CUDA_KERNEL_ASSERT(ids[u] >= 0 && ids[u] < num_buckets && "bucket id out of range");
       const int64_t k = ids[u] - first;
       if (k >= 0 && k < count) sums[k * kWarp + lane] += static_cast<sum_t>(values[u]);
     }
@@ -87,7 +90,7 @@ __device__ void sum_chunk(const T* row, int64_t key_stride, const Index<index_t>
     sum_t sum = 0;
 #pragma unroll
     for (int other = 0; other < kLanesPerRow; ++other) {
-      // Start at a column of one's own: the lanes then read from different banks.
+      // Each lane starts at a different column, so that the lanes read from different banks.
       sum += sums[k * kWarp + lane - part + (other + part) % kLanesPerRow];
     }
     out_row[first + k] = static_cast<T>(sum);
@@ -96,11 +99,12 @@ __device__ void sum_chunk(const T* row, int64_t key_stride, const Index<index_t>
 }
 
 template <typename T, typename sum_t, typename index_t>
-__global__ void bucket_sum_kernel(const T* __restrict__ pairs, Slices slices, Index<index_t> index,
-                                  int64_t num_buckets, int chunk, T* __restrict__ out) {
+__global__ void bucket_sum_kernel(const T* __restrict__ pairs, Slices slices,
+                                  BucketIds<index_t> bucket_ids, int64_t num_buckets, int chunk,
+                                  T* __restrict__ out) {
   extern __shared__ __align__(16) unsigned char shared[];
   sum_t* sums = reinterpret_cast<sum_t*>(shared) + threadIdx.y * chunk * kWarp;
-  const int64_t num_rows = index.num_queries * slices.num_slices;
+  const int64_t num_rows = bucket_ids.num_queries * slices.num_slices;
   const int64_t num_tasks = (num_rows + kRowsPerWarp - 1) / kRowsPerWarp;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t task = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -109,10 +113,11 @@ __global__ void bucket_sum_kernel(const T* __restrict__ pairs, Slices slices, In
     const bool live = r < num_rows;
     const int64_t i = live ? r / slices.num_slices : 0, n = live ? r % slices.num_slices : 0;
     const T* row = pairs + slices.offset(n, i);
-    T* out_row = out + (n * index.num_queries + i) * num_buckets;
+    T* out_row = out + (n * bucket_ids.num_queries + i) * num_buckets;
     for (int64_t first = 0; first < num_buckets; first += chunk) {
       const int count = static_cast<int>(min(static_cast<int64_t>(chunk), num_buckets - first));
-      sum_chunk(row, slices.last_stride, index, i, live, first, count, num_buckets, sums, out_row);
+      sum_chunk(row, slices.last_stride, bucket_ids, i, live, first, count, num_buckets, sums,
+                out_row);
     }
   }
 }

@@ -9,6 +9,7 @@
 namespace rpe_ops {
 
 struct Grid {
+  // The axis offsets.
   const int* row_base;  // (terms, 2 height - 1)
   const int* local;     // (terms, local_rows, 2 width - 1)
   int64_t terms, local_rows, height, width, skip, num_buckets;
@@ -17,42 +18,45 @@ struct Grid {
   int64_t lookups() const { return terms * num_buckets; }
 };
 
-// Throws unless every bucket lies in its term. Both tensors must be contiguous and outlive the grid.
+// Raises IndexError unless every bucket is in [0, num_buckets). The two tensors must be contiguous
+// and must outlive the grid.
 inline Grid make_grid(const at::Tensor& row_base, const at::Tensor& local, int64_t height,
                       int64_t width, int64_t skip, int64_t num_buckets) {
   const Grid grid{row_base.const_data_ptr<int>(), local.const_data_ptr<int>(), row_base.size(0),
                   local.size(1), height, width, skip, num_buckets};
-  TORCH_CHECK_VALUE(height >= 1 && width >= 1 && skip >= 0, "no grid of ", height, " x ", width,
-                    " and ", skip, " skipped tokens");
+  TORCH_CHECK_VALUE(height >= 1 && width >= 1 && skip >= 0,
+                    "height and width must be at least 1 and skip at least 0, got ", height, ", ",
+                    width, " and ", skip);
   TORCH_CHECK_VALUE(row_base.size(1) == 2 * height - 1 && local.size(0) == grid.terms &&
                         (grid.local_rows == 1 || grid.local_rows == 2 * height - 1) &&
                         local.size(2) == 2 * width - 1,
-                    "row_base ", row_base.sizes(), " and local ", local.sizes(),
-                    " are not of a grid of ", height, " x ", width);
+                    "row_base and local must have shapes (terms, ", 2 * height - 1,
+                    ") and (terms, 1 or ", 2 * height - 1, ", ", 2 * width - 1, "), got ",
+                    row_base.sizes(), " and ", local.sizes());
   for (int64_t t = 0; t < grid.terms; ++t) {
     for (int64_t r = 0; r < 2 * height - 1; ++r) {
       const int64_t row = t * grid.local_rows + (grid.local_rows > 1 ? r : 0);
       for (int64_t c = 0; c < 2 * width - 1; ++c) {
         const int64_t bucket = int64_t{grid.row_base[t * (2 * height - 1) + r]} +
                                grid.local[row * (2 * width - 1) + c];
-        TORCH_CHECK_INDEX(bucket >= 0 && bucket < num_buckets, "the grid holds bucket ", bucket,
-                          ", allowed are 0 to ", num_buckets - 1);
+        TORCH_CHECK_INDEX(bucket >= 0 && bucket < num_buckets,
+                          "row_base + local must be in [0, ", num_buckets, "), got ", bucket);
       }
     }
   }
   return grid;
 }
 
-// Writes the bucket of every pair of token i with the tokens j to `index`, (terms, tokens):
-// bucket(i, j), or with `from_key` bucket(j, i).
-inline void fill_index(int* index, const Grid& grid, int64_t i, bool from_key) {
+// Writes the bucket ids of token i with all tokens j to `ids` (terms, tokens): bucket(i, j), or
+// bucket(j, i) with `from_key`.
+inline void fill_bucket_ids(int* ids, const Grid& grid, int64_t i, bool from_key) {
   const int64_t rows = 2 * grid.height - 1, cols = 2 * grid.width - 1;
   const int64_t row_i = (i - grid.skip) / grid.width, col_i = (i - grid.skip) % grid.width;
   for (int64_t t = 0; t < grid.terms; ++t) {
     const int term = static_cast<int>(t * grid.num_buckets);
     const int extra = term + static_cast<int>(grid.num_buckets) - 1;
     const int64_t constant = i < grid.skip ? grid.tokens() : grid.skip;
-    index = std::fill_n(index, constant, extra);
+    ids = std::fill_n(ids, constant, extra);
     for (int64_t row_j = 0; i >= grid.skip && row_j < grid.height; ++row_j) {
       const int64_t dr = (from_key ? row_j - row_i : row_i - row_j) + grid.height - 1;
       const int base = term + grid.row_base[t * rows + dr];
@@ -60,7 +64,7 @@ inline void fill_index(int* index, const Grid& grid, int64_t i, bool from_key) {
           grid.local + (t * grid.local_rows + (grid.local_rows > 1 ? dr : 0)) * cols;
       const int* middle = local + grid.width - 1;
       for (int64_t col_j = 0; col_j < grid.width; ++col_j) {
-        *index++ = base + middle[from_key ? col_j - col_i : col_i - col_j];
+        *ids++ = base + middle[from_key ? col_j - col_i : col_i - col_j];
       }
     }
   }

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <limits>
 
-// Wider vectors where the processor has them, chosen when the library is loaded.
+// Compiles a function for several vector widths; one is chosen when the library is loaded.
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
 #define RPE_OPS_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -16,7 +16,7 @@
 
 namespace rpe_ops {
 
-// Sums are taken in as many parts: the compiler may not reorder additions by itself.
+// A sum is split into this many parts, because the compiler may not reorder additions.
 constexpr int kLanes = 16;
 
 template <typename scalar_t>
@@ -26,53 +26,55 @@ inline scalar_t total(const scalar_t* lanes) {
   return sum;
 }
 
-// values[j] += row[index[j]]
+// values[j] += row[ids[j]]
 template <typename scalar_t>
 RPE_OPS_CLONES void add_gathered(scalar_t* __restrict values, const scalar_t* __restrict row,
-                                 const int* __restrict index, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) values[j] += row[index[j]];
+                                 const int* __restrict ids, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) values[j] += row[ids[j]];
 }
 
-// values[j] += rows[j][index[j]]
+// values[j] += rows[j][ids[j]]
 template <typename scalar_t>
 RPE_OPS_CLONES void add_gathered_of_keys(scalar_t* __restrict values,
                                          const scalar_t* __restrict rows, int64_t stride,
-                                         const int* __restrict index, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) values[j] += rows[j * stride + index[j]];
+                                         const int* __restrict ids, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) values[j] += rows[j * stride + ids[j]];
 }
 
-// sums[r][index[r][j]] += pairs[r][j]. Neighbors often share a bucket, and each addition would wait
-// for the one before: four rows are taken side by side.
+// sums[r][ids[r][j]] += pairs[r][j]. Adjacent keys often have the same bucket, so that an addition
+// waits for the one before. Four rows are computed together to hide this wait.
 template <typename scalar_t>
-void add_to_buckets(scalar_t* sums, int64_t sums_stride, const scalar_t* pairs, int64_t pairs_stride,
-                    const int* index, int64_t index_stride, int64_t rows, int64_t count) {
+void add_to_buckets(scalar_t* sums, int64_t sums_stride, const scalar_t* pairs,
+                    int64_t pairs_stride, const int* ids, int64_t ids_stride, int64_t rows,
+                    int64_t count) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
     scalar_t* s = sums + r * sums_stride;
     const scalar_t* p = pairs + r * pairs_stride;
-    const int* n = index + r * index_stride;
+    const int* n = ids + r * ids_stride;
     for (int64_t j = 0; j < count; ++j) {
       s[n[j]] += p[j];
-      s[sums_stride + n[index_stride + j]] += p[pairs_stride + j];
-      s[2 * sums_stride + n[2 * index_stride + j]] += p[2 * pairs_stride + j];
-      s[3 * sums_stride + n[3 * index_stride + j]] += p[3 * pairs_stride + j];
+      s[sums_stride + n[ids_stride + j]] += p[pairs_stride + j];
+      s[2 * sums_stride + n[2 * ids_stride + j]] += p[2 * pairs_stride + j];
+      s[3 * sums_stride + n[3 * ids_stride + j]] += p[3 * pairs_stride + j];
     }
   }
   for (; r < rows; ++r) {
     for (int64_t j = 0; j < count; ++j) {
-      sums[r * sums_stride + index[r * index_stride + j]] += pairs[r * pairs_stride + j];
+      sums[r * sums_stride + ids[r * ids_stride + j]] += pairs[r * pairs_stride + j];
     }
   }
 }
 
-// sums[j][index[j]] += pairs[j]
+// sums[j][ids[j]] += pairs[j]
 template <typename scalar_t>
 void add_to_buckets_of_keys(scalar_t* sums, int64_t stride, const scalar_t* pairs,
-                            const int* index, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) sums[j * stride + index[j]] += pairs[j];
+                            const int* ids, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) sums[j * stride + ids[j]] += pairs[j];
 }
 
-// gradients[j] of weights, after dropout, to gradients of logits; weights after dropout, too.
+// Replaces the gradients of the weights after dropout by those of the logits, and multiplies the
+// weights by the factors of dropout.
 template <typename scalar_t>
 RPE_OPS_CLONES void through_softmax(scalar_t* __restrict gradients, scalar_t* __restrict weights,
                                     const scalar_t* __restrict factors, scalar_t delta,
@@ -87,10 +89,11 @@ RPE_OPS_CLONES void through_softmax(scalar_t* __restrict gradients, scalar_t* __
   }
 }
 
-// e^x for x up to 88, to about one rounding; 0 for x below -87. Cephes' expf: a power
-// of two from the exponent's bits, times a polynomial. A loop over it becomes vectors, std::exp's not.
+// Returns e^x for x up to 88, to about one rounding; 0 for x below -87. The algorithm is expf of
+// the Cephes library: a power of two from the exponent's bits, times a polynomial. The compiler can
+// vectorize a loop over this function, but not a loop over std::exp.
 inline float exponential(float x) {
-  constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the integer
+  constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: the last bits of the sum are the integer
   const float shifted = x * 1.44269504f + kToInteger;
   const float n = shifted - kToInteger;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -109,7 +112,8 @@ inline float exponential(float x) {
 
 inline double exponential(double x) { return std::exp(x); }
 
-// values[j] = exp(values[j] - shift); their sum. A shift of -inf, where all values are, counts as 0.
+// Sets values[j] = exp(values[j] - shift) and returns their sum. If all values are -inf, shift is
+// -inf too, and 0 is used instead.
 template <typename scalar_t>
 RPE_OPS_CLONES scalar_t exponentials(scalar_t* values, scalar_t shift, int64_t count) {
   if (shift == -std::numeric_limits<scalar_t>::infinity()) shift = 0;
@@ -125,7 +129,7 @@ RPE_OPS_CLONES scalar_t exponentials(scalar_t* values, scalar_t shift, int64_t c
   return total(lanes);
 }
 
-// The largest value; -inf without any.
+// Returns the largest value; -inf if there is none.
 template <typename scalar_t>
 RPE_OPS_CLONES scalar_t largest(const scalar_t* values, int64_t count) {
   scalar_t lanes[kLanes];

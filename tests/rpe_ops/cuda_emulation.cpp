@@ -79,13 +79,13 @@ void run(const Case& c) {
   const int64_t slices = c.outer * c.inner, L_q = c.num_queries, L_k = c.num_keys;
   const int64_t K = c.num_buckets, width = std::max(L_k, K);
   // Values are (inner, outer, L_q, width, 2), of which every second number is used: inner and outer
-  // are swapped and no stride is 1. The index is stored transposed.
+  // are swapped and no stride is 1. The bucket_ids is stored transposed.
   std::vector<T> values(slices * L_q * width * 2);
   for (auto& value : values) value = std::normal_distribution<T>()(random);
   std::vector<index_t> ids(L_q * L_k);
   for (auto& id : ids) id = static_cast<index_t>(random() % K);
   const Slices layout{slices, c.inner, L_q * width * 2, c.outer * L_q * width * 2, width * 2, 2};
-  const Index<index_t> index{ids.data(), L_q, L_k, 1, L_q};
+  const BucketIds<index_t> bucket_ids{ids.data(), L_q, L_k, 1, L_q};
   const T nan = std::numeric_limits<T>::quiet_NaN();
   std::vector<T> gathered(slices * L_q * L_k, nan), summed(slices * L_q * K, nan);
   std::vector<double> pairs(gathered.size()), sums(summed.size(), 0.0);
@@ -99,10 +99,10 @@ void run(const Case& c) {
       }
     }
   }
-  launch(c.blocks, c.warps, gather_kernel<T, index_t>, values.data(), layout, index, K,
+  launch(c.blocks, c.warps, gather_kernel<T, index_t>, values.data(), layout, bucket_ids, K,
          gathered.data());
   expect("gather", c, gathered, pairs, 0.0);
-  launch(c.blocks, c.warps, bucket_sum_kernel<T, T, index_t>, values.data(), layout, index, K,
+  launch(c.blocks, c.warps, bucket_sum_kernel<T, T, index_t>, values.data(), layout, bucket_ids, K,
          c.chunk, summed.data());
   const double rounding = 8 * std::numeric_limits<T>::epsilon();
   expect("bucket sum", c, summed, sums, rounding * 4 * std::sqrt(double(L_k)));
