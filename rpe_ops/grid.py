@@ -2,8 +2,8 @@
 
 The bucket of a pair depends only on the difference of two positions. So two short tensors along the
 axes of the grid, `row_base` and `local`, are enough. Together they are called the *axis offsets*.
-With `dr = row(i) - row(j)`, `dc = column(i) - column(j)` and the term `t` (one term, or two for the
-cross method, whose encodings are added):
+With `dr = row(i) - row(j)`, `dc = column(i) - column(j)`, the height `h`, the width `w` and the
+term `t` (0, or 0 and 1 for the cross method, whose two encodings are added):
 
     bucket_t(i, j) = t·K + row_base[t, dr + h - 1] + local[t, dr + h - 1 or 0, dc + w - 1]
 

@@ -7,7 +7,7 @@ every token. The backward recomputes the lookups, because they need K/d times th
 queries.
 
 The attention with lookups is an argument: `lookup_forward` and `lookup_backward` of
-`rpe_ops.reference` or of `rpe_ops.triton_kernels`. Notation: rpe_ops/README.md.
+`rpe_ops.reference` or of the Triton kernels. Notation: rpe_ops/README.md.
 """
 
 from collections.abc import Callable

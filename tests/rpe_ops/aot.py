@@ -2,9 +2,9 @@
 
     python -m tests.rpe_ops.aot [--quick]
 
-What is compiled is what the launchers launch: they are called on meta tensors, with recorders in
-place of the kernels. Registers and spills are what ptxas says of the resulting PTX. Exits with 1
-where a kernel spills more than `MAX_SPILL_BYTES`.
+The launchers are called on meta tensors, with recorders instead of the kernels, and every recorded
+launch is compiled. ptxas reports the registers and spills of the PTX. The exit status is 1 if a
+kernel spills more than `MAX_SPILL_BYTES`.
 """
 
 import argparse
@@ -35,7 +35,7 @@ MAX_SPILL_BYTES = 0
 
 
 class Recipe(NamedTuple):
-    """The attention layer of a recipe."""
+    """Attention layer of a recipe."""
 
     name: str
     spec: str
@@ -49,7 +49,7 @@ class Recipe(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel and the arguments it would be launched with."""
+    """A kernel and the arguments of its launch."""
 
     name: str
     kernel: triton.JITFunction
@@ -57,7 +57,7 @@ class Launch(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a compiled kernel needs of a GPU: registers a thread, bytes."""
+    """Resources of a compiled kernel: registers per thread, spilled and shared bytes."""
 
     registers: int
     spills: int
@@ -90,7 +90,7 @@ QUICK = [_detr(25, 42, "qkv", torch.bfloat16)]
 
 
 def launches(recipe: Recipe) -> list[Launch]:
-    """Every kernel launch of a step, forward and backward."""
+    """Return every kernel launch of a step, forward and backward."""
     config = parse_rpe_spec(recipe.spec, skip=recipe.skip)
     buckets = grid_buckets(config, recipe.height, recipe.width, "meta")
 
@@ -118,7 +118,7 @@ def launches(recipe: Recipe) -> list[Launch]:
 
 
 def _recorded(module: Any, name: str, found: list[Launch]) -> Any:
-    """Put a recorder in the place of a kernel."""
+    """Replace a kernel by a recorder."""
     kernel = getattr(module, name)
 
     def record(**arguments: Any) -> None:
@@ -144,7 +144,7 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
         is_multiple = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
         if is_multiple and not parameter.do_not_specialize:
             attributes[(position,)] = [["tt.divisibility", 16]]
-    assert not arguments, f"arguments that the kernel does not take: {', '.join(arguments)}"
+    assert not arguments, f"unknown arguments of the kernel: {', '.join(arguments)}"
     source = ASTSource(launch.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", architecture, 32)
     compiled = triton.compile(source, target=target, options=options)
@@ -153,21 +153,21 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
 
 
 def _ask_ptxas(ptx: str, architecture: int) -> tuple[int, int]:
-    """Registers a thread and spilled bytes of a kernel."""
+    """Return the registers per thread and the spilled bytes of a kernel."""
     target = re.search(r"\.target (\w+)", ptx)[1]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         command = [get_ptxas(architecture).path, "-v", "--regAllocOptLevel=2", "--gpu-name", target]
         command += [str(source), "-o", f"{folder}/kernel.cubin"]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    registers = int(re.search(r"Used (\d+) registers", said)[1])
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", output)
+    registers = int(re.search(r"Used (\d+) registers", output)[1])
     return registers, int(spilled[1]) + int(spilled[2])
 
 
 def main(argv: list[str]) -> int:
-    """Compile everything and print a table; the exit status."""
+    """Compile all launches, print them as rows and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one recipe only")
     recipes = QUICK if parser.parse_args(argv).quick else RECIPES

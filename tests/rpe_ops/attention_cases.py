@@ -1,4 +1,4 @@
-"""Random cases of fused attention, solved by kernels and by the float64 oracle."""
+"""Random cases of fused attention, computed by kernels and by the float64 oracle."""
 
 import copy
 import itertools
@@ -18,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Case(NamedTuple):
-    """What is attended."""
+    """Settings of one attention."""
 
     method: str = "product"
     rpe_on: str = "k"
@@ -34,7 +34,7 @@ class Case(NamedTuple):
     dim: int = 16
 
 
-# What every implementation is tried on, for every method and dtype.
+# Every implementation is tested with these, for every method and dtype.
 GRIDS = [(7, 9), (5, 5), (1, 1), (1, 17)]
 SETTINGS = [
     Case(rpe_on=rpe_on, skip=skip, padding=hard, dropout_p=0.1 * hard, batch=2, heads=2)
@@ -50,13 +50,13 @@ SETTINGS += [
 
 
 def joint(case: Case, parts: int, length: int, device: str) -> list[Tensor]:
-    """Random tensors in the layout of a joint projection, which is not contiguous."""
+    """Return random tensors in the layout of a joint projection, which is not contiguous."""
     values = torch.randn(case.batch, length, parts, case.heads, case.dim, dtype=torch.float64)
     return list(values.to(device, case.dtype).permute(2, 0, 3, 1, 4).unbind())
 
 
 class Problem:
-    """Random inputs of a case, their results by the kernels of a module and by the oracle."""
+    """Random inputs of a case, with the results of a module of kernels and of the oracle."""
 
     def __init__(self, case: Case, kernels: ModuleType, device: str = DEVICE) -> None:
         self.case, self.kernels, self.device = case, kernels, device
@@ -71,13 +71,13 @@ class Problem:
         if case.padding:
             self.padding = torch.rand(case.batch, length, device=device) < 0.3
             self.padding[0, 0] = False
-            # The second element of the batch may attend nowhere.
+            # All keys of the second element of the batch are padded.
             self.padding[1:2] = True
         self.seed = torch.tensor([-(2**62) + 12345], device=device)
         self.scale = case.dim**-0.5
 
     def table(self, letter: str) -> Tensor:
-        """Random, smaller than queries and keys, as a learned one is."""
+        """Return a random table, smaller than queries and keys as learned tables are."""
         case, lookups = self.case, self.buckets.num_lookups
         shape = {"v": (lookups, case.dim)}.get(letter, (case.dim, lookups))
         if case.bias:
@@ -86,7 +86,7 @@ class Problem:
         return (drawn / 4).to(self.device, case.dtype)
 
     def widened(self, kernels: ModuleType) -> "Problem":
-        """The same in float64 for other kernels."""
+        """Return the same problem in float64 for other kernels."""
         other = copy.copy(self)
         other.kernels = kernels
         for name in ("q", "k", "v", "table_k", "table_q", "table_v", "grad_out"):
@@ -111,11 +111,13 @@ class Problem:
 def check(
     actual: Results, expected: Results, dtype: torch.dtype, *, rounds_lookups: bool = False
 ) -> None:
-    """Within 32 roundings of the largest element, where 20 were seen; 4 in 16 bits, where 3 were.
+    """Compare results, with a tolerance in roundings of the largest element.
 
-    More than one: weights are rounded before their products, and the gradient of a table is a sum
-    over all tokens, whose terms partly cancel. With `rounds_lookups` the logits are no more exact
-    than `dtype`, which may be narrower than that of lse, and 8 are allowed in 16 bits (5 seen).
+    The tolerance is 32 roundings (20 were observed), or 4 in 16 bits (3 were observed). It is more
+    than one because weights are rounded before their products, and because the gradient of a table
+    is a sum over all tokens with partial cancellation. With `rounds_lookups` the logits have the
+    precision of `dtype`, which may be lower than that of lse, and the tolerance in 16 bits is 8
+    (5 were observed).
     """
     for name, x, y in zip(Results._fields, actual, expected, strict=True):
         assert (x is None) == (y is None), name
@@ -123,7 +125,7 @@ def check(
             continue
         wanted = torch.promote_types(dtype, torch.float32) if name == "lse" else dtype
         assert x.dtype == wanted, name
-        # Heads lie beside each other in all that has the shape of the queries.
+        # Tensors in the shape of the queries have the memory order (B, L, H, d).
         of_tokens = name in ("out", "grad_q", "grad_k", "grad_v")
         assert (x.transpose(1, 2) if of_tokens else x).is_contiguous(), name
         finite = torch.isfinite(y)

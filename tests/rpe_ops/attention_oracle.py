@@ -1,7 +1,8 @@
-"""Fused attention as its equations say it, in float64, with whole L × L tensors.
+"""Fused attention from its equations, in float64, with whole L × L tensors.
 
-Independent of the operators: buckets come from loops over pairs of positions, every pair's vectors
-are written out through one-hot tensors, gradients come from autograd.
+The computation is independent of the operators: buckets are computed in loops over pairs of
+positions, the vectors of every pair are selected by one-hot tensors, and autograd computes the
+gradients. Notation: rpe_ops/README.md.
 """
 
 import functools
@@ -19,7 +20,7 @@ __all__ = ["Results", "attend"]
 
 
 class Results(NamedTuple):
-    """Outputs and gradients, None where there is no such input or output."""
+    """Outputs and gradients, None for an absent input or output."""
 
     out: Tensor
     sums: Tensor | None
@@ -34,9 +35,9 @@ class Results(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def one_hot_buckets(config: RPEConfig, height: int, width: int) -> Tensor:
-    """`(L, L, T·K)`: 1 at the buckets of every pair."""
-    tables = buckets(config, height, width)
-    return torch.cat([one_hot(table, config.num_buckets) for table in tables], -1).double()
+    """Return `(L, L, terms·K)`, 1 at the buckets of every pair."""
+    terms = buckets(config, height, width)
+    return torch.cat([one_hot(ids, config.num_buckets) for ids in terms], -1).double()
 
 
 def attend(
@@ -55,18 +56,18 @@ def attend(
     dropout_p: float,
     grad_out: Tensor,
 ) -> Results:
-    """Forward and backward."""
+    """Compute the outputs and the gradients."""
     inputs = [
         None if x is None else x.detach().double().requires_grad_()
         for x in (q, k, v, table_k, table_q, table_v)
     ]
     q, k, v, table_k, table_q, table_v = inputs
-    index = one_hot_buckets(config, height, width)
+    selected = one_hot_buckets(config, height, width)
     logits = scale * q @ k.transpose(-2, -1)
     if table_k is not None:
-        logits = logits + _encoding(scale * q, table_k, index)
+        logits = logits + _encoding(scale * q, table_k, selected)
     if table_q is not None:
-        logits = logits + _encoding(scale * k, table_q, index).transpose(-2, -1)
+        logits = logits + _encoding(scale * k, table_q, selected).transpose(-2, -1)
     if key_padding is not None:
         logits = logits.masked_fill(key_padding[:, None, None, :], float("-inf"))
     lse = logits.logsumexp(-1)
@@ -75,18 +76,18 @@ def attend(
         weights = weights * keep_mask(seed, *weights.shape, dropout_p) / (1 - dropout_p)
     out, sums = weights @ v, None
     if table_v is not None:
-        sums = torch.einsum("bhij,ijn->bhin", weights, index).detach()
+        sums = torch.einsum("bhij,ijn->bhin", weights, selected).detach()
         of_heads = table_v.expand(q.shape[1], -1, -1)
-        out = out + torch.einsum("bhij,ijn,hnd->bhid", weights, index, of_heads)
+        out = out + torch.einsum("bhij,ijn,hnd->bhid", weights, selected, of_heads)
     present = [x for x in inputs if x is not None]
     grads = iter(torch.autograd.grad((out * grad_out).sum(), present))
     grads = [None if x is None else next(grads) for x in inputs]
     return Results(out.detach(), sums, lse.detach(), *grads)
 
 
-def _encoding(x: Tensor, table: Tensor, index: Tensor) -> Tensor:
-    """`(B, H, L, L)` of tokens `x`; a table of two dimensions is a bias."""
+def _encoding(x: Tensor, table: Tensor, selected: Tensor) -> Tensor:
+    """Return the encoding `(B, H, L, L)` of tokens `x`; a table of two dimensions is a bias."""
     table = table.expand(x.shape[1], *table.shape[1:])
     if table.ndim == 2:
-        return torch.einsum("hn,ijn->hij", table, index)
-    return torch.einsum("bhid,hdn,ijn->bhij", x, table, index)
+        return torch.einsum("hn,ijn->hij", table, selected)
+    return torch.einsum("bhid,hdn,ijn->bhij", x, table, selected)

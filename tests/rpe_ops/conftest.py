@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton kernels run in Triton's interpreter, mended where it is wrong."""
+"""Fixes of Triton's interpreter, in which the Triton kernels run without a GPU."""
 
 import os
 from dataclasses import replace
@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 
-def mend_interpreter() -> None:
-    """Give Triton's interpreter products of bfloat16, and a third of its cost."""
+def fix_interpreter() -> None:
+    """Fix products of bfloat16 in Triton's interpreter, and reduce its time to a third."""
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -18,22 +18,22 @@ def mend_interpreter() -> None:
     def widen(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
         if x.dtype.scalar != tl.bfloat16:
             return x
-        # The bits of bfloat16 are kept as uint16, and numpy would multiply those.
+        # The interpreter stores bfloat16 as uint16, and numpy would multiply these integers.
         return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view("f4"), tl.float32)
 
     def dot(self, a, b, *rest) -> interpreter.TensorHandle:
         return create_dot(self, widen(a), widen(b), *rest)
 
     def call_device_function(self, *args, **kwargs):
-        # The original patches the language at every call. The kernel around it has done so with
-        # `tl`, and what it does to `tl.core`, for Triton's own functions, is never undone.
+        # The original patches the language modules at every call. The kernel around this call has
+        # patched `tl` already, and a patch of `tl.core` is never undone, so once is enough.
         languages = {x for x in (tl, tl.core) if any(x is y for y in self.fn.__globals__.values())}
         if not languages <= nested_patched:
             patch(self.fn)
             nested_patched.update(languages)
         return self.rewrite()(*args, **kwargs)
 
-    # Checks of every sum and product of integers, whose outcome nothing looks at.
+    # The interpreter checks every integer sum and product for overflow. No test uses the result.
     options = interpreter.interpreter_builder.options
     interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
     builder.create_dot = dot
@@ -41,4 +41,4 @@ def mend_interpreter() -> None:
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    mend_interpreter()
+    fix_interpreter()

@@ -1,6 +1,6 @@
-// Runs the CUDA kernels of gather and bucket sum on the CPU, a thread for every lane, and compares
-// with plain loops. Finds wrong indices, bounds, strides and missing barriers; says nothing of how
-// they run on a GPU. Prints every mismatch; exits 1 with any.
+// Runs the CUDA kernels of gather and bucket sum on the CPU, with one thread per lane, and compares
+// them with plain loops. This finds wrong indices, bounds and strides and missing barriers, but
+// nothing that is special on a GPU. Prints every mismatch; exits with 1 if there is any.
 
 #include <algorithm>
 #include <barrier>
@@ -32,7 +32,7 @@ alignas(16) unsigned char shared[48 * 1024];
 using namespace rpe_ops;
 static int mismatches = 0;
 
-// One block after the other, its lanes at once.
+// Runs the blocks one after the other, and the lanes of a block in parallel.
 template <typename Kernel, typename... Args>
 void launch(unsigned blocks, unsigned warps, Kernel kernel, Args... args) {
   gridDim = {blocks, 1};
@@ -79,7 +79,7 @@ void run(const Case& c) {
   const int64_t slices = c.outer * c.inner, L_q = c.num_queries, L_k = c.num_keys;
   const int64_t K = c.num_buckets, width = std::max(L_k, K);
   // Values are (inner, outer, L_q, width, 2), of which every second number is used: inner and outer
-  // are swapped and no stride is 1. The bucket_ids is stored transposed.
+  // are swapped and no stride is 1. The bucket ids are stored transposed.
   std::vector<T> values(slices * L_q * width * 2);
   for (auto& value : values) value = std::normal_distribution<T>()(random);
   std::vector<index_t> ids(L_q * L_k);

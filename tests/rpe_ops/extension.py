@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[2] / "rpe_ops"
 
 
 def run_setup(*arguments: str, package: Path = PACKAGE, **environment: str) -> str:
-    """What `python setup.py ...` prints; fails the test where it fails."""
+    """Return what `python setup.py ...` prints; fail the test if it fails."""
     done = start_setup(*arguments, package=package, **environment)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
@@ -43,7 +43,7 @@ def skip_without_compiler() -> None:
 
 
 def build_library(folder: Path, **environment: str) -> str:
-    """Compile into `folder/rpe_ops/_C*.so`, for a minute or, with CUDA, two; what it prints."""
+    """Compile into `folder/rpe_ops/_C*.so`, in one minute or, with CUDA, two; return the output."""
     return run_setup(
         *("build_ext", "--build-lib", str(folder), "--build-temp", str(folder / "objects")),
         **environment,
@@ -51,7 +51,7 @@ def build_library(folder: Path, **environment: str) -> str:
 
 
 def provide_library() -> None:
-    """Load the compiled operators, built first where no installed library fits this checkout.
+    """Load the compiled operators; build them first if no installed library fits this checkout.
 
     A build is kept in torch's folder for extensions and found there by the next session.
     """
@@ -71,6 +71,6 @@ def provide_library() -> None:
 
 
 def forget_library() -> None:
-    """Look for the library anew."""
+    """Search for the library again at the next use."""
     library._loaded.cache_clear()
     implementations._reason_against.cache_clear()

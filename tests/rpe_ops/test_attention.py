@@ -1,6 +1,6 @@
-"""rpe_ops.attention: arguments, derivatives, tracing and cost; its values are compared elsewhere.
+"""rpe_ops.attention: arguments, derivatives, tracing and cost.
 
-Against equations written otherwise in tests/irpe_core/test_functional.py (every combination),
+Its values are tested in tests/irpe_core/test_functional.py (every combination) and in
 test_cpu_attention.py and test_triton_kernels.py (the kernels, every dtype).
 """
 
@@ -77,11 +77,11 @@ def test_opcheck(implementation, given):
     torch.library.opcheck(torch.ops.rpe_ops.attention_backward.default, (*backward, *numbers))
 
 
-def test_a_second_derivative_is_refused_and_not_left_out(implementation):
+def test_a_second_derivative_is_an_error(implementation):
     args = inputs()
     out = attend(*args, implementation=implementation)
     (grad,) = torch.autograd.grad(out.square().sum(), args[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="one derivative, not two"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         (out.sum() + grad.square().sum()).backward()
 
 
@@ -100,7 +100,7 @@ def test_autocast_changes_nothing_inside(implementation):
         assert torch.equal(x, y)
 
 
-def test_it_compiles_and_checkpoints_into_the_same(implementation):
+def test_compilation_and_checkpointing_change_nothing(implementation):
     args = inputs(torch.float32)
 
     def function(*args: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def test_it_compiles_and_checkpoints_into_the_same(implementation):
         assert torch.equal(actual, grad)
 
 
-def test_dropout_repeats_with_the_generator_and_is_redrawn_otherwise(implementation):
+def test_dropout_repeats_with_the_generator_and_differs_otherwise(implementation):
     args = inputs()
     torch.manual_seed(1)
     first = attend(*args, dropout_p=0.5, implementation=implementation)
@@ -129,7 +129,7 @@ def test_dropout_repeats_with_the_generator_and_is_redrawn_otherwise(implementat
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
-def test_the_mask_drops_what_it_should_and_neighbours_know_nothing_of_each_other(dropout_p):
+def test_the_mask_drops_the_given_share_and_adjacent_pairs_are_uncorrelated(dropout_p):
     keep = keep_mask(torch.tensor([2**40 + 7]), 2, 4, 200, 300, dropout_p).double()
     count = keep.numel()
     deviation = (dropout_p * (1 - dropout_p) / count) ** 0.5
@@ -155,7 +155,7 @@ def test_flops_are_those_of_torchs_attention_and_of_the_tables(rpe_on):
     assert forward == plain.get_total_flops() + len(rpe_on) * product * buckets
     with counter:
         out.sum().backward()
-    # Lookups of queries and keys are made anew.
+    # The backward recomputes the lookups of queries and keys.
     of_tables = {"": 0, "k": 3, "qkv": 8}[rpe_on] * buckets
     assert counter.get_total_flops() == product * (5 * LENGTH + of_tables)
 
@@ -176,7 +176,7 @@ WRONG = {
     "scale must be finite and not 0, got 0": lambda a: a.update(scale=0.0),
     "scale must be finite and not 0, got nan": lambda a: a.update(scale=float("nan")),
     r"got torch.float8_e4m3fn of shape": lambda a: a.update(q=a["q"].to(torch.float8_e4m3fn)),
-    "unknown rpe_ops implementation 'fast'": lambda a: a.update(implementation="fast"),
+    "implementation must be one of auto, .*, got 'fast'": lambda a: a.update(implementation="fast"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`python -m rpe_ops` and `setup.py`: what a user is told."""
+"""Output of `python -m rpe_ops` and of `setup.py`."""
 
 import os
 import shutil
@@ -72,7 +72,7 @@ def test_without_a_compiler_the_installation_is_pure_python_and_says_so(tmp_path
     ],
     ids=["unknown", "no-nvcc"],
 )
-def test_a_wish_for_cuda_that_cannot_be_met_stops_the_build(environment, message):
+def test_force_cuda_that_cannot_be_satisfied_stops_the_build(environment, message):
     if not shutil.which("c++"):
         pytest.skip("there is no C++ compiler")
     done = start_setup("--version", **environment)

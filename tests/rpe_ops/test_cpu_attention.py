@@ -1,6 +1,6 @@
 """Fused attention on the CPU, reference and C++, against the float64 oracle.
 
-Every combination, every output, every gradient, on memory that is NaN before it is written.
+All combinations, outputs and gradients are compared, on memory that is NaN before it is written.
 """
 
 import pytest
@@ -44,7 +44,7 @@ def test_larger_grids(method, grid):
 
 def test_a_feature_map_of_detr():
     problem = Problem(Case(rpe_on="qkv", grid=(25, 42), dim=32), library, "cpu")
-    # The oracle's loops over pairs would take a minute: the reference passes the tests above.
+    # The oracle would run for a minute. The reference passes the tests above and replaces it.
     expected = problem.widened(reference).by_kernels()
     check(problem.by_kernels(), expected, torch.float32)
 
@@ -55,7 +55,7 @@ def test_inputs_and_gradients_of_any_strides():
         x = getattr(problem, name)
         setattr(problem, name, x.transpose(-1, -2).contiguous().transpose(-1, -2))
     problem.k = problem.k.repeat_interleave(2, -1)[..., ::2]
-    # The gradient of a plain sum: no strides at all.
+    # The gradient of a plain sum has strides of 0.
     problem.grad_out = torch.ones(()).expand(problem.q.shape)
     check(problem.by_kernels(), problem.by_oracle(), torch.float32)
 
@@ -83,8 +83,8 @@ def test_runs_and_numbers_of_threads_are_equal_in_every_bit(case):
     check(first, problem.widened(reference).by_kernels(), torch.float32)
 
 
-def test_a_grid_with_a_bucket_out_of_range_is_refused():
+def test_axis_offsets_with_a_bucket_out_of_range_are_an_index_error():
     problem = Problem(Case(grid=(3, 4)), library, "cpu")
     problem.buckets.local[0, 0, 2] = 1000
-    with pytest.raises(IndexError, match="the grid holds bucket"):
+    with pytest.raises(IndexError, match=r"row_base \+ local must be in"):
         problem.by_kernels()

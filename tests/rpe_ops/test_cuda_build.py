@@ -1,4 +1,4 @@
-"""The CUDA kernels where there is no GPU: their arithmetic on the CPU, and that they compile."""
+"""The CUDA kernels without a GPU: their results in an emulation on the CPU, and their build."""
 
 import os
 import re
@@ -13,8 +13,8 @@ from tests.rpe_ops.extension import PACKAGE, build_library, skip_without_compile
 
 
 def cuda_home() -> Path:
-    """The folder of the CUDA toolkit; skips the test where there is none."""
-    # Before what torch guesses from an nvcc on the PATH, which may be a link to it.
+    """Return the folder of the CUDA toolkit; skip the test if there is none."""
+    # torch derives CUDA_HOME from the nvcc on the PATH, which may be a link, so it comes last.
     for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", cpp_extension.CUDA_HOME):
         if home and Path(home, "bin", "nvcc").exists():
             return Path(home)
@@ -45,7 +45,7 @@ def test_the_library_compiles_with_cuda_kernels_that_spill_no_registers(tmp_path
         TORCH_CUDA_ARCH_LIST="9.0",
         NVCC_APPEND_FLAGS="-Xptxas -v",
     )
-    # Four dtypes of values by two of the index.
+    # Four dtypes of values times two of bucket ids.
     for kernel in ("gather_kernel", "bucket_sum_kernel"):
         assert len(re.findall(rf"Compiling entry function '\w*{kernel}", output)) == 8
     assert set(re.findall(r"(\d+) bytes spill", output)) == {"0"}
@@ -60,7 +60,7 @@ def test_the_library_compiles_with_cuda_kernels_that_spill_no_registers(tmp_path
         "    assert registered(f'rpe_ops_cpp::{name}', 'CUDA')\n"
         "print(library.library_path())"
     )
-    # Before any library that is installed.
+    # This path comes before an installed library.
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     run = [sys.executable, "-c", code]
     output = subprocess.check_output(run, cwd=PACKAGE.parent, env=environment, text=True)

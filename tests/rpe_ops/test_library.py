@@ -1,4 +1,4 @@
-"""Where the compiled library is found, and every reason why one is not used."""
+"""Search for the compiled library, and every reason why one is not used."""
 
 import ctypes
 import json
@@ -21,7 +21,7 @@ RECORD = {"torch": torch.__version__, "cuda": "", "without_cuda": "no GPU", "sou
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch) -> Iterator[Callable[..., Path]]:
-    """Puts a file in the place of the library into the n-th of two folders on the path."""
+    """Return a function that writes a fake library into the n-th of two folders on the path."""
     folders = [tmp_path / "first", tmp_path / "second"]
     package = tmp_path / "checkout" / "rpe_ops"
     (package / "csrc").mkdir(parents=True)
@@ -64,21 +64,21 @@ def test_a_library_of_other_sources_is_refused(installed):
     assert library.load_library().startswith(f"{path} was built from other sources than ")
 
 
-def test_a_package_without_sources_takes_the_library_it_was_installed_with(installed):
-    path = installed(sources="of another day")
+def test_a_package_without_sources_uses_the_library_it_was_installed_with(installed):
+    path = installed(sources="other")
     shutil.rmtree(library.PACKAGE / "csrc")
-    # It goes as far as loading, which this file cannot stand.
+    # The fake library is accepted, but cannot be loaded.
     assert library.load_library().startswith(f"{path} cannot be loaded: ")
 
 
-def test_what_the_loader_says_is_the_reason(installed):
+def test_the_error_of_the_loader_is_the_reason(installed):
     path = installed()
     with pytest.raises(OSError, match=r"\S") as raised:
         ctypes.CDLL(str(path))
     assert library.load_library() == f"{path} cannot be loaded: {raised.value}"
 
 
-def test_a_foreign_file_in_its_place_is_refused(installed):
+def test_a_file_without_a_build_record_is_refused(installed):
     path = installed()
     path.write_bytes(b"\x7fELF")
     assert library.load_library().startswith(f"{path} was not built by rpe_ops/setup.py: ")
@@ -115,7 +115,7 @@ def test_the_fingerprint_follows_names_and_contents_but_not_line_ends(tmp_path):
     assert library.source_fingerprint(tmp_path) != first
 
 
-def test_a_library_that_fits_is_taken_after_one_that_does_not(tmp_path, monkeypatch):
+def test_a_library_that_fits_is_used_after_one_that_does_not(tmp_path, monkeypatch):
     provide_library()
     good = library.library_path()
     stale = tmp_path / "rpe_ops" / "_C.abi3.so"

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def compile_all(*arguments: str) -> list[str]:
-    """The rows of the table; fails where a kernel does not compile or spills."""
+    """Return the rows of the output; fail if a kernel does not compile or spills."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-m", "tests.rpe_ops.aot", *arguments],

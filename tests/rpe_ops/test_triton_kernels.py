@@ -1,6 +1,6 @@
 """Triton's fused attention against the float64 oracle; on the CPU in Triton's interpreter.
 
-Every case compares out, sums, lse and every gradient, on memory that is NaN before it is written.
+Every case compares out, sums, lse and all gradients, on memory that is NaN before it is written.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from tests.rpe_ops.attention_oracle import Results
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    # The interpreter warns of the logarithm of a row without keys.
+    # The interpreter warns about the logarithm of 0 for a query without any key.
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
 ]
 
@@ -71,7 +71,7 @@ def test_every_combination_follows_the_equations(method, grid, dtype):
         check(problem.by_kernels(), problem.by_oracle(), dtype, rounds_lookups=True)
 
 
-def test_rows_that_attend_nowhere_are_zero():
+def test_queries_without_any_key_yield_zeros():
     problem = Problem(CASES["cross-qkv"]._replace(grid=(2, 2)), triton_kernels)
     found = problem.by_kernels()
     assert torch.isneginf(found.lse[1]).all()
@@ -88,21 +88,24 @@ def test_two_runs_are_equal_in_every_bit():
 
 def test_inputs_and_gradients_of_any_strides():
     problem = Problem(Case(rpe_on="kv", grid=(2, 3), heads=2), triton_kernels)
-    # The last dimension strided, then not dense in memory either.
+    # First strided in the last dimension, then with gaps in memory.
     for name in ("q", "v", "table_k", "table_v"):
         x = getattr(problem, name)
         setattr(problem, name, x.transpose(-1, -2).contiguous().transpose(-1, -2))
     problem.k = problem.k.repeat_interleave(2, -1)[..., ::2]
-    # The gradient of a plain sum: no strides at all.
+    # The gradient of a plain sum has strides of 0.
     problem.grad_out = torch.ones((), device=DEVICE).expand(problem.q.shape)
     check(problem.by_kernels(), problem.by_oracle(), FLOAT32)
 
 
 @pytest.mark.parametrize(
     ("dtype", "dim", "message"),
-    [(torch.float64, 16, "float32, got torch.float64"), (FLOAT32, 144, "up to 128, got 144")],
+    [
+        (torch.float64, 16, "float32 for Triton's attention, got torch.float64"),
+        (FLOAT32, 144, "at most 128 for Triton's attention, got 144"),
+    ],
 )
-def test_what_the_kernels_do_not_take_is_said_and_composed_instead(dtype, dim, message):
+def test_unsupported_inputs_are_an_error_and_composed_by_rpe_attention(dtype, dim, message):
     config = RPEConfig(skip=1)
     module = build_rpe(config, dim, 1)[1].to(DEVICE, dtype)
     torch.nn.init.normal_(module.lookup_table_weight)
@@ -115,7 +118,7 @@ def test_what_the_kernels_do_not_take_is_said_and_composed_instead(dtype, dim, m
     torch.testing.assert_close(rpe_attention(q, q, q, rpe_k=module), expected)
 
 
-def test_the_seed_draws_the_mask_anew():
+def test_another_seed_draws_another_mask():
     problem = Problem(Case(grid=(2, 2), dropout_p=0.5), triton_kernels)
     first = problem.by_kernels().out
     problem.seed = problem.seed + 2**40

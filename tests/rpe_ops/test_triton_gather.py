@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# Leading dimensions, L_q, L_k, K: less and more than a block in every direction.
+# Leading dimensions, L_q, L_k, K: smaller and larger than a block in every dimension.
 SIZES = {
     "5x9": ((3, 3), 3, 45, 70),
     "one": ((1, 1), 1, 1, 1),
@@ -32,16 +32,16 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removepre
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
-def random_index(l_q: int, l_k: int, k: int) -> Tensor:
+def random_ids(l_q: int, l_k: int, k: int) -> Tensor:
     return torch.randint(k, (l_q, l_k), device=DEVICE)
 
 
-def one_hot(index: Tensor, k: int) -> Tensor:
-    return (index[..., None] == torch.arange(k, device=DEVICE)).double()
+def one_hot(ids: Tensor, k: int) -> Tensor:
+    return (ids[..., None] == torch.arange(k, device=DEVICE)).double()
 
 
 def check(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Sums are taken in float32 or wider, and rounded once."""
+    """Compare with a tolerance for sums in float32 or wider that are rounded once."""
     assert actual.dtype == dtype
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     torch.testing.assert_close(
@@ -53,38 +53,38 @@ def check(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 @dtypes
 def test_gather_reads_the_bucket_of_every_pair(size, dtype):
     leading, l_q, l_k, k = size
-    lookup, index = (
+    lookup, ids = (
         torch.randn(*leading, l_q, k, device=DEVICE).to(dtype),
-        random_index(l_q, l_k, k),
+        random_ids(l_q, l_k, k),
     )
-    expected = torch.einsum("...ik,ijk->...ij", lookup.double(), one_hot(index, k))
-    assert torch.equal(gather(lookup, index), expected.to(dtype))
+    expected = torch.einsum("...ik,ijk->...ij", lookup.double(), one_hot(ids, k))
+    assert torch.equal(gather(lookup, ids), expected.to(dtype))
 
 
 @sizes
 @dtypes
 def test_bucket_sum_adds_the_pairs_of_every_bucket(size, dtype):
     leading, l_q, l_k, k = size
-    pairs, index = (
+    pairs, ids = (
         torch.randn(*leading, l_q, l_k, device=DEVICE).to(dtype),
-        random_index(l_q, l_k, k),
+        random_ids(l_q, l_k, k),
     )
-    expected = torch.einsum("...ij,ijk->...ik", pairs.double(), one_hot(index, k))
-    check(bucket_sum(pairs, index, k), expected, dtype)
+    expected = torch.einsum("...ij,ijk->...ik", pairs.double(), one_hot(ids, k))
+    check(bucket_sum(pairs, ids, k), expected, dtype)
 
 
 @layouts
-def test_any_strides_of_values_and_index(layout):
-    index = random_index(3, 10, 7)
+def test_any_strides_of_values_and_bucket_ids(layout):
+    ids = random_ids(3, 10, 7)
     lookup, pairs = (layout(torch.randn(2, 2, 3, n, device=DEVICE)) for n in (7, 10))
-    for same in (index.int(), index.t().contiguous().t(), index.repeat_interleave(2, -1)[:, ::2]):
-        assert torch.equal(gather(lookup, same), gather(lookup.contiguous(), index))
-        assert torch.equal(bucket_sum(pairs, same, 7), bucket_sum(pairs.contiguous(), index, 7))
+    for same in (ids.int(), ids.t().contiguous().t(), ids.repeat_interleave(2, -1)[:, ::2]):
+        assert torch.equal(gather(lookup, same), gather(lookup.contiguous(), ids))
+        assert torch.equal(bucket_sum(pairs, same, 7), bucket_sum(pairs.contiguous(), ids, 7))
 
 
-def test_buckets_out_of_range_are_left_out():
-    index = torch.tensor([[-1, 3, 1, 2**31 - 1]], device=DEVICE)
-    for ids in (index, index.int()):
+def test_bucket_ids_out_of_range_are_ignored():
+    wrong = torch.tensor([[-1, 3, 1, 2**31 - 1]], device=DEVICE)
+    for ids in (wrong, wrong.int()):
         found = gather(torch.ones(1, 3, device=DEVICE), ids)
         assert found.tolist() == [[0.0, 0.0, 1.0, 0.0]]
         assert bucket_sum(torch.ones(1, 4, device=DEVICE), ids, 3).tolist() == [[0.0, 1.0, 0.0]]
