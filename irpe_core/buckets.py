@@ -1,16 +1,19 @@
-"""Relative position → bucket, and the bounded cache of bucket tables.
+"""Bucket ids of relative positions, and a bounded cache for them.
 
-With `(dr, dc) = position(i) - position(j)` on a row-major grid and the piecewise index g
-(iRPE paper, Eq. 18; rounding half to even in float32, `B = int(beta)`):
+With `(dr, dc) = position(i) - position(j)` on a row-major grid, the piecewise index g
+(iRPE paper, Eq. 18; rounds half to even in float32) and `bound = int(beta)`, a pair is in bucket
 
-    euc      g(round(sqrt(dr² + dc²))) + B
-    quant    g(dr² + dc²) + B
-    cross    g(dr) + B  and  g(dc) + B, two tables
-    product  (g(dr) + B)·(2B + 1) + g(dc) + B
+    euc      g(round(sqrt(dr² + dc²))) + bound
+    quant    g(dr² + dc²) + bound
+    cross    g(dr) + bound  for the rows  and  g(dc) + bound  for the columns: two terms
+    product  (g(dr) + bound)·(2·bound + 1) + g(dc) + bound
 
-g is constant beyond gamma and is only ever taken of whole numbers, so it is evaluated once per
-ratio, on the CPU, into the few distances where it steps. No float rounding of another device or
-compiler can then move a bucket, and the work per grid is integer arithmetic.
+All arguments of g are whole numbers, and g is constant beyond gamma. It is therefore evaluated once
+per ratio, on the CPU, to find the distances at which it grows. Everything else is integer
+arithmetic, so the result does not depend on the device or the compiler.
+
+Bucket ids are the (L, L) integers. Axis offsets are the short integer tensors along the two axes
+from which `rpe_ops.GridBuckets` makes them.
 """
 
 import functools
@@ -30,31 +33,31 @@ __all__ = ["piecewise_index", "bucket_ids", "grid_buckets", "BucketCache", "BUCK
 
 
 def piecewise_index(x: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
-    """Map relative positions to indices: exact near zero, logarithmic and bounded beyond.
+    """Map relative positions to indices, exactly near zero and logarithmically farther away.
 
         g(x) = round(x)                                                      where |x| <= alpha
         g(x) = sign(x)·trunc(min(beta, round(alpha + ln(|x|/alpha)/ln(gamma/alpha)·(beta-alpha))))
 
     Args:
-        x: Relative positions, any shape, any real dtype.
-        alpha: End of the exact part, > 0.
-        beta: Largest absolute index, reached at `gamma`.
-        gamma: Where the logarithmic part ends, > alpha.
+        x: Relative positions, of any shape and any real dtype.
+        alpha: End of the exact part; > 0.
+        beta: Largest absolute index, reached at `gamma`; > 0.
+        gamma: End of the logarithmic part; > alpha.
 
     Returns:
         int64 indices of the same shape, within `[-int(beta), int(beta)]`.
 
     Raises:
-        ValueError: Unless `0 < alpha < gamma` and `beta > 0`.
+        ValueError: `0 < alpha < gamma` or `beta > 0` is violated.
     """
     if not 0 < alpha < gamma or beta <= 0:
         raise ValueError(
-            "piecewise_index needs 0 < alpha < gamma and beta > 0, "
+            "alpha, beta and gamma must satisfy 0 < alpha < gamma and beta > 0, "
             f"got alpha={alpha}, beta={beta}, gamma={gamma}"
         )
     x = x.to(torch.float32)
     distance = x.abs()
-    # The clamp keeps the logarithm finite where the exact part is taken anyway.
+    # The clamp keeps the logarithm finite for distances in the exact part.
     growth = torch.log(distance.clamp(min=alpha) / alpha) / math.log(gamma / alpha)
     far = (alpha + growth * (beta - alpha)).round().clamp(max=beta).trunc()
     return torch.where(distance <= alpha, x.round(), x.sign() * far).long()
@@ -62,35 +65,35 @@ def piecewise_index(x: Tensor, alpha: float, beta: float, gamma: float) -> Tenso
 
 @functools.lru_cache(maxsize=64)
 def piecewise_steps(ratio: float) -> tuple[int, ...]:
-    """Distances at which g grows by one: `g(x) = sign(x)·#{steps <= |x|}` for whole numbers x."""
+    """Return the distances where g grows by one: `g(x) = sign(x)·#{steps <= |x|}`, x whole."""
     with torch.inference_mode(False):
         distances = torch.arange(math.ceil(8 * ratio) + 2, device="cpu")
-        table = piecewise_index(distances, ratio, 2 * ratio, 8 * ratio).tolist()
-    return tuple(x for x in range(1, len(table)) for _ in range(table[x] - table[x - 1]))
+        index = piecewise_index(distances, ratio, 2 * ratio, 8 * ratio).tolist()
+    return tuple(x for x in range(1, len(index)) for _ in range(index[x] - index[x - 1]))
 
 
 def _index_of_integers(x: Tensor, ratio: float, largest: int) -> Tensor:
-    """`piecewise_index` of whole numbers up to `largest` in size, without leaving the device."""
+    """Compute `piecewise_index` of whole numbers with `|x| <= largest`, on the device of `x`."""
     distance = x.abs()
     index = torch.zeros_like(x)
     for step in piecewise_steps(ratio):
-        # A symbolic size may become any: all steps are needed.
+        # While tracing, `largest` may be symbolic. Its value is unknown then: keep all steps.
         if isinstance(largest, int) and step > largest:
             break
         index = index + (distance >= step)
     return x.sign() * index
 
 
-# An operator, so that tracers (torch.compile, export, FakeTensorMode) see one opaque node with the
-# right shape: sizes may be symbolic, and g is never traced.
+# Bucket ids and axis offsets are operators. torch.compile, torch.export and FakeTensorMode then see
+# one node with the right shape, also for symbolic sizes, and do not trace g.
 torch.library.define(
-    "irpe_core::bucket_table",
+    "irpe_core::bucket_ids",
     "(str method, int axis, SymInt height, SymInt width, float ratio, SymInt skip, Device device)"
     " -> Tensor",
 )
 
 
-def compute_table(
+def compute_bucket_ids(
     method: str,
     axis: int,
     height: int,
@@ -99,32 +102,33 @@ def compute_table(
     skip: int,
     device: torch.device,
 ) -> Tensor:
-    """One `(L, L)` table, computed anew; `axis` chooses rows (0) or columns (1) for `cross`."""
+    """Compute the `(L, L)` bucket ids of one term; `axis` 1 is the columns of `cross`."""
     config = RPEConfig(ratio=ratio, method=method, skip=skip)
     buckets = grid_buckets(config, height, width, device)
+    # GridBuckets numbers the buckets of the columns after those of the rows.
     return buckets.bucket_ids()[axis] - axis * config.num_buckets
 
 
-torch.library.impl("irpe_core::bucket_table", "default", compute_table)
+torch.library.impl("irpe_core::bucket_ids", "default", compute_bucket_ids)
 
 
-@torch.library.register_fake("irpe_core::bucket_table")
-def _fake_table(method, axis, height, width, ratio, skip, device) -> Tensor:
+@torch.library.register_fake("irpe_core::bucket_ids")
+def _fake_bucket_ids(method, axis, height, width, ratio, skip, device) -> Tensor:
     tokens = skip + height * width
     return torch.empty(tokens, tokens, dtype=torch.int64, device=device)
 
 
 torch.library.define(
-    "irpe_core::grid_tables",
+    "irpe_core::axis_offsets",
     "(str method, SymInt height, SymInt width, float ratio, Device device)"
     " -> (Tensor row_base, Tensor local)",
 )
 
 
-def compute_grid_tables(
+def compute_axis_offsets(
     method: str, height: int, width: int, ratio: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The tables of `rpe_ops.GridBuckets`, computed anew."""
+    """Compute `row_base` and `local` of `rpe_ops.GridBuckets`."""
     config = RPEConfig(ratio=ratio, method=method)
     dr, dc = (torch.arange(1 - n, n, device=device) for n in (height, width))
     if method in ("euc", "quant"):
@@ -146,34 +150,41 @@ def compute_grid_tables(
     return row_base.view(terms, -1).int(), local.view(terms, -1, 2 * width - 1).int()
 
 
-torch.library.impl("irpe_core::grid_tables", "default", compute_grid_tables)
+torch.library.impl("irpe_core::axis_offsets", "default", compute_axis_offsets)
 
 
-@torch.library.register_fake("irpe_core::grid_tables")
-def _fake_grid_tables(method, height, width, ratio, device) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake("irpe_core::axis_offsets")
+def _fake_axis_offsets(method, height, width, ratio, device) -> tuple[Tensor, Tensor]:
     terms = 2 if method == "cross" else 1
     rows = 2 * height - 1 if method in ("euc", "quant") else 1
     empty = functools.partial(torch.empty, dtype=torch.int32, device=device)
     return empty(terms, 2 * height - 1), empty(terms, rows, 2 * width - 1)
 
 
-_bucket_table = torch.ops.irpe_core.bucket_table.default
-_grid_tables = torch.ops.irpe_core.grid_tables.default
+_bucket_ids_op = torch.ops.irpe_core.bucket_ids.default
+_axis_offsets_op = torch.ops.irpe_core.axis_offsets.default
 
 
 def _grid_buckets(
-    config: RPEConfig, height: int, width: int, tables: tuple[Tensor, Tensor]
+    config: RPEConfig, height: int, width: int, axis_offsets: tuple[Tensor, Tensor]
 ) -> GridBuckets:
-    return GridBuckets(*tables, height, width, config.skip, config.num_buckets, config.side)
+    return GridBuckets(*axis_offsets, height, width, config.skip, config.num_buckets, config.side)
 
 
 def grid_buckets(
     config: RPEConfig, height: int, width: int, device: torch.device | str | None = None
 ) -> GridBuckets:
-    """The buckets of a grid as `rpe_ops.attention` takes them, computed anew; 1 x 1 or larger."""
+    """Compute the buckets of a grid in the form that `rpe_ops.attention` accepts.
+
+    Args:
+        config: The encoding.
+        height: Rows of the grid, >= 1.
+        width: Columns of the grid, >= 1.
+        device: Device of the axis offsets; default the CPU.
+    """
     device = torch.device(device or "cpu")
-    tables = _grid_tables(config.method, height, width, config.ratio, device)
-    return _grid_buckets(config, height, width, tables)
+    axis_offsets = _axis_offsets_op(config.method, height, width, config.ratio, device)
+    return _grid_buckets(config, height, width, axis_offsets)
 
 
 def bucket_ids(
@@ -185,113 +196,115 @@ def bucket_ids(
     *,
     device: torch.device | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Bucket of every pair of tokens, computed anew.
+    """Compute the bucket of every pair of tokens.
 
     Args:
         method: `euc`, `quant`, `cross` or `product`.
         height: Rows of the grid, >= 1.
         width: Columns of the grid, >= 1.
         ratio: Scale of the piecewise index, > 0.
-        skip: Tokens before the grid; every pair with one gets the extra, last bucket.
-        device: Where to compute; default the CPU.
+        skip: Number of tokens before the grid. Every pair with one of them is in the last bucket.
+        device: Device of the result; default the CPU.
 
     Returns:
-        `(L, L)` int64 with `L = skip + height·width`, rows are queries; for `cross` the pair
-        (row buckets, column buckets).
+        `(L, L)` int64 with `L = skip + height·width`; rows are queries. For `cross` two of them,
+        the buckets of the rows and those of the columns.
 
     Raises:
-        ValueError: Names the argument, its value and what is allowed.
+        ValueError: An argument has a value that is not allowed.
     """
     RPEConfig(ratio=ratio, method=method, skip=skip)
     if height < 1 or width < 1:
-        raise ValueError(f"the grid must be at least 1 x 1, got {height} x {width}")
+        raise ValueError(f"grid must be at least 1 x 1, got {height} x {width}")
     device = torch.device(device or "cpu")
-    tables = [
-        _bucket_table(method, axis, height, width, ratio, skip, device)
+    ids = [
+        _bucket_ids_op(method, axis, height, width, ratio, skip, device)
         for axis in range(2 if method == "cross" else 1)
     ]
-    return (tables[0], tables[1]) if method == "cross" else tables[0]
+    return (ids[0], ids[1]) if method == "cross" else ids[0]
 
 
 class BucketCache:
-    """Least-recently-used bucket tables, bounded in bytes, shared by all layers of a process.
+    """A cache of bucket ids and axis offsets, bounded in bytes; it drops the least recently used.
+
+    All layers of a process share one, `BUCKET_CACHE`. Several threads may use it.
 
     Args:
-        max_bytes: Most that is kept; a table larger than that is computed at every call.
+        max_bytes: Upper bound in bytes. A larger entry is computed at every call and not kept.
     """
 
     def __init__(self, max_bytes: int = 512 * 2**20) -> None:
         self.max_bytes = max_bytes
-        self._tables: OrderedDict[tuple, Any] = OrderedDict()
+        self._entries: OrderedDict[tuple, Any] = OrderedDict()
         self._nbytes = 0
         self._lock = threading.Lock()
 
     @property
     def nbytes(self) -> int:
-        """Bytes held now."""
+        """Size of all entries in bytes."""
         return self._nbytes
 
     def __len__(self) -> int:
-        return len(self._tables)
+        return len(self._entries)
 
     def clear(self) -> None:
-        """Free every table."""
+        """Drop all entries."""
         with self._lock:
-            self._tables.clear()
+            self._entries.clear()
             self._nbytes = 0
 
     def get(self, config: RPEConfig, height: int, width: int, axis: int, like: Tensor) -> Tensor:
-        """The `(L, L)` int64 table of a grid on the device of `like`. Not to be written to.
+        """Return the `(L, L)` int64 bucket ids of a grid. The caller must not write to them.
 
         Args:
             config: The encoding.
             height: Rows of the grid.
             width: Columns of the grid.
-            axis: 0 for the rows, 1 for the columns of `cross`; 0 for the other methods.
-            like: A tensor of the same kind as the table: for a fake one the table is fake.
+            axis: 0 for the rows and 1 for the columns of `cross`; 0 for the other methods.
+            like: A tensor on the device of the result. For a fake tensor the result is fake too.
         """
         arguments = (config.method, axis, height, width, config.ratio, config.skip, like.device)
-        return self._get(arguments, lambda: _bucket_table(*arguments), like)
+        return self._get(arguments, lambda: _bucket_ids_op(*arguments), like)
 
     def grid(self, config: RPEConfig, height: int, width: int, like: Tensor) -> GridBuckets:
-        """The buckets of a grid as `rpe_ops.attention` takes them; arguments as in `get`."""
+        """Return the buckets of a grid for `rpe_ops.attention`; arguments as in `get`."""
         arguments = (config.method, height, width, config.ratio, like.device)
-        tables = self._get(arguments, lambda: _grid_tables(*arguments), like)
-        return _grid_buckets(config, height, width, tables)
+        axis_offsets = self._get(arguments, lambda: _axis_offsets_op(*arguments), like)
+        return _grid_buckets(config, height, width, axis_offsets)
 
     def _get(self, key: tuple, compute: Callable[[], Any], like: Tensor) -> Any:
-        # While tracing, sizes may be symbolic and tensors fake: nothing of that may be kept.
+        # While tracing, sizes may be symbolic and tensors fake. They must not enter the cache.
         if torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter):
             return compute()
         with self._lock:
-            if key in self._tables:
-                self._tables.move_to_end(key)
-                return self._tables[key]
-        # A table made in inference mode could not serve a later training step.
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key]
+        # A tensor that is made in inference mode cannot be used in a later training step.
         with torch.inference_mode(False):
-            table = compute()
-        real = all(type(tensor) is Tensor for tensor in _tensors(table))
-        if real and _nbytes(table) <= self.max_bytes:
-            self._keep(key, table)
-        return table
+            entry = compute()
+        real = all(type(tensor) is Tensor for tensor in _tensors(entry))
+        if real and _nbytes(entry) <= self.max_bytes:
+            self._keep(key, entry)
+        return entry
 
-    def _keep(self, key: tuple, table: Any) -> None:
+    def _keep(self, key: tuple, entry: Any) -> None:
         with self._lock:
-            if key in self._tables:
+            if key in self._entries:
                 return
-            while self._nbytes + _nbytes(table) > self.max_bytes:
-                _, oldest = self._tables.popitem(last=False)
+            while self._nbytes + _nbytes(entry) > self.max_bytes:
+                _, oldest = self._entries.popitem(last=False)
                 self._nbytes -= _nbytes(oldest)
-            self._tables[key] = table
-            self._nbytes += _nbytes(table)
+            self._entries[key] = entry
+            self._nbytes += _nbytes(entry)
 
 
-def _tensors(table: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (table,) if isinstance(table, Tensor) else table
+def _tensors(entry: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (entry,) if isinstance(entry, Tensor) else entry
 
 
-def _nbytes(table: Tensor | tuple[Tensor, ...]) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(table))
+def _nbytes(entry: Tensor | tuple[Tensor, ...]) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(entry))
 
 
 BUCKET_CACHE = BucketCache()

@@ -1,9 +1,9 @@
-"""Exported programs in standard operators alone, for exporters and for processes without iRPE.
+"""Lowering of exported programs: the operators of iRPE become standard operators of PyTorch.
 
-`torch.export` keeps the operators of `rpe_ops` and `irpe_core` as single nodes, which nobody else
-knows. Lowered, a gather is `aten.gather`, a bucket sum `aten.scatter_add`, and the buckets are
-whole-number arithmetic on height and width, which may be symbolic. Every grid has one table, shared
-by all layers.
+`torch.export` keeps the operators of `rpe_ops` and `irpe_core` as single nodes, which other
+exporters and processes without these packages cannot run. After lowering, a gather is
+`aten.gather`, a bucket sum is `aten.scatter_add`, and bucket ids are integer arithmetic on the
+height and width of the grid, which may be symbolic. All layers share the bucket ids of a grid.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,10 +16,10 @@ from rpe_ops import reference
 
 __all__ = ["lower"]
 
-_TABLE = torch.ops.irpe_core.bucket_table.default
+_BUCKET_IDS = torch.ops.irpe_core.bucket_ids.default
 _DECOMPOSITIONS: dict[Callable, Callable] = {
-    _TABLE: buckets.compute_table,
-    torch.ops.irpe_core.grid_tables.default: buckets.compute_grid_tables,
+    _BUCKET_IDS: buckets.compute_bucket_ids,
+    torch.ops.irpe_core.axis_offsets.default: buckets.compute_axis_offsets,
     torch.ops.rpe_ops.gather.default: lambda lookup, index, _: reference.gather(lookup, index),
     torch.ops.rpe_ops.bucket_sum.default: lambda pairs, index, num_buckets, _: reference.bucket_sum(
         pairs, index, num_buckets
@@ -30,28 +30,28 @@ _DECOMPOSITIONS: dict[Callable, Callable] = {
 def lower(
     program: ExportedProgram, decompositions: Mapping[Callable, Callable] | None = None
 ) -> ExportedProgram:
-    """Replace the operators of iRPE in a program by standard ones, for inference.
+    """Replace the operators of iRPE in a program by standard operators, for inference.
 
     Args:
-        program: Of a model with encodings, exported after `set_implementation(model, "reference",
-            device)`, so that attention is composed of small operators. In it, too, layers with the
-            same grid share a table afterwards.
-        decompositions: What else to replace, as for `ExportedProgram.run_decompositions`.
+        program: A model with encodings, exported after `set_implementation(model, "reference",
+            device)`, which composes attention of small operators. This program is changed too:
+            layers with the same grid then share their bucket ids.
+        decompositions: Further decompositions, as for `ExportedProgram.run_decompositions`.
 
     Returns:
-        A new program, which computes the same and needs neither `irpe_core` nor `rpe_ops`.
+        A new program that computes the same and needs neither `irpe_core` nor `rpe_ops`.
 
     Raises:
-        ValueError: The program holds fused attention, which no exporter can read.
+        ValueError: The program holds fused attention, which cannot be lowered.
     """
-    tables: dict[tuple, torch.fx.Node] = {}
+    first_uses: dict[tuple, torch.fx.Node] = {}
     for node in list(program.graph.nodes):
-        if node.target is not _TABLE:
+        if node.target is not _BUCKET_IDS:
             continue
-        # While a program is decomposed every tensor is symbolic: what is computed with real ones
-        # has to be at hand.
+        # This fills the cache of piecewise_steps. The decomposition below runs on symbolic tensors,
+        # which have no values from which the steps could be computed.
         buckets.piecewise_steps(node.args[4])
-        first = tables.setdefault(node.args, node)
+        first = first_uses.setdefault(node.args, node)
         if node is not first:
             node.replace_all_uses_with(first)
             program.graph.erase_node(node)

@@ -1,7 +1,9 @@
-"""The encodings and their attention as the equations say it: loops, dense gathers, float64.
+"""The encodings and their attention, written as the equations: loops, dense gathers, float64.
 
-Independent of `irpe_core`: buckets come from Python loops over pairs of positions, and every
-encoding gathers `T[h, :, bucket(i, j)]` for all pairs into an L × L × d tensor.
+The code is independent of `irpe_core`: bucket ids come from Python loops over pairs of positions,
+and every encoding gathers `T[h, :, bucket(i, j)]` for all pairs into an L × L × d tensor.
+
+Source: iRPE (Wu et al., ICCV 2021).
 """
 
 import math
@@ -16,7 +18,7 @@ __all__ = ["piecewise", "buckets", "tables_of", "logit_bias", "attention"]
 
 
 def piecewise(x: float, alpha: float, beta: float, gamma: float) -> int:
-    """g(x) of one number, in float32, rounding half to even."""
+    """Return g(x) of one number, in float32, rounded half to even."""
     x = np.float32(x)
     distance = np.abs(x)
     if distance <= alpha:
@@ -27,7 +29,7 @@ def piecewise(x: float, alpha: float, beta: float, gamma: float) -> int:
 
 
 def buckets(config: RPEConfig, height: int, width: int) -> list[Tensor]:
-    """The bucket of every pair of tokens; two tables for `cross`."""
+    """Return the bucket ids of every pair of tokens; for `cross` those of rows and columns."""
 
     def g(x: float) -> int:
         return piecewise(x, config.ratio, 2 * config.ratio, 8 * config.ratio)
@@ -43,18 +45,18 @@ def buckets(config: RPEConfig, height: int, width: int) -> list[Tensor]:
     extra = side * side if config.method == "product" else side
     positions = [(row, col) for row in range(height) for col in range(width)]
     length = config.skip + len(positions)
-    tables = []
+    terms = []
     for bucket in of_offset:
-        table = torch.full((length, length), extra)
+        ids = torch.full((length, length), extra)
         for i, (row_i, col_i) in enumerate(positions):
             for j, (row_j, col_j) in enumerate(positions):
-                table[config.skip + i, config.skip + j] = bucket(row_i - row_j, col_i - col_j)
-        tables.append(table)
-    return tables
+                ids[config.skip + i, config.skip + j] = bucket(row_i - row_j, col_i - col_j)
+        terms.append(ids)
+    return terms
 
 
 def tables_of(rpe: nn.Module | None, heads: int) -> list[Tensor]:
-    """The parameters of an encoding in float64, one for every head (rows before columns)."""
+    """Return the tables of an encoding in float64, one per head, rows before columns."""
     if rpe is None:
         return []
     parts = [rpe.rp_rows, rpe.rp_cols] if hasattr(rpe, "rp_rows") else [rpe]
@@ -63,7 +65,7 @@ def tables_of(rpe: nn.Module | None, heads: int) -> list[Tensor]:
 
 
 def logit_bias(x: Tensor, tables: list[Tensor], ids: list[Tensor], mode: str) -> Tensor:
-    """`r[b,h,i,j] = x[b,h,i,:] · T[h,:,bucket(i,j)]`, or `T[h,bucket(i,j)]` for bias."""
+    """Compute `r[b,h,i,j] = x[b,h,i,:] · T[h,:,bucket(i,j)]`, or `T[h,bucket(i,j)]` for bias."""
     total = torch.zeros((), dtype=torch.float64)
     for table, index in zip(tables, ids, strict=True):
         if mode == "bias":
@@ -87,7 +89,11 @@ def attention(
     dropout_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """SPEC section 2 in float64, where a query that may attend nowhere yields zeros."""
+    """Attend in float64; the output of a query that may attend nowhere is zero.
+
+    logits = q kᵀ·scale + rpe_k(q·scale) + rpe_q(k·scale)ᵀ + mask
+    out    = a v + rpe_v(a),    a = softmax(logits)·dropout_mask
+    """
     ids = buckets(config, *grid)
     heads = q.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -1,4 +1,4 @@
-"""Buckets: exactly the recorded ones, and exactly the formula on any grid and ratio."""
+"""Bucket ids: equal to the recorded ones, and to the formula on any grid and ratio."""
 
 import math
 
@@ -18,7 +18,7 @@ METHOD_AND_SKIP = [(method, skip) for method in METHODS for skip in (0, 1, 2)]
 
 
 @pytest.mark.parametrize("key", RECORDED)
-def test_buckets_are_exactly_the_recorded_ones(key):
+def test_bucket_ids_equal_the_recorded_ones(key):
     *method, ratio, grid, skip = key.split("_")
     height, width = map(int, grid.split("x"))
     skip = int(skip.removeprefix("skip"))
@@ -32,7 +32,7 @@ def test_buckets_are_exactly_the_recorded_ones(key):
 
 
 @pytest.mark.parametrize("key", PIECEWISE)
-def test_piecewise_index_is_exactly_the_recorded_one(key):
+def test_piecewise_index_equals_the_recorded_one(key):
     alpha, beta, gamma = (float(part[1:]) for part in key.removeprefix("pw_int_").split("_"))
     x = golden("buckets")["pw_x_int"]
     for dtype in (torch.int64, torch.int32, torch.float32):
@@ -49,7 +49,7 @@ def test_piecewise_index_of_halves_rounds_to_even(key):
     assert index.tolist() == [naive.piecewise(value, alpha, beta, gamma) for value in x]
 
 
-def test_piecewise_index_takes_any_shape_and_is_odd_and_bounded():
+def test_piecewise_index_accepts_any_shape_and_is_odd_and_bounded():
     x = torch.linspace(-300, 300, 1203).reshape(3, 401)
     index = piecewise_index(x, 1.9, 3.8, 15.2)
     assert index.shape == x.shape
@@ -77,7 +77,7 @@ def test_steps_equal_the_formula_far_beyond_gamma(ratio):
 
 @pytest.mark.parametrize("grid", GRIDS, ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize(("method", "skip"), METHOD_AND_SKIP)
-def test_buckets_equal_the_loop_over_pairs_on_any_grid(method, skip, grid):
+def test_bucket_ids_equal_the_loop_over_pairs_on_any_grid(method, skip, grid):
     for ratio in (0.4, 1.9, 7):
         ids = bucket_ids(method, *grid, ratio, skip)
         ids = ids if isinstance(ids, tuple) else (ids,)
@@ -87,7 +87,7 @@ def test_buckets_equal_the_loop_over_pairs_on_any_grid(method, skip, grid):
 
 
 @pytest.mark.parametrize("skip", [1, 2])
-def test_pairs_with_a_skipped_token_have_a_bucket_of_their_own(skip):
+def test_pairs_with_a_skipped_token_have_their_own_bucket(skip):
     ids = bucket_ids("product", 3, 5, 1.9, skip)
     extra = torch.full_like(ids, 49)
     assert torch.equal(ids[:skip], extra[:skip])
@@ -103,7 +103,7 @@ def test_product_has_the_published_number_of_buckets(ratio, count):
     assert set(ids.flatten().tolist()) == set(range(count))
 
 
-def test_buckets_can_be_made_on_another_device():
+def test_bucket_ids_can_be_computed_on_another_device():
     assert bucket_ids("euc", 3, 4, 1.9, 1, device="meta").shape == (13, 13)
     assert all(ids.device.type == "meta" for ids in bucket_ids("cross", 3, 4, 1.9, device="meta"))
 
@@ -112,19 +112,25 @@ def test_buckets_can_be_made_on_another_device():
     ("arguments", "message"),
     [
         (("prod", 3, 3, 1.9), "method must be one of euc, quant, cross, product, got 'prod'"),
-        (("euc", 0, 3, 1.9), "at least 1 x 1, got 0 x 3"),
-        (("euc", 3, -1, 1.9), "at least 1 x 1, got 3 x -1"),
+        (("euc", 0, 3, 1.9), "grid must be at least 1 x 1, got 0 x 3"),
+        (("euc", 3, -1, 1.9), "grid must be at least 1 x 1, got 3 x -1"),
         (("euc", 3, 3, 0), "ratio must be a finite number > 0, got 0"),
         (("euc", 3, 3, 1.9, -1), "skip must be a whole number >= 0, got -1"),
     ],
     ids=["method", "height", "width", "ratio", "skip"],
 )
-def test_bucket_ids_names_the_argument_that_is_wrong(arguments, message):
+def test_bucket_ids_names_the_wrong_argument(arguments, message):
     with pytest.raises(ValueError, match=message):
         bucket_ids(*arguments)
 
 
 @pytest.mark.parametrize(("method", "axis"), [("euc", 0), ("product", 0), ("cross", 1)])
-def test_opcheck_of_the_bucket_table(method, axis):
+def test_opcheck_of_bucket_ids(method, axis):
     arguments = (method, axis, 3, 5, 1.9, 1, torch.device("cpu"))
-    torch.library.opcheck(torch.ops.irpe_core.bucket_table.default, arguments)
+    torch.library.opcheck(torch.ops.irpe_core.bucket_ids.default, arguments)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_opcheck_of_axis_offsets(method):
+    arguments = (method, 3, 5, 1.9, torch.device("cpu"))
+    torch.library.opcheck(torch.ops.irpe_core.axis_offsets.default, arguments)

@@ -1,4 +1,4 @@
-"""The bucket cache: bounded, shared, right in any order of sizes, and poisoned by nothing."""
+"""The cache of bucket ids: bounded, shared, right for any order of sizes, and thread-safe."""
 
 import itertools
 import random
@@ -17,7 +17,7 @@ LIKE = torch.empty(0)
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch) -> BucketCache:
-    """An empty cache in place of the one that all modules share."""
+    """Replace the shared cache by an empty one."""
     cache = BucketCache()
     monkeypatch.setattr(encoding, "BUCKET_CACHE", cache)
     return cache
@@ -27,7 +27,7 @@ def nbytes(height: int, width: int, skip: int = 1) -> int:
     return 8 * (skip + height * width) ** 2
 
 
-def test_it_never_holds_more_than_its_bound_and_drops_the_oldest():
+def test_it_never_exceeds_its_bound_and_drops_the_least_recently_used():
     cache = BucketCache(max_bytes=2 * nbytes(5, 5))
     for height, width in itertools.product(range(1, 6), range(1, 6)):
         cache.get(PRODUCT, height, width, 0, LIKE)
@@ -41,7 +41,7 @@ def test_it_never_holds_more_than_its_bound_and_drops_the_oldest():
     assert cache.get(PRODUCT, 1, 25, 0, LIKE) is not second
 
 
-def test_a_table_larger_than_the_bound_is_right_and_pushes_nothing_out():
+def test_an_entry_larger_than_the_bound_is_right_and_is_not_kept():
     cache = BucketCache(max_bytes=nbytes(5, 5))
     small = cache.get(PRODUCT, 3, 3, 0, LIKE)
     large = cache.get(PRODUCT, 6, 7, 0, LIKE)
@@ -57,7 +57,7 @@ def test_clear_frees_everything():
     assert (len(cache), cache.nbytes) == (0, 0)
 
 
-def test_layers_share_one_table_whatever_they_do_with_it(cache):
+def test_all_encodings_share_the_bucket_ids_of_a_grid(cache):
     modules = [*build_rpe(RPEConfig(skip=1, rpe_on="qkv"), 8, 2)]
     modules += build_rpe(RPEConfig(skip=1, rpe_on="qk", mode="bias", shared_head=False), 8, 2)[:2]
     for rpe in modules:
@@ -68,8 +68,8 @@ def test_layers_share_one_table_whatever_they_do_with_it(cache):
 
 
 @pytest.mark.parametrize("method", ["euc", "quant", "cross", "product"])
-def test_tables_are_right_after_any_order_of_sizes(cache, method):
-    # The same number of tokens, transposed grids and skipped tokens must not be mixed up.
+def test_bucket_ids_are_right_after_any_order_of_sizes(cache, method):
+    # Grids with the same number of tokens must not be confused.
     grids = [(4, 4), (2, 8), (8, 2), (1, 16), (16, 1), (3, 5), (5, 3)]
     uses = list(itertools.product(grids, (0, 1), (1.9, 2.0), (0, 1) if method == "cross" else (0,)))
     for seed in range(3):
@@ -93,7 +93,7 @@ def test_modules_are_right_after_any_order_of_sizes(cache):
             torch.testing.assert_close(rpe(rows, height, width), expected)
 
 
-def test_a_first_use_in_inference_mode_does_not_spoil_training(cache):
+def test_training_works_after_a_first_use_in_inference_mode(cache):
     rpe = build_rpe(RPEConfig(rpe_on="k"), 4, 1)[1]
     with torch.inference_mode():
         rpe(torch.randn(1, 1, 6, 4), 2, 3)
@@ -104,7 +104,7 @@ def test_a_first_use_in_inference_mode_does_not_spoil_training(cache):
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("method", ["euc", "cross", "product"])
-def test_fake_tensors_neither_enter_nor_receive_real_tables(cache, method, warm):
+def test_fake_tensors_neither_enter_the_cache_nor_leave_it(cache, method, warm):
     config = RPEConfig(ratio=1.7, method=method, rpe_on="qkv")
     rpe = build_rpe(config, 4, 2)
     if warm:
@@ -115,11 +115,11 @@ def test_fake_tensors_neither_enter_nor_receive_real_tables(cache, method, warm)
         assert fake[2](torch.randn(1, 2, 6, 6), 2, 3).shape == (1, 2, 6, 4)
     out = rpe[1](torch.randn(1, 2, 6, 4), 2, 3)
     assert type(out) is torch.Tensor
-    assert all(type(table) is torch.Tensor for table in cache._tables.values())
+    assert all(type(entry) is torch.Tensor for entry in cache._entries.values())
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiled_code_leaves_nothing_behind(cache, dynamic):
+def test_compiled_code_adds_nothing_to_the_cache(cache, dynamic):
     rpe = build_rpe(RPEConfig(rpe_on="k"), 4, 1)[1]
     torch.nn.init.normal_(rpe.lookup_table_weight)
     torch.compiler.reset()
@@ -132,8 +132,8 @@ def test_compiled_code_leaves_nothing_behind(cache, dynamic):
         cache.clear()
 
 
-def test_a_table_that_two_threads_compute_at_once_is_counted_once(monkeypatch):
-    cache, compute, overtaken = BucketCache(), buckets._bucket_table, []
+def test_an_entry_that_two_threads_compute_at_once_is_counted_once(monkeypatch):
+    cache, compute, overtaken = BucketCache(), buckets._bucket_ids_op, []
 
     def overtake(*arguments: object) -> torch.Tensor:
         if not overtaken:
@@ -141,12 +141,12 @@ def test_a_table_that_two_threads_compute_at_once_is_counted_once(monkeypatch):
             cache.get(PRODUCT, 3, 3, 0, LIKE)
         return compute(*arguments)
 
-    monkeypatch.setattr(buckets, "_bucket_table", overtake)
+    monkeypatch.setattr(buckets, "_bucket_ids_op", overtake)
     cache.get(PRODUCT, 3, 3, 0, LIKE)
     assert (len(cache), cache.nbytes) == (1, nbytes(3, 3))
 
 
-def test_threads_get_right_tables_and_the_count_of_bytes_stays_true():
+def test_threads_get_right_bucket_ids_and_the_number_of_bytes_stays_right():
     cache = BucketCache(max_bytes=3 * nbytes(4, 4))
     failures: list[BaseException] = []
 
@@ -172,4 +172,4 @@ def test_threads_get_right_tables_and_the_count_of_bytes_stays_true():
         thread.join()
     sys.setswitchinterval(interval)
     assert not failures
-    assert cache.nbytes == sum(table.nbytes for table in cache._tables.values())
+    assert cache.nbytes == sum(entry.nbytes for entry in cache._entries.values())

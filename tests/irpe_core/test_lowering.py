@@ -1,4 +1,4 @@
-"""Lowered programs: the same values and buckets, on any grid, in standard operators alone."""
+"""Lowered programs: the same values and bucket ids on any grid, with standard operators only."""
 
 import functools
 
@@ -24,7 +24,7 @@ GRIDS = [(2, 2), (3, 5), (8, 2), (7, 9)]
 
 
 class Attentions(nn.Module):
-    """Every variant of a method over the same tokens, of which the map gives the grid."""
+    """All variants of a method on the same tokens; the grid is that of the feature map."""
 
     def __init__(self, method: str) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Attentions(nn.Module):
             self.add_module(self.names[-1], nn.ModuleList(build_rpe(config, 4, 2)))
 
     def forward(self, x: Tensor, padding: Tensor) -> dict[str, Tensor]:
-        """From maps `(B, 8, h, w)` and padding `(B, h, w)` to outputs `(B, 2, skip + h·w, 4)`."""
+        """Map features `(B, 8, h, w)` and padding `(B, h, w)` to `(B, 2, skip + h·w, 4)`."""
         height, width = x.shape[-2:]
         results = {}
         for name in self.names:
@@ -52,30 +52,30 @@ class Attentions(nn.Module):
 
 
 class Buckets(nn.Module):
-    """The tables of all methods for the grid of a map."""
+    """The bucket ids of all methods for the grid of a feature map."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         height, width = x.shape[-2:]
-        tables = {}
+        results = {}
         for method, ratio in RATIOS.items():
-            table = bucket_ids(method, height, width, ratio, skip=1)
-            tables |= dict(zip((method, f"{method}_columns"), as_tuple(table), strict=False))
-        return tables
+            ids = bucket_ids(method, height, width, ratio, skip=1)
+            results |= dict(zip((method, f"{method}_columns"), as_tuple(ids), strict=False))
+        return results
 
 
-def as_tuple(table: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return table if isinstance(table, tuple) else (table,)
+def as_tuple(ids: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return ids if isinstance(ids, tuple) else (ids,)
 
 
 def sample(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Maps and their padding, a column and a row of it but for the first image."""
+    """Make features and their padding: the last row and column, except of the first image."""
     padding = torch.zeros(batch, height, width, dtype=torch.bool)
     padding[1:, -1], padding[1:, :, -1] = True, True
     return torch.randn(batch, 8, height, width), padding
 
 
 def export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
-    """Batch, height and width dynamic."""
+    """Export a module with dynamic batch, height and width."""
     axes = [range(x.dim()) if x.dim() == 3 else (0, 2, 3) for x in inputs]
     dynamic = tuple(dict.fromkeys(dims, Dim.DYNAMIC) for dims in axes)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
 
 
 def run_onnx(program: ExportedProgram, names: list[str]):
-    """A function of the inputs that runs the program in onnxruntime."""
+    """Return a function of the inputs that runs the program in onnxruntime."""
     reason = "a package of requirements-export.txt is missing"
     onnxruntime = pytest.importorskip("onnxruntime", reason=reason)
     pytest.importorskip("onnxscript", reason=reason)
@@ -103,13 +103,13 @@ def attentions(method: str) -> tuple[nn.Module, ExportedProgram]:
     module = fill(Attentions(method).eval().requires_grad_(False))
     set_implementation(module, "reference", "cpu")
     program = lower(export(module, sample(2, 4, 6)))
-    # What it is compared with is what people run.
+    # The lowered program is compared with the default implementation.
     set_implementation(module, "auto", "cpu")
     return module, program
 
 
 @functools.cache
-def tables() -> ExportedProgram:
+def lowered_bucket_ids() -> ExportedProgram:
     return lower(export(Buckets(), (torch.randn(2, 8, 4, 6),)))
 
 
@@ -122,13 +122,13 @@ def assert_same_attention(method: str, predict) -> None:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
 
 
-def assert_same_buckets(predict) -> None:
+def assert_same_bucket_ids(predict) -> None:
     for height, width in [(2, 2), (2, 17), (5, 3), (31, 12)]:
         found = predict(torch.randn(1, 8, height, width))
         for method, ratio in RATIOS.items():
             expected = as_tuple(bucket_ids(method, height, width, ratio, skip=1))
-            for name, table in zip((method, f"{method}_columns"), expected, strict=False):
-                assert torch.equal(found[name], table), (name, height, width)
+            for name, ids in zip((method, f"{method}_columns"), expected, strict=False):
+                assert torch.equal(found[name], ids), (name, height, width)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -149,22 +149,22 @@ def test_attention_of_every_kind_is_the_same_in_onnxruntime(method):
     assert_same_attention(method, run_onnx(program, module.names))
 
 
-def test_buckets_are_exact_on_any_grid():
-    assert_same_buckets(tables().module())
+def test_bucket_ids_are_exact_on_any_grid():
+    assert_same_bucket_ids(lowered_bucket_ids().module())
 
 
-def test_buckets_are_exact_in_onnxruntime():
+def test_bucket_ids_are_exact_in_onnxruntime():
     names = ["euc", "quant", "cross", "cross_columns", "product"]
-    assert_same_buckets(run_onnx(tables(), names))
+    assert_same_bucket_ids(run_onnx(lowered_bucket_ids(), names))
 
 
-def test_layers_share_the_table_of_a_grid():
+def test_layers_share_the_bucket_ids_of_a_grid():
     targets = [str(node.target) for node in attentions("product")[1].graph.nodes]
-    # One for rows and one for columns of the table of each number of skipped tokens.
+    # Bucket ids have one `sign` for rows and one for columns, and depend on the skipped tokens.
     assert targets.count("aten.sign.default") == 2 * len({skip for *_, skip in VARIANTS})
 
 
-def test_fused_attention_cannot_be_lowered_and_the_error_says_what_to_do():
+def test_the_error_for_fused_attention_says_what_to_do():
     class Fused(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             grid = rpe_ops.GridBuckets(*[torch.zeros(1, 1, dtype=torch.int32)] * 2, 1, 1, 0, 1, 1)
