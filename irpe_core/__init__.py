@@ -1,7 +1,7 @@
 """Image relative position encoding (iRPE, ICCV 2021) for any attention.
 
-Build an encoding with `get_rpe_config` and `build_rpe`, attend with `rpe_attention`,
-`RPEAttention` or `RPEMultiheadAttention`, or give it to a finished model with `add_irpe`.
+Build an encoding with `get_rpe_config` and `build_rpe`, and attend with `rpe_attention`,
+`RPEAttention` or `RPEMultiheadAttention`. `add_irpe` adds an encoding to an existing model.
 """
 
 from irpe_core.add import add_irpe, set_grid

@@ -1,4 +1,4 @@
-"""Give iRPE to a model that was built without it."""
+"""Adding iRPE to an existing model: find its attentions, replace them and pass them the grid."""
 
 from collections.abc import Sequence
 
@@ -23,31 +23,32 @@ def add_irpe(
 ) -> nn.Module:
     """Add iRPE to the self-attention of a vision transformer or an encoder, in place.
 
-    Found by themselves are `blocks[i].attn` of timm's vision transformers, EVA without RoPE among
-    them, and every layer whose only attention is an `nn.MultiheadAttention` named `self_attn`, as
-    in `nn.TransformerEncoder` and DETR's encoder; layers of a decoder, which have a second one, are
-    left alone. The tables start at zero: until it is trained further, the model's outputs stay the
-    same. Its state dict gains the tables and keeps every other name. Make the optimizer afterwards.
+    The function finds `blocks[i].attn` of timm's vision transformers (also EVA, if without RoPE),
+    and every layer with a single attention, an `nn.MultiheadAttention` named `self_attn`, as in
+    `nn.TransformerEncoder` and DETR's encoder. It leaves the layers of a decoder unchanged, because
+    they have a second attention. The tables start at zero, so the outputs of the model stay the
+    same until it is trained further. The state dict gains the tables and keeps all other names.
+    Create the optimizer afterwards.
 
     Args:
-        model: The model, or an attention, for which the replacement is returned.
-        rpe: A spec such as `rpe-1.9-product-ctx-1-k`, or a configuration. In a spec, `skip` is the
-            model's `num_prefix_tokens` (class and register tokens), or 0 for a model without that
-            attribute; a configuration must have the same. An empty spec changes nothing.
-        grid: `(height, width)` of the tokens behind the skipped ones, the same for every image; or
-            the name of the module whose output `(B, C, height, width)` becomes the tokens, such as
-            `"patch_embed.proj"`, which is followed from image to image. By default timm's
-            `patch_embed` and DETR's `input_proj` are followed. Elsewhere the grid is `hw` of the
-            caller, that of `set_grid`, or a square.
-        layers: Which of the attentions found, by index, or any, by name, such as
-            `["blocks.0.attn", "blocks.1.attn"]`; default all found.
+        model: The model, or a single attention.
+        rpe: A spec such as `rpe-1.9-product-ctx-1-k`, or a configuration. With a spec, `skip` is
+            the `num_prefix_tokens` (class and register tokens) of the model, or 0 if it has no such
+            attribute. A configuration must have the same `skip`. An empty spec changes nothing.
+        grid: Height and width in tokens, without the skipped tokens, for all images. Or the name of
+            the module that returns the feature map `(B, C, height, width)` of the tokens, such as
+            `"patch_embed.proj"`: the grid is then read from its output for every batch. By default
+            it is read from `patch_embed` of timm's models and `input_proj` of DETR. For other
+            models the grid is `hw=` of the call, the grid of `set_grid`, or a square.
+        layers: Indices of the attentions found, or names of any attentions, such as
+            `["blocks.0.attn", "blocks.1.attn"]`; default all that are found.
 
     Returns:
-        The same model, or for an attention its replacement.
+        The same model; for a single attention, its replacement.
 
     Raises:
-        ValueError: The spec is malformed, no attention is found, or one computes what would be
-            lost, such as a relative position bias of its own. The model is then as it was.
+        ValueError: The spec is malformed, no attention is found, or an attention computes something
+            that would be lost, such as a relative position bias. The model is then unchanged.
     """
     skip = getattr(model, "num_prefix_tokens", None)
     config = parse_rpe_spec(rpe, skip=skip or 0) if isinstance(rpe, str) else rpe
@@ -56,7 +57,7 @@ def add_irpe(
     if not isinstance(config, RPEConfig):
         raise ValueError(f"rpe must be a spec or an RPEConfig, got {config!r}")
     if skip is not None and config.skip != skip:
-        raise ValueError(f"rpe.skip must equal the model's {skip} prefix tokens, got {config.skip}")
+        raise ValueError(f"rpe.skip must be {skip}, the model's prefix tokens, got {config.skip}")
     chosen = _choose(model, layers)
     _check(model, chosen)
     source = _grid_source(model, grid)
@@ -71,38 +72,38 @@ def add_irpe(
         setattr(model.get_submodule(parent), leaf, attention)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and _has_irpe(module):
-            # It would pass on nested tensors, which have no grid.
+            # It would pass nested tensors to its layers. They have no grid.
             module.use_nested_tensor = False
     return model
 
 
 def set_grid(module: nn.Module, grid: tuple[int, int] | None) -> None:
-    """Tell every attention with iRPE in `module` the grid of the tokens to come.
+    """Set the grid of the next inputs on every attention with iRPE in `module`.
 
-    For a model that sees tokens alone, such as an `nn.TransformerEncoder`, and not always of one
-    shape.
+    This is for models that receive only tokens, such as `nn.TransformerEncoder`, when the grid is
+    not a square or changes from call to call.
 
     Args:
-        module: Holds `RPEAttention` or `RPEMultiheadAttention`.
-        grid: `(height, width)`; None for a square.
+        module: A module that contains `RPEAttention` or `RPEMultiheadAttention`.
+        grid: Height and width in tokens; None for a square.
 
     Raises:
-        ValueError: There is no such attention, or the grid is malformed.
+        ValueError: The module contains no such attention, or the grid is malformed.
     """
     _check_grid(grid)
     attentions = [m for m in module.modules() if isinstance(m, _Attention)]
     if not attentions:
-        raise ValueError(f"{type(module).__name__} has no attention with iRPE: use add_irpe first")
+        raise ValueError(f"{_name(module)} has no attention with iRPE: call add_irpe first")
     for attention in attentions:
         attention.grid = grid
 
 
 class _GridFollower:
-    """Forward hook: tells every attention the grid of the current images.
+    """A forward hook that sets the grid of the current images on every attention.
 
-    A block passes its attention nothing but tokens, and a model may change its image size at any
-    time (`set_input_size`, `dynamic_img_size`). The grid is that of the latest images: with
-    gradient checkpointing, go backward before images of another shape come forward.
+    A block passes only tokens to its attention, and the image size of a model may change at any
+    time (`set_input_size`, `dynamic_img_size`). The grid is that of the latest forward pass. With
+    gradient checkpointing, run the backward pass before a forward pass on images of another shape.
     """
 
     def __init__(self, attentions: list[_Attention]) -> None:
@@ -116,15 +117,15 @@ class _GridFollower:
         else:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                "the module that tells the grid must return (B, C, height, width), "
-                f"{type(source).__name__} returned {shape}"
+                "the output of the module that gives the grid must have the shape "
+                f"(B, C, height, width), got {shape} from {_name(source)}"
             )
         for attention in self.attentions:
             attention.grid = grid
 
 
 def _find(model: nn.Module) -> dict[str, nn.Module]:
-    """The attentions to replace by default, by name, which is empty for the model itself."""
+    """Return the attentions to replace by default, by name; the name of `model` itself is empty."""
     if isinstance(model, nn.MultiheadAttention) or class_path(model) in TIMM_ATTENTIONS:
         return {"": model}
     if _has_blocks(model):
@@ -160,7 +161,7 @@ def _choose(model: nn.Module, layers: Sequence[int | str] | None) -> dict[str, n
         if not isinstance(name, str) or name not in modules:
             raise ValueError(
                 f"layers must hold indices of the {len(names)} attentions found in "
-                f"{type(model).__name__} or names of its modules, got {layer!r}"
+                f"{_name(model)} or names of its modules, got {layer!r}"
             )
         chosen[name] = modules[name]
     if not chosen:
@@ -169,7 +170,7 @@ def _choose(model: nn.Module, layers: Sequence[int | str] | None) -> dict[str, n
 
 
 def _nothing_found(model: nn.Module) -> str:
-    """Says of a model without known attention what it has instead."""
+    """Describe what a model has instead of an attention that add_irpe can find."""
     message = f"add_irpe finds no blocks with attn and no layers with self_attn in {_name(model)}"
     for name, module in model.named_modules():
         if hasattr(module, "num_prefix_tokens") and _has_blocks(module):
@@ -177,13 +178,13 @@ def _nothing_found(model: nn.Module) -> str:
     for name, module in model.named_modules():
         if name and any(word in type(module).__name__.lower() for word in ("attn", "attention")):
             reason = reason_against(module) or "can be named in layers="
-            return f"{message}, whose {name} ({class_path(module)}) {reason}"
+            return f"{message}: its {name} ({class_path(module)}) {reason}"
     block = next(iter(getattr(model, "blocks", ())), None)
-    return message if block is None else f"{message}, whose blocks are {_name(block)}"
+    return message if block is None else f"{message}: its blocks are {_name(block)}"
 
 
 def _check(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    """Raise ValueError where a replacement would not compute what the model does."""
+    """Raise ValueError if a replacement would not compute what the model computes."""
     for name, attention in chosen.items():
         reason = reason_against(attention) or _reason_against_place(model, name)
         if reason:
@@ -192,31 +193,31 @@ def _check(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
         raise ValueError(f"{_name(model)} already rotates queries and keys by position (RoPE)")
     if not isinstance(getattr(model, "patch_drop", None), (nn.Identity, type(None))):
         raise ValueError(
-            f"{_name(model)} drops patches in training, and the others form no grid: "
+            f"{_name(model)} drops patches in training, and the rest does not form a grid: "
             "build it with patch_drop_rate=0"
         )
 
 
 def _reason_against_place(model: nn.Module, name: str) -> str:
-    """Why an attention cannot have iRPE where it stands; empty where it can."""
+    """Return why an attention cannot have iRPE at its place in the model; empty if it can."""
     parts = name.split(".")
     for depth in range(1, len(parts)):
         owner = ".".join(parts[:depth])
         if hasattr(model.get_submodule(owner), "num_prefix_tokens"):
-            return f"is part of {owner}, which knows its tokens and their grid: call add_irpe on it"
+            return (
+                f"is part of {owner}, which has the prefix tokens and the grid: call add_irpe on it"
+            )
     neighbor = getattr(model.get_submodule(".".join(parts[:-1])), "self_attn", None)
     if name and parts[-1] != "self_attn" and isinstance(neighbor, nn.MultiheadAttention):
-        return (
-            "stands beside self_attn: it attends to other tokens, which share no grid with its own"
-        )
+        return "is in a layer with self_attn: it attends to other tokens, which are on another grid"
     return ""
 
 
 def _grid_source(model: nn.Module, grid: tuple[int, int] | str | None) -> nn.Module | None:
-    """The module to follow, None where the grid is given or left to the caller."""
+    """Return the module that gives the grid by its output; None if the caller gives the grid."""
     if isinstance(grid, str):
         if grid not in dict(model.named_modules()):
-            raise ValueError(f"grid={grid!r} is no module of {_name(model)}")
+            raise ValueError(f"grid must be the name of a module of {_name(model)}, got {grid!r}")
         return model.get_submodule(grid)
     _check_grid(grid)
     if grid is not None:
@@ -225,8 +226,8 @@ def _grid_source(model: nn.Module, grid: tuple[int, int] | str | None) -> nn.Mod
         return model.patch_embed
     if _has_blocks(model):
         raise ValueError(
-            f"{_name(model)} has no patch_embed that tells the grid: pass grid=(height, width), or "
-            "the name of the module that gives the feature map"
+            f"{_name(model)} has no patch_embed that gives the grid: pass grid=(height, width), or "
+            "the name of the module that returns the feature map"
         )
     projection = getattr(model, "input_proj", None)
     return projection if isinstance(projection, nn.Conv2d) else None
@@ -248,8 +249,8 @@ def _check_grid(grid: tuple[int, int] | None) -> None:
 
 
 def _equip(attention: nn.Module, config: RPEConfig, grid: tuple[int, int] | None) -> _Attention:
-    is_torchs = isinstance(attention, nn.MultiheadAttention)
-    kind = RPEMultiheadAttention if is_torchs else RPEAttention
+    is_torch = isinstance(attention, nn.MultiheadAttention)
+    kind = RPEMultiheadAttention if is_torch else RPEAttention
     return kind.from_attention(attention, config, grid)
 
 

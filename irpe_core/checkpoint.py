@@ -1,9 +1,9 @@
-"""Reading checkpoints: ours, those of the original DeiT-iRPE and DETR-iRPE, and plain weights.
+"""Reading checkpoints of this project, of the original DeiT-iRPE and DETR-iRPE, and bare weights.
 
-A checkpoint is a dict whose `model` entry is a state dict. The originals also hold an
-`argparse.Namespace` under `args`; that one class is allowed, and nothing else is unpickled
-(`torch.load(weights_only=True)`), so a file from a stranger cannot run code. Weights alone may also
-be a bare state dict, in torch's format or as safetensors.
+A checkpoint is a dict with a state dict under `model`. Those of the originals also have an
+`argparse.Namespace` under `args`. Files are read with `torch.load(weights_only=True)`, and this
+class is the only one allowed in addition, so an untrusted file cannot run code. A file may also be
+a bare state dict, in torch's format or as safetensors.
 """
 
 import argparse
@@ -24,7 +24,7 @@ __all__ = ["CheckpointError", "load_checkpoint", "load_weights"]
 
 logger = logging.getLogger(__name__)
 
-# What DistributedDataParallel and torch.compile put before every name.
+# Prefixes that DistributedDataParallel and torch.compile add to all names.
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -32,18 +32,18 @@ def load_checkpoint(source: str | Path) -> dict:
     """Read a checkpoint onto the CPU.
 
     Args:
-        source: A path, or an `http(s)://` address, which is kept in the torch hub cache. A name
-            that ends in `.safetensors` is read as such.
+        source: A path, or an `http(s)://` URL, which is downloaded into the torch hub cache. A file
+            with the suffix `.safetensors` is read as safetensors.
 
     Returns:
-        The checkpoint; a bare state dict comes back as `{"model": state_dict}`, names without what
-        DistributedDataParallel or torch.compile put before all of them, and an
-        `argparse.Namespace` under `args` as a dict. `model`, and `model_ema` unless it is None,
-        hold tensors under strings and nothing else.
+        The checkpoint as a dict. A bare state dict becomes `{"model": state_dict}`. The prefixes
+        that DistributedDataParallel and torch.compile add to all names are removed. An
+        `argparse.Namespace` under `args` becomes a dict. `model`, and `model_ema` if it is not
+        None, map strings to tensors.
 
     Raises:
-        CheckpointError: Missing, truncated, not a checkpoint, with code in it, with something else
-            than tensors among its weights, or not to be had from its address.
+        CheckpointError: The file is missing or truncated, is not a checkpoint, contains code or
+            weights that are not tensors, or cannot be downloaded.
     """
     remote = str(source).startswith(("http://", "https://"))
     path = download(str(source)) if remote else Path(source)
@@ -52,7 +52,7 @@ def load_checkpoint(source: str | Path) -> dict:
         raise CheckpointError(f"checkpoint {str(path)!r} {state}")
     try:
         read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
-        return _normalise(read(path), path)
+        return _normalize(read(path), path)
     except PermissionError as error:
         raise CheckpointError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
 
@@ -63,7 +63,7 @@ def _read_torch(path: Path) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
-    # A damaged file makes the unpickler fail in any way it likes, IndexError included.
+    # For a damaged file the unpickler may raise almost any exception, such as IndexError.
     except Exception as error:
         foreign = re.search(r"unsupported global:? (?:global )?(\S+)", str(error), re.IGNORECASE)
         if foreign and isinstance(error, pickle.UnpicklingError):
@@ -88,13 +88,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{str(path)!r} is truncated or not a safetensors file") from error
 
 
-def _normalise(checkpoint: object, path: Path) -> dict:
+def _normalize(checkpoint: object, path: Path) -> dict:
     entries = checkpoint if isinstance(checkpoint, dict) else {}
     if entries and all(isinstance(value, Tensor) for value in entries.values()):
         checkpoint = {"model": entries}
     elif not isinstance(entries.get("model"), dict):
         raise CheckpointError(
-            f"{str(path)!r} holds no weights: a dict with an entry 'model' is needed"
+            f"{str(path)!r} holds no weights: it must be a state dict, or a dict with a state dict "
+            "under 'model'"
         )
     for name in ("model", "model_ema"):
         if checkpoint.get(name) is not None:
@@ -105,24 +106,22 @@ def _normalise(checkpoint: object, path: Path) -> dict:
         checkpoint["args"] = vars(args)
     elif args is not None and not isinstance(args, dict):
         raise CheckpointError(
-            f"'args' of {str(path)!r} is a {type(args).__name__}: a dict or an argparse.Namespace "
-            "is needed"
+            f"'args' of {str(path)!r} must be a dict or an argparse.Namespace, "
+            f"got a {type(args).__name__}"
         )
     return checkpoint
 
 
 def _check_weights(weights: object, place: str) -> None:
-    """Weights are tensors under names, so that nobody who reads them has to ask."""
+    """Raise CheckpointError unless `weights` maps strings to tensors."""
     if not isinstance(weights, dict):
-        raise CheckpointError(
-            f"{place} holds no weights but a {type(weights).__name__}: a dict of tensors is needed"
-        )
+        raise CheckpointError(f"{place} must be a dict of tensors, got a {type(weights).__name__}")
     for key, value in weights.items():
         if not isinstance(key, str):
-            raise CheckpointError(f"{place} has {key!r} among its names: strings are needed")
+            raise CheckpointError(f"{place} must have strings as names, got {key!r}")
         if not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{place} has a {type(value).__name__} under {key!r}: a tensor is needed"
+                f"{place} must hold tensors, got a {type(value).__name__} under {key!r}"
             )
 
 
@@ -136,17 +135,17 @@ def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_weights(
     model: nn.Module, state_dict: dict[str, Tensor], *, may_lack_tables: bool = False
 ) -> None:
-    """Load a state dict strictly; the model is untouched when it does not fit.
+    """Load a state dict strictly; if it does not fit, the model stays unchanged.
 
     Args:
-        model: What takes the weights.
+        model: The model.
         state_dict: The weights.
-        may_lack_tables: Also take weights of the same model without iRPE: if all tables are
-            missing and nothing else is, they keep their values, and that is logged.
+        may_lack_tables: Also accept weights of the same model without iRPE: if all tables are
+            missing and nothing else, the tables keep their values, and a message is logged.
 
     Raises:
-        CheckpointError: Counts and names the missing, unexpected and wrongly shaped keys, and says
-            what the likely cause is.
+        CheckpointError: The weights do not fit. The message counts and names the missing,
+            unexpected and wrongly shaped keys, and gives the likely cause.
     """
     own = model.state_dict()
     tables = [key for key in own if TABLE.search(key)]

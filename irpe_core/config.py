@@ -1,7 +1,7 @@
-"""What an encoding is: ratio, method, mode, sharing, skipped tokens, and what it is added to.
+"""The configuration of an encoding, and its short form, the spec.
 
-A configuration is written as `rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}`, for example
-`rpe-2.0-product-ctx-1-k` (the `--enc_rpe2d` of the original DETR-iRPE).
+A spec has the form `rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}`, for example
+`rpe-2.0-product-ctx-1-k` (`--enc_rpe2d` of the original DETR-iRPE).
 """
 
 import math
@@ -20,22 +20,22 @@ _EXAMPLE = "rpe-2.0-product-ctx-1-k"
 
 @dataclass(frozen=True)
 class RPEConfig:
-    """A validated, hashable description of one relative position encoding.
+    """The validated, hashable configuration of a relative position encoding.
 
     The piecewise index (paper Eq. 18) has the coefficients `alpha, beta, gamma = 1, 2, 8` times
     `ratio`.
 
     Args:
-        ratio: Finite and positive; larger means more and finer buckets.
+        ratio: Finite and > 0. A larger ratio gives more and finer buckets.
         method: `euc`, `quant`, `cross` or `product`; see `irpe_core.buckets`.
         mode: `ctx` (contextual, depends on the query, key or value) or `bias`.
-        shared_head: One table for all heads instead of one for each.
-        skip: Number of tokens before the grid, such as a class token. Every pair with one of
-            them falls into one extra bucket.
-        rpe_on: Letters of `q`, `k`, `v`; kept in that order.
+        shared_head: Use one table for all heads instead of one per head.
+        skip: Number of tokens before the grid, such as a class token. All pairs with one of them
+            share one extra bucket.
+        rpe_on: One or more of the letters `q`, `k`, `v`; stored in that order.
 
     Raises:
-        ValueError: Names the field, its value and what is allowed.
+        ValueError: A field has a value that is not allowed.
     """
 
     ratio: float = 1.9
@@ -68,7 +68,7 @@ class RPEConfig:
 
     @property
     def num_buckets(self) -> int:
-        """Buckets of one table, the extra one of skipped tokens included."""
+        """Number of buckets of one table, with the extra bucket of skipped tokens."""
         grid_buckets = self.side**2 if self.method == "product" else self.side
         return grid_buckets + (1 if self.skip else 0)
 
@@ -85,8 +85,8 @@ def _check_rpe_on(rpe_on: str, mode: str) -> None:
         )
     if mode == "bias" and "v" in rpe_on:
         raise ValueError(
-            f"rpe_on={rpe_on!r} with mode='bias': values have no bias encoding, "
-            "use mode 'ctx' or leave out v"
+            f"rpe_on must not contain v with mode='bias', got {rpe_on!r}: values have no bias "
+            "encoding, use mode='ctx' or leave out v"
         )
 
 
@@ -98,34 +98,37 @@ def get_rpe_config(
     skip: int = 0,
     rpe_on: str = "k",
 ) -> RPEConfig:
-    """Describe an encoding, with the argument names of the original.
+    """Make an `RPEConfig`, with the argument names of the original iRPE.
 
-    `mode="contextual"` is accepted as the original's long form of `"ctx"`.
+    `mode="contextual"`, the long form of the original, is the same as `"ctx"`.
 
     Raises:
-        ValueError: As `RPEConfig`.
+        ValueError: An argument has a value that is not allowed; see `RPEConfig`.
     """
     mode = "ctx" if mode == "contextual" else mode
     return RPEConfig(ratio, method, mode, shared_head, skip, rpe_on)
 
 
 def parse_rpe_spec(spec: str, *, skip: int = 0) -> RPEConfig | None:
-    """Read `rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}`; an empty spec means no encoding.
+    """Parse a spec, `rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}`.
 
     Args:
-        spec: For example `rpe-1.9-product-ctx-1-qkv`.
-        skip: Tokens before the grid, which a spec does not hold.
+        spec: The spec, for example `rpe-1.9-product-ctx-1-qkv`.
+        skip: Number of tokens before the grid, which is not part of a spec.
+
+    Returns:
+        The configuration; None for an empty spec.
 
     Raises:
-        ValueError: Names the part, its value and what is allowed.
+        ValueError: The spec is malformed, or one of its values is not allowed.
     """
     if not spec:
         return None
     parts = spec.split("-")
     if parts[0] != "rpe" or len(parts) != 6:
         raise ValueError(
-            f"rpe spec {spec!r} has {len(parts)} part{'s' * (len(parts) != 1)} and begins with "
-            f"{parts[0]!r}: it must have the form {_FORM}, for example {_EXAMPLE}"
+            f"rpe spec must have the form {_FORM}, for example {_EXAMPLE}, got {spec!r}, which has "
+            f"{len(parts)} part{'s' * (len(parts) != 1)} and begins with {parts[0]!r}"
         )
     _, ratio, method, mode, shared_head, rpe_on = parts
     if not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", ratio):
@@ -139,9 +142,9 @@ def parse_rpe_spec(spec: str, *, skip: int = 0) -> RPEConfig | None:
 
 
 def format_rpe_spec(config: RPEConfig | None) -> str:
-    """Write a configuration as a spec, the inverse of `parse_rpe_spec` (without `skip`)."""
+    """Write a configuration, without `skip`, as a spec; the inverse of `parse_rpe_spec`."""
     if config is None:
         return ""
-    # Never in scientific notation, whose "1e-05" would not survive the split at the hyphens.
+    # Scientific notation, such as "1e-05", would add a hyphen to the spec.
     ratio = format(Decimal(str(float(config.ratio))), "f")
     return f"rpe-{ratio}-{config.method}-{config.mode}-{int(config.shared_head)}-{config.rpe_on}"

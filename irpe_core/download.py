@@ -1,10 +1,11 @@
-"""Downloading checkpoints: resumable, whole or not at all, by one process at a time.
+"""Download of checkpoints: resumable, and by one process at a time.
 
-What arrives is kept as `<name>.part`, and `<name>.part.json` says of which version of the file it
-is. A later call asks for the rest alone (RFC 9110: `Range`, on the condition `If-Range`); a server
-that does not know ranges, or has another version by now, sends everything, and the file starts
-anew. Only a whole file takes the final name. The partial file is its own lock, which the system
-lifts when a process dies; whoever waited finds the file finished.
+The received bytes are kept in `<name>.part`, and the version of the file that they belong to in
+`<name>.part.json`. A later call requests only the missing bytes (RFC 9110: `Range` with
+`If-Range`). A server that does not support ranges, or that has another version now, sends the whole
+file, and the download starts again. Only a complete file gets its final name. The partial file is
+also the lock, which the operating system releases when a process dies. Other processes wait for it
+and then find the complete file.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ __all__ = ["download", "sha256_of"]
 
 logger = logging.getLogger(__name__)
 
-_TIMEOUT = 30.0  # seconds without an answer or a byte
+_TIMEOUT = 30.0  # seconds to wait for an answer or for more data
 _CHUNK = 1 << 20  # bytes
 
 
@@ -41,24 +42,24 @@ def download(
     sha256: str | None = None,
     progress: bool = True,
 ) -> Path:
-    """Fetch a file, unless one of its name is there.
+    """Download a file, unless a file with its name exists already.
 
-    Several processes may call it at once for the same file: one downloads, the others wait. An
-    interrupted download goes on where it stopped when the function is called again.
+    Several processes may call the function for the same file at the same time: one downloads, the
+    others wait. A call after an interrupted download continues it.
 
     Args:
-        url: An `http(s)://` address, whose last part names the file.
-        directory: Where to put it; None for the checkpoints of the torch hub cache.
-        sha256: The file's checksum in hexadecimal; also checked of a file that is there.
-        progress: Show a bar where stderr is a terminal, in the process that downloads.
+        url: An `http(s)://` URL. Its last part is the name of the file.
+        directory: Folder of the file; None for the checkpoints of the torch hub cache.
+        sha256: Checksum of the file in hexadecimal. An existing file is checked too.
+        progress: Show a progress bar in the process that downloads, if stderr is a terminal.
 
     Returns:
-        The file's path.
+        The path of the file.
 
     Raises:
-        CheckpointError: The address cannot be fetched, the connection broke (what was received is
-            kept, of use if the server said of which version it is), the checksum is another, or
-            the directory cannot be written.
+        CheckpointError: The URL cannot be downloaded, the connection breaks (the received bytes
+            are kept if the server names the version of the file), the checksum differs, or the
+            folder cannot be written.
     """
     name = _file_name(url)
     folder = Path(directory) if directory else Path(torch.hub.get_dir()) / "checkpoints"
@@ -89,14 +90,14 @@ def _file_name(url: str) -> str:
     except ValueError:
         name = host = None
     if not host or parts.scheme not in ("http", "https") or name in ("", ".."):
-        raise CheckpointError(f"{url!r} is not the http:// or https:// address of a file")
+        raise CheckpointError(f"url must be the http:// or https:// URL of a file, got {url!r}")
     return name
 
 
 @contextmanager
 def _locked(part: Path, path: Path) -> Iterator[BinaryIO | None]:
-    """The partial file, open and locked; None where `path` exists, at once or after waiting."""
-    import fcntl  # POSIX alone has it
+    """Open and lock the partial file; yield None if `path` exists, now or after waiting."""
+    import fcntl  # only on POSIX systems
 
     while not path.is_file():
         with part.open("ab", buffering=0) as file:
@@ -112,7 +113,7 @@ def _locked(part: Path, path: Path) -> Iterator[BinaryIO | None]:
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether the open file is there still; another process may have renamed or removed it."""
+    """Tell whether `path` is still the open file; another process may have renamed it."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -120,7 +121,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _complete(file: BinaryIO, url: str, part: Path, sha256: str | None, progress: bool) -> None:
-    """Bring the partial file to its whole length, and check it; left empty, it is removed."""
+    """Download the missing part of the file and check the whole; remove the file if it is empty."""
     notes = _notes(part)
     try:
         have, version = _kept(file, url, notes)
@@ -136,7 +137,8 @@ def _complete(file: BinaryIO, url: str, part: Path, sha256: str | None, progress
             kept = f"which are kept in {part}"
             if not version:
                 kept = (
-                    "and starts anew next time, as the server does not say of which version it is"
+                    "and the next call starts from the beginning, because the server does not name "
+                    "the version of the file"
                 )
             raise CheckpointError(
                 f"the download of {url} broke off at {size} of {total or 'unknown'} bytes, "
@@ -145,7 +147,7 @@ def _complete(file: BinaryIO, url: str, part: Path, sha256: str | None, progress
         if sha256 and (found := sha256_of(part)) != sha256.lower():
             file.truncate(0)
             raise CheckpointError(
-                f"{url} has the SHA-256 {found} instead of {sha256}: what came is removed"
+                f"{url} has the SHA-256 {found} instead of {sha256}: the download is removed"
             )
         os.fsync(file.fileno())
     finally:
@@ -159,7 +161,7 @@ def _notes(part: Path) -> Path:
 
 
 def _kept(file: BinaryIO, url: str, notes: Path) -> tuple[int, str | None]:
-    """Bytes that a former call left, and the version they are of; 0 where that is not known."""
+    """Return the size and version of the bytes of an earlier call; (0, None) if not usable."""
     try:
         known = json.loads(notes.read_text())
         version = known["version"] if known["url"] == url else None
@@ -169,13 +171,13 @@ def _kept(file: BinaryIO, url: str, notes: Path) -> tuple[int, str | None]:
 
 
 def _version(response: HTTPResponse) -> str | None:
-    """What `If-Range` takes: a strong entity tag, or else the date of the last change."""
+    """Return the value for `If-Range`: a strong entity tag, or else the date of the last change."""
     tag = response.headers.get("ETag", "")
     return tag if tag.startswith('"') else response.headers.get("Last-Modified")
 
 
 def _request(url: str, have: int, version: str | None) -> tuple[HTTPResponse, int, int | None]:
-    """Ask for what is missing: the answer, the byte it starts at, and the whole file's length."""
+    """Request the missing bytes; return the response, its first byte and the length of the file."""
     headers = {"User-Agent": "irpe_core"}
     if have:
         headers |= {"Range": f"bytes={have}-", "If-Range": version}
@@ -213,7 +215,7 @@ def _request(url: str, have: int, version: str | None) -> tuple[HTTPResponse, in
 def _copy(
     response: HTTPResponse, file: BinaryIO, title: str, total: int | None, progress: bool
 ) -> tuple[int, str | None]:
-    """Append what comes; the length of the file then, and why no more came, if there is a why."""
+    """Append the response to the file; return the new size, and the error that ended it or None."""
     size = file.seek(0, os.SEEK_END)
     bar = torch.hub.tqdm(
         total=total,
@@ -224,7 +226,7 @@ def _copy(
         unit_scale=True,
         unit_divisor=1024,
     )
-    bar.n = size  # what torch takes where tqdm is not installed knows no `initial`
+    bar.n = size  # torch's substitute for a missing tqdm ignores `initial`
     with bar:
         while True:
             try:
@@ -241,7 +243,7 @@ def _copy(
 
 
 def sha256_of(path: Path) -> str:
-    """A file's checksum in hexadecimal."""
+    """Return the SHA-256 checksum of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -250,7 +252,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _why(error: Exception) -> str:
-    """The reason without Python's numbers and wrappings."""
+    """Return the reason of an error without error numbers and wrapping exceptions."""
     if isinstance(error, URLError) and isinstance(error.reason, Exception):
         error = error.reason
     if isinstance(error, TimeoutError):

@@ -1,11 +1,12 @@
-"""The encodings: a table of learned vectors or scalars, looked up by bucket.
+"""The encodings: a table of learned vectors or scalars, one for each bucket.
 
     contextual, on q or k:  r[b,h,i,j] = x[b,h,i,:] · T[h,:,bucket(i,j)]
     bias, on q or k:        r[h,i,j]   = T[h,bucket(i,j)]
     contextual, on v:       o[b,h,i,:] = Σ_j a[b,h,i,j] · T[h,bucket(i,j),:]
 
-Source: iRPE (Wu et al., ICCV 2021). The product with the table comes before the gather (after
-the bucket sum on v), so nothing of size L × L × d is ever built and the cost is O(L·K·d).
+Source: iRPE (Wu et al., ICCV 2021). On q and k the product with the table is computed before the
+gather, and on v after the bucket sum. So no tensor of size L × L × d is built, and the products
+cost O(L·K·d).
 """
 
 import math
@@ -23,16 +24,28 @@ __all__ = ["ContextualRPE", "BiasRPE", "ValueRPE", "CrossRPE", "build_rpe", "res
 def resolve_grid(
     num_tokens: int, skip: int, height: int | None, width: int | None
 ) -> tuple[int, int]:
-    """Height and width of the grid behind `num_tokens` tokens; a grid is never guessed.
+    """Return the grid of `num_tokens` tokens, the first `skip` of which are not on the grid.
+
+    Args:
+        num_tokens: Number of tokens, with the skipped ones.
+        skip: Number of tokens before the grid.
+        height: Rows of the grid.
+        width: Columns of the grid. If both are None, the grid is a square.
+
+    Returns:
+        Height and width.
 
     Raises:
-        ValueError: The tokens do not form the grid given or, without one, a square.
+        ValueError: The tokens do not form this grid or, without one, a square; or only one of
+            height and width is given.
     """
     grid_tokens = num_tokens - skip
     if (height is None) != (width is None):
-        raise ValueError(f"give both height and width or neither, got {height} and {width}")
+        raise ValueError(
+            f"height and width must both be given or both be None, got {height} and {width}"
+        )
     if height is None:
-        # Not math.isqrt: torch.compile cannot take it of a symbolic length.
+        # torch.compile does not support math.isqrt of a symbolic length.
         side = int(math.sqrt(max(grid_tokens, 0)))
         if side * side != grid_tokens or side == 0:
             raise ValueError(
@@ -42,20 +55,20 @@ def resolve_grid(
         return side, side
     if height < 1 or width < 1 or height * width != grid_tokens:
         raise ValueError(
-            f"a grid of {height} x {width} and {skip} skipped tokens make "
-            f"{height * width + skip} tokens, got {num_tokens}"
+            f"number of tokens must be {height * width + skip} for a grid of {height} x {width} "
+            f"and {skip} skipped tokens, got {num_tokens}"
         )
     return height, width
 
 
 class _TableRPE(nn.Module):
-    """What the three encodings share: configuration, sharing of heads, bucket table, start at 0.
+    """Base class of the three encodings.
 
     Args:
         config: The encoding.
         head_dim: Channels of one head, `d`.
-        num_heads: Heads; the table holds one of them when `config.shared_head`.
-        axis: Which of the tables of `cross` this is, 0 rows or 1 columns; 0 for the others.
+        num_heads: Number of heads. The table has one head only if `config.shared_head`.
+        axis: The term of `cross`, 0 for rows or 1 for columns; 0 for the other methods.
     """
 
     def __init__(self, config: RPEConfig, head_dim: int, num_heads: int, axis: int = 0) -> None:
@@ -65,19 +78,19 @@ class _TableRPE(nn.Module):
         self.num_heads = num_heads
         self.table_heads = 1 if config.shared_head else num_heads
         self.axis = axis
-        # Of the operators; see `irpe_core.set_implementation`.
+        # `irpe_core.set_implementation` changes it.
         self.implementation = "auto"
 
-    def _index(self, x: Tensor, height: int | None, width: int | None) -> Tensor:
+    def _bucket_ids(self, x: Tensor, height: int | None, width: int | None) -> Tensor:
         grid = resolve_grid(x.shape[-2], self.config.skip, height, width)
         return BUCKET_CACHE.get(self.config, *grid, self.axis, like=x)
 
     def _apply_table(self, x: Tensor, table: Tensor) -> Tensor:
-        """`x (B, H, L, n) @ table (Hs, n, m)`; a shared table is one flat matrix product."""
+        """Multiply `x (B, H, L, n)` by `table (Hs, n, m)`; a shared table is one matrix product."""
         return x @ (table[0] if self.table_heads == 1 else table)
 
     def reset_parameters(self) -> None:
-        """Start at zero, so that a fresh encoding changes nothing."""
+        """Set the table to zero, so that a new encoding does not change the outputs."""
         for parameter in self.parameters(recurse=False):
             nn.init.zeros_(parameter)
 
@@ -90,7 +103,7 @@ class _TableRPE(nn.Module):
 
 
 class ContextualRPE(_TableRPE):
-    """Contextual encoding on queries or keys: `r[b,h,i,j] = x[b,h,i,:] · T[h,:,bucket(i,j)]`."""
+    """A contextual encoding on queries or keys: `r[b,h,i,j] = x[b,h,i,:] · T[h,:,bucket(i,j)]`."""
 
     def __init__(self, config: RPEConfig, head_dim: int, num_heads: int, axis: int = 0) -> None:
         super().__init__(config, head_dim, num_heads, axis)
@@ -99,30 +112,30 @@ class ContextualRPE(_TableRPE):
         self.reset_parameters()
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
-        """Encode queries (or keys, whose result is then transposed).
+        """Encode queries, or keys; the result for keys must be transposed.
 
         Args:
-            x: `(B, H, L, d)`.
-            height: Rows of the grid; with `width` None, the tokens must form a square.
-            width: Columns of the grid.
+            x: Queries or keys `(B, H, L, d)`.
+            height: Rows of the grid.
+            width: Columns of the grid. If both are None, the tokens must form a square.
 
         Returns:
-            `(B, H, L, L)`, to be added to the attention logits.
+            The summand of the attention logits, `(B, H, L, L)`.
 
         Raises:
             ValueError: The tokens do not form the grid.
         """
-        index = self._index(x, height, width)
+        ids = self._bucket_ids(x, height, width)
         lookup = self._apply_table(x, self.lookup_table_weight)
-        return rpe_ops.gather(lookup, index, implementation=self.implementation, check_bounds=False)
+        return rpe_ops.gather(lookup, ids, implementation=self.implementation, check_bounds=False)
 
     def table(self) -> Tensor:
-        """What `rpe_ops.attention` reads, `(Hs, d, K)`."""
+        """Return the table `(Hs, d, K)` for `rpe_ops.attention`."""
         return self.lookup_table_weight
 
 
 class BiasRPE(_TableRPE):
-    """Bias encoding on queries or keys: `r[h,i,j] = T[h,bucket(i,j)]`, the same for every input."""
+    """A bias encoding on queries or keys: `r[h,i,j] = T[h,bucket(i,j)]` for all inputs."""
 
     def __init__(self, config: RPEConfig, head_dim: int, num_heads: int, axis: int = 0) -> None:
         super().__init__(config, head_dim, num_heads, axis)
@@ -130,25 +143,30 @@ class BiasRPE(_TableRPE):
         self.reset_parameters()
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
-        """Encode positions; of `x (B, H, L, d)` only the length matters.
+        """Encode positions.
+
+        Args:
+            x: Queries or keys `(B, H, L, d)`. Only their length has an effect.
+            height: Rows of the grid.
+            width: Columns of the grid. If both are None, the tokens must form a square.
 
         Returns:
-            `(1, Hs, L, L)`, to be added to the attention logits.
+            The summand of the attention logits, `(1, Hs, L, L)`.
 
         Raises:
             ValueError: The tokens do not form the grid.
         """
-        index = self._index(x, height, width)
+        ids = self._bucket_ids(x, height, width)
         lookup = self.lookup_table_bias[None, :, None].expand(-1, -1, x.shape[-2], -1)
-        return rpe_ops.gather(lookup, index, implementation=self.implementation, check_bounds=False)
+        return rpe_ops.gather(lookup, ids, implementation=self.implementation, check_bounds=False)
 
     def table(self) -> Tensor:
-        """What `rpe_ops.attention` reads, `(Hs, K)`."""
+        """Return the table `(Hs, K)` for `rpe_ops.attention`."""
         return self.lookup_table_bias
 
 
 class ValueRPE(_TableRPE):
-    """Contextual encoding on values: `o[b,h,i,:] = Σ_j a[b,h,i,j] · T[h,bucket(i,j),:]`."""
+    """A contextual encoding on values: `o[b,h,i,:] = Σ_j a[b,h,i,j] · T[h,bucket(i,j),:]`."""
 
     def __init__(self, config: RPEConfig, head_dim: int, num_heads: int, axis: int = 0) -> None:
         super().__init__(config, head_dim, num_heads, axis)
@@ -160,20 +178,20 @@ class ValueRPE(_TableRPE):
         """Encode attention weights.
 
         Args:
-            attn: `(B, H, L, L)`, after softmax and dropout.
-            height: Rows of the grid; with `width` None, the tokens must form a square.
-            width: Columns of the grid.
+            attn: Attention weights `(B, H, L, L)` after softmax and dropout.
+            height: Rows of the grid.
+            width: Columns of the grid. If both are None, the tokens must form a square.
 
         Returns:
-            `(B, H, L, d)`, to be added to the attention's output.
+            The summand of the attention output, `(B, H, L, d)`.
 
         Raises:
             ValueError: The tokens do not form the grid.
         """
-        index = self._index(attn, height, width)
+        ids = self._bucket_ids(attn, height, width)
         sums = rpe_ops.bucket_sum(
             attn,
-            index,
+            ids,
             self.config.num_buckets,
             implementation=self.implementation,
             check_bounds=False,
@@ -181,12 +199,12 @@ class ValueRPE(_TableRPE):
         return self._apply_table(sums, self.lookup_table_weight)
 
     def table(self) -> Tensor:
-        """What `rpe_ops.attention` reads, `(Hs, K, d)`."""
+        """Return the table `(Hs, K, d)` for `rpe_ops.attention`."""
         return self.lookup_table_weight
 
 
 class CrossRPE(nn.Module):
-    """The Cross method: one encoding of the rows and one of the columns, added."""
+    """The encoding of the method `cross`: the sum of an encoding of rows and one of columns."""
 
     def __init__(
         self, encoding: type[_TableRPE], config: RPEConfig, head_dim: int, num_heads: int
@@ -198,11 +216,11 @@ class CrossRPE(nn.Module):
         self.rp_cols = encoding(config, head_dim, num_heads, axis=1)
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
-        """Encode as the class given does; shapes and errors are its own."""
+        """Encode `x`; arguments, shapes and errors are those of the class `encoding`."""
         return self.rp_rows(x, height, width) + self.rp_cols(x, height, width)
 
     def table(self) -> Tensor:
-        """Both tables beside each other along the buckets: what `rpe_ops.attention` reads."""
+        """Return both tables, joined along the buckets, for `rpe_ops.attention`."""
         buckets = 1 if isinstance(self.rp_rows, ValueRPE) else -1
         return torch.cat((self.rp_rows.table(), self.rp_cols.table()), buckets)
 
@@ -210,18 +228,18 @@ class CrossRPE(nn.Module):
 def build_rpe(
     config: RPEConfig | None, head_dim: int, num_heads: int
 ) -> tuple[nn.Module | None, nn.Module | None, nn.Module | None]:
-    """Modules for queries, keys and values, None where the configuration has no encoding.
+    """Build the encodings on queries, keys and values.
 
-    `rpe_k` is called on the scaled queries, `rpe_q` on the scaled keys and its result transposed,
-    `rpe_v` on the attention weights; `irpe_core.rpe_attention` does all of it.
+    `irpe_core.rpe_attention` calls `rpe_k` on the scaled queries and `rpe_v` on the attention
+    weights. It calls `rpe_q` on the scaled keys and transposes the result.
 
     Args:
-        config: The encoding; None gives three times None.
+        config: The encoding; None for no encoding.
         head_dim: Channels of one head.
         num_heads: Number of heads.
 
     Returns:
-        `(rpe_q, rpe_k, rpe_v)`.
+        `(rpe_q, rpe_k, rpe_v)`. Encodings that are not in `config.rpe_on` are None.
     """
     if config is None:
         return None, None, None

@@ -1,7 +1,7 @@
-"""Errors that one sentence explains."""
+"""The errors of irpe_core. Each message is one sentence that a user understands."""
 
 __all__ = ["CheckpointError"]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be fetched or read, or does not fit the model; the message says why."""
+    """A checkpoint that cannot be downloaded or read, or that does not fit the model."""

@@ -4,13 +4,14 @@
     out    = a v + rpe_v(a),    a = dropout(softmax(logits))
 
 Source: iRPE (Wu et al., ICCV 2021). Without encodings this is
-`torch.nn.functional.scaled_dot_product_attention`, and it keeps that function's conventions: a
-boolean mask is True where attention is allowed, and a query that may attend nowhere yields zeros.
+`torch.nn.functional.scaled_dot_product_attention`. The conventions are the same: a boolean mask is
+True where attention is allowed, and the output of a query that may attend nowhere is zero.
 
-Where an implementation of `rpe_ops.attention` runs on the device, everything is one operator that
-holds nothing of size L × L. Elsewhere, for masks of single pairs, and for encodings whose buckets
-differ, they are written out and added: to torch's attention as a bias, or where rpe_v needs the
-weights, step by step.
+There are two ways to compute it. If an implementation of `rpe_ops.attention` runs on the device,
+attention is one fused operator without any L × L tensor. Otherwise, and also with a mask of single
+pairs or with encodings of different methods or ratios, attention is composed: the encodings are
+L × L tensors that are added to torch's attention as a bias. With rpe_v, which needs the attention
+weights, softmax and products are computed step by step.
 """
 
 import logging
@@ -29,19 +30,20 @@ logger = logging.getLogger(__name__)
 
 
 def set_implementation(module: nn.Module, implementation: str, device: torch.device | str) -> str:
-    """Choose the operators of all encodings in `module`.
+    """Choose the implementation of all encodings in `module`.
 
     Args:
-        module: Holds encodings from `build_rpe`.
+        module: A module that contains encodings from `build_rpe`.
         implementation: `"auto"` or a name in `rpe_ops.IMPLEMENTATIONS`.
-        device: Where the module is going to run.
+        device: Device on which the module will run.
 
     Returns:
-        What will run, and why attention is not fused where it is not; it is logged, too.
+        A description of the operators that will run, with the reason if attention is not fused.
+        It is also logged.
 
     Raises:
         ValueError: The name is unknown.
-        rpe_ops.ImplementationError: An explicit choice that cannot run on the device; says why.
+        rpe_ops.ImplementationError: The named implementation cannot run on the device.
     """
     device = torch.device(device)
     gather = rpe_ops.resolve(implementation, device)
@@ -64,8 +66,8 @@ def _describe(implementation: str, device: torch.device, gather: str) -> str:
 
 
 def _fused_implementation(choice: str, device: torch.device) -> str | None:
-    """The implementation of fused attention to take, None for none."""
-    # Those two have operators to compose attention of, and the reference of attention is an oracle.
+    """Return the implementation of fused attention, or None to compose attention."""
+    # "cuda" has no fused attention, and the fused reference exists only to test the others.
     if choice in ("cuda", "reference"):
         return None
     chosen = rpe_ops.resolve(choice, device, "attention")
@@ -92,18 +94,18 @@ def rpe_attention(
         q: Queries `(B, H, L, d)`, not yet scaled.
         k: Keys `(B, H, L, d)`.
         v: Values `(B, H, L, d)`.
-        rpe_q: Encoding that reads the keys, from `build_rpe`.
-        rpe_k: Encoding that reads the queries.
-        rpe_v: Encoding that reads the attention weights.
-        height: Rows of the grid; with `width` None, the tokens must form a square.
-        width: Columns of the grid.
-        attn_mask: Broadcastable to `(B, H, L, L)`; boolean, True where attention is allowed, or
-            floating point, added to the logits after the encodings.
+        rpe_q: Encoding from `build_rpe`, computed from the keys.
+        rpe_k: Encoding from `build_rpe`, computed from the queries.
+        rpe_v: Encoding from `build_rpe`, computed from the attention weights.
+        height: Rows of the grid.
+        width: Columns of the grid. If both are None, the tokens must form a square.
+        attn_mask: Mask that can be broadcast to `(B, H, L, L)`: boolean, True where attention is
+            allowed, or floating point, added to the logits with the encodings.
         dropout_p: Probability of dropping an attention weight; 0 for evaluation.
-        scale: Factor on the queries, default `d**-0.5`.
+        scale: Factor on the queries (on the keys for `rpe_q`); default `d**-0.5`.
 
     Returns:
-        `(B, H, L, d)`.
+        The output `(B, H, L, d)`.
 
     Raises:
         ValueError: The tokens do not form the grid, queries and keys differ in number, the scale is
@@ -118,18 +120,18 @@ def rpe_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if scale == 0:
-        raise ValueError("scale must not be 0")
+        raise ValueError(f"scale must not be 0, got {scale!r}")
     encodings = rpe_q, rpe_k, rpe_v
     fused = _fused_implementation(_first(encodings).implementation, q.device)
-    takes = fused is not None and not rpe_ops.reason_against_input(fused, q)
-    if takes and _is_key_padding(attn_mask, q) and _share_buckets(encodings):
+    can_fuse = fused is not None and not rpe_ops.reason_against_input(fused, q)
+    if can_fuse and _is_key_padding(attn_mask, q) and _share_buckets(encodings):
         return _fused_attention(
             q, k, v, encodings, (height, width), attn_mask, dropout_p, scale, fused
         )
-    bias = logit_bias(q, k, rpe_q, rpe_k, height, width, scale)
+    bias = logit_bias(q, k, rpe_q, rpe_k, (height, width), scale)
     bias = add_mask(bias, attn_mask, q.dtype)
-    # On the CPU torch's attention has no kernel with the gradient of a bias, and the composition it
-    # falls back to checks every row for masks.
+    # On the CPU, torch's attention has no fused kernel with the gradient of a bias. Its fallback
+    # checks every row for masks, which is slower than the steps below.
     if rpe_v is None and (q.is_cuda or not torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=scale)
     attn_BHQK = attention_weights(q * scale, k, bias, has_mask=attn_mask is not None)
@@ -144,7 +146,7 @@ def _first(encodings: tuple[nn.Module | None, ...]) -> nn.Module:
 
 
 def _share_buckets(encodings: tuple[nn.Module | None, ...]) -> bool:
-    """Whether all encodings have the same buckets and operators; else each goes its own way."""
+    """Tell whether all encodings have the same buckets and the same implementation."""
     kinds = {
         (e.config.method, e.config.ratio, e.config.skip, e.implementation)
         for e in encodings
@@ -154,7 +156,7 @@ def _share_buckets(encodings: tuple[nn.Module | None, ...]) -> bool:
 
 
 def _is_key_padding(mask: Tensor | None, q: Tensor) -> bool:
-    """Whether there is no mask, or a boolean one of keys alone, `(B, 1, 1, L)`."""
+    """Tell whether the mask is None, or a boolean mask of keys, `(B, 1, 1, L)`."""
     if mask is None:
         return True
     return mask.dtype == torch.bool and mask.shape == (q.shape[0], 1, 1, q.shape[2])
@@ -165,18 +167,18 @@ def _fused_attention(
     k: Tensor,
     v: Tensor,
     encodings: tuple[nn.Module | None, ...],
-    hw: tuple[int | None, int | None],
+    grid: tuple[int | None, int | None],
     allowed: Tensor | None,
     dropout_p: float,
     scale: float,
     implementation: str,
 ) -> Tensor:
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        # As autocast does with torch's attention.
+        # Autocast treats torch's attention in the same way.
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     config = _first(encodings).config
-    grid = resolve_grid(q.shape[-2], config.skip, *hw)
+    height, width = resolve_grid(q.shape[-2], config.skip, *grid)
     table_q, table_k, table_v = (
         None if encoding is None else encoding.table().to(q.dtype) for encoding in encodings
     )
@@ -184,7 +186,7 @@ def _fused_attention(
         q,
         k,
         v,
-        BUCKET_CACHE.grid(config, *grid, like=q),
+        BUCKET_CACHE.grid(config, height, width, like=q),
         table_k=table_k,
         table_q=table_q,
         table_v=table_v,
@@ -200,20 +202,19 @@ def logit_bias(
     k: Tensor,
     rpe_q: nn.Module | None,
     rpe_k: nn.Module | None,
-    height: int | None,
-    width: int | None,
+    grid: tuple[int | None, int | None],
     scale: float,
 ) -> Tensor | None:
-    """Sum of the encodings of the logits, broadcastable to `(B, H, L, L)`."""
-    bias = None if rpe_k is None else rpe_k(q * scale, height, width)
+    """Sum the encodings of the logits; the result can be broadcast to `(B, H, L, L)`."""
+    bias = None if rpe_k is None else rpe_k(q * scale, *grid)
     if rpe_q is not None:
-        on_q = rpe_q(k * scale, height, width).transpose(-2, -1)
+        on_q = rpe_q(k * scale, *grid).transpose(-2, -1)
         bias = on_q if bias is None else bias + on_q
     return bias
 
 
 def add_mask(bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Encodings and mask as one additive bias in the queries' dtype."""
+    """Combine encodings and mask into one additive bias of the given dtype."""
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
     elif mask is not None and not mask.is_floating_point():
@@ -226,7 +227,7 @@ def add_mask(bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Te
 
 
 def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, *, has_mask: bool) -> Tensor:
-    """`softmax(q kᵀ + bias)`; rows that may attend nowhere are zero, as in torch's attention."""
+    """Compute `softmax(q kᵀ + bias)`; rows that may attend nowhere are zero."""
     logits = q @ k.transpose(-2, -1)
     if bias is not None:
         logits += bias
@@ -234,5 +235,5 @@ def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, *, has_mask: bo
         return logits.softmax(-1)
     nowhere = torch.isneginf(logits).all(-1, keepdim=True)
     attn = logits.masked_fill_(nowhere, 0.0).softmax(-1)
-    # Softmax keeps its output for the backward pass: only without one may it be overwritten.
+    # The backward pass of softmax needs its output, which must not be overwritten then.
     return attn.masked_fill(nowhere, 0.0) if attn.requires_grad else attn.masked_fill_(nowhere, 0.0)

@@ -1,7 +1,7 @@
-"""Why weights do not fit a model, in a sentence: which keys, and the likely cause.
+"""Description of weights that do not fit a model: the keys, and the likely cause.
 
-Names and shapes are all there is to compare: those of the encodings, and those that timm's vision
-transformers and DETR (Carion et al., ECCV 2020) give their parts.
+The cause is derived from names and shapes alone: those of the encodings, and those that timm's
+vision transformers and DETR (Carion et al., ECCV 2020) give their parts.
 """
 
 import math
@@ -17,7 +17,7 @@ TABLE = re.compile(r"(?:^|\.)rpe_([qkv])\.(rp_rows\.|rp_cols\.)?lookup_table_(we
 _BLOCK = re.compile(r"^(.*?(?:blocks|layers))\.(\d+)\.")
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
-# Keys, the axis of their shape that tells, and what it tells of checkpoint and model.
+# Pattern of a key, the axis of its shape to compare, and the text about checkpoint and model.
 _SIZES = (
     (r"(^|\.)norm\d*\.weight$", 0, "is {} channels wide, the model {}"),
     (r"(^|\.)patch_embed\.proj\.weight$", -1, "has patches of {} pixels, the model of {}"),
@@ -25,7 +25,7 @@ _SIZES = (
     (r"(^|\.)(head|fc|class_embed)\.weight$", 0, "has {} class outputs, the model {}"),
     (r"(^|\.)query_embed\.weight$", 0, "has {} object queries, the model {}"),
 )
-# How the keys of a part begin that a model may have or not.
+# Prefixes of the keys of optional parts of a model.
 _PARTS = {
     "dist_token": "distillation token",
     "pos_embed": "position embedding",
@@ -36,21 +36,22 @@ _PARTS = {
 def describe_mismatch(
     found: Mapping[str, tuple[int, ...] | None], wanted: Shapes, method: str | None = None
 ) -> str | None:
-    """Say how weights differ from what a model takes.
+    """Describe how a state dict differs from that of a model.
 
     Args:
-        found: Shape of every entry of the state dict; None of what is no tensor.
-        wanted: Shape of every entry of the model's.
-        method: The method of the model's encodings.
+        found: Shape of every entry of the state dict; None for an entry that is not a tensor.
+        wanted: Shape of every entry of the state dict of the model.
+        method: Method of the encodings of the model.
 
     Returns:
-        Missing, unexpected and wrongly shaped keys, and the likely cause; None where all fits.
+        Missing, unexpected and wrongly shaped keys, and the likely cause; None if the state dict
+        fits.
     """
     problems = {
         "missing": [(key, "") for key in wanted if key not in found],
         "unexpected": [(key, "") for key in found if key not in wanted],
         "wrongly shaped": [
-            (key, f" is {'no tensor' if shape is None else shape}, the model's is {wanted[key]}")
+            (key, f" is {'not a tensor' if shape is None else shape}, the model's is {wanted[key]}")
             for key, shape in found.items()
             if key in wanted and shape != wanted[key]
         ],
@@ -66,7 +67,7 @@ def describe_mismatch(
 
 
 def _abridge(faults: list[tuple[str, str]], most: int = 3) -> str:
-    """Keys that differ in numbers alone, as those of many layers do, become one with stars."""
+    """List at most `most` keys; keys that differ only in numbers become one, with stars."""
     groups: dict[tuple[str, str], list[str]] = {}
     for key, fault in faults:
         groups.setdefault((_NUMBER.sub("*", key), fault), []).append(key)
@@ -79,12 +80,13 @@ def _abridge(faults: list[tuple[str, str]], most: int = 3) -> str:
 
 
 def _causes(found: Shapes, wanted: Shapes, method: str | None) -> Iterator[str]:
-    """Each goes on from "the checkpoint"."""
+    """Yield the likely causes; each text continues the words "the checkpoint"."""
     if not found.keys() & wanted.keys():
         yield _why_nothing_is_common(found, wanted)
         return
     differing = {key for key in {*found, *wanted} if found.get(key) != wanted.get(key)}
     if all(key.endswith(".num_batches_tracked") for key in differing):
+        # Only ordinary batch norms have this entry.
         kinds = ("ordinary", "frozen")[:: 1 if differing & found.keys() else -1]
         yield "has {} batch norms, the model {} ones".format(*kinds)
     elif any(key.startswith("backbone.") for key in differing):
@@ -102,8 +104,8 @@ def _causes(found: Shapes, wanted: Shapes, method: str | None) -> Iterator[str]:
                     break
     yield from _causes_in_tables(_tables(found), _tables(wanted), method)
     for start, part in _PARTS.items():
-        has, takes = (any(key.startswith(start) for key in keys) for keys in (found, wanted))
-        if has != takes:
+        has, needs = (any(key.startswith(start) for key in keys) for keys in (found, wanted))
+        if has != needs:
             yield f"has a {part}, the model none" if has else f"has no {part}, the model has one"
 
 
@@ -115,17 +117,17 @@ def _why_nothing_is_common(found: Shapes, wanted: Shapes) -> str:
             return f"lacks {prefix!r} before its names, which the model has"
         if any(prefix + key in found for key in wanted):
             return f"has {prefix!r} before its names, which the model has not"
-    return "is of another kind of model, none of whose names is the same"
+    return "is of another kind of model: they have no name in common"
 
 
 def _depths(shapes: Shapes) -> dict[str, int]:
-    """Number of blocks under each name, such as `transformer.encoder.layers`."""
+    """Count the blocks under each name, such as `transformer.encoder.layers`."""
     places = {match.groups() for match in map(_BLOCK.match, shapes) if match}
     return {name: sum(name == other for other, _ in places) for name, _ in sorted(places)}
 
 
 class _Tables(NamedTuple):
-    """The encodings of a state dict, by the first of its tables."""
+    """The encodings of a state dict, as described by its first table."""
 
     letters: str
     attentions: int
@@ -138,7 +140,7 @@ class _Tables(NamedTuple):
 
 def _tables(shapes: Shapes) -> _Tables | None:
     hits = [(match, shapes[key]) for key in shapes if (match := TABLE.search(key))]
-    # A stranger's file may hold anything under these names.
+    # An untrusted file may hold tensors of any shape under these names.
     hits = [(m, shape) for m, shape in hits if len(shape) == (2 if m[3] == "bias" else 3)]
     if not hits:
         return None
@@ -169,7 +171,7 @@ def _causes_in_tables(
     elif found.attentions != wanted.attentions:
         yield f"has iRPE in {found.attentions} attentions, the model in {wanted.attentions}"
     if found.cross != wanted.cross:
-        yield f"{'has' if found.cross else 'has not'} iRPE of the method cross, unlike the model"
+        yield f"{'has' if found.cross else 'has no'} iRPE of the method cross, unlike the model"
     elif found.buckets != wanted.buckets:
         yield _other_buckets(found.buckets, wanted.buckets, method)
     if found.bias != wanted.bias:
@@ -206,7 +208,7 @@ def _other_buckets(found: int, wanted: int, method: str | None) -> str:
 
 
 def _side(buckets: int) -> int | None:
-    """Of the square that product tables are, with or without a bucket for skipped tokens."""
+    """Return the buckets per axis of a product table, with or without the one of skipped tokens."""
     for skipped in (0, 1):
         side = math.isqrt(max(buckets - skipped, 0))
         if side % 2 and side * side + skipped == buckets:

@@ -1,9 +1,9 @@
-"""Self-attention modules with relative position encoding, under the parameter names users know.
+"""Self-attention modules with relative position encoding and the parameter names of timm.
 
-`RPEAttention` is the attention of timm's vision transformers (`timm.layers.Attention`) with
-`rpe_q`, `rpe_k`, `rpe_v` beside it. It differs in one thing: it has to know the grid of its
-tokens, which a transformer block does not pass on; `grid` holds it. EVA's attention
-(`timm.models.eva.EvaAttention`) has other projections, and is taken over with them.
+`RPEAttention` is the attention of timm's vision transformers (`timm.layers.Attention`) with the
+encodings `rpe_q`, `rpe_k` and `rpe_v`. It needs the grid of its tokens, which a transformer block
+does not pass to its attention, so it is an attribute, `grid`. The attention of EVA
+(`timm.models.eva.EvaAttention`) has different projections, and keeps them when it is replaced.
 """
 
 import torch
@@ -26,10 +26,10 @@ class RPEAttention(nn.Module):
 
     Args:
         dim: Channels of the tokens.
-        num_heads: Heads; must divide `dim`.
+        num_heads: Number of heads; must divide `dim`.
         rpe: The encoding; None for plain attention.
-        grid: `(height, width)` of the tokens behind `rpe.skip`; None for a square.
-        qkv_bias: Whether the joint projection has a bias.
+        grid: Height and width in tokens, without the skipped tokens; None for a square.
+        qkv_bias: Add a bias to the joint projection of queries, keys and values.
         attn_drop: Dropout probability of the attention weights.
         proj_drop: Dropout probability of the output.
 
@@ -69,28 +69,33 @@ class RPEAttention(nn.Module):
     def from_attention(
         cls, attention: nn.Module, rpe: RPEConfig, grid: tuple[int, int] | None = None
     ) -> "RPEAttention":
-        """Take over the layers and weights of a `timm.layers.Attention`, or of EVA's.
+        """Make a replacement of an attention of timm, with its layers and weights.
 
-        The encodings start at zero, so the result computes what `attention` did.
+        The encodings start at zero, so the replacement computes the same as `attention`.
+
+        Args:
+            attention: A `timm.layers.Attention` or `timm.models.eva.EvaAttention`.
+            rpe: The encoding.
+            grid: Height and width in tokens, without the skipped tokens; None for a square.
 
         Raises:
-            ValueError: `attention` is of another class, be it a subclass, or computes more than
-                `RPEAttention` does.
+            ValueError: `attention` is of another class, also a subclass, or computes something that
+                `RPEAttention` does not compute.
         """
         check_replaceable(attention, TIMM_ATTENTIONS)
         is_eva = class_path(attention).endswith("EvaAttention")
-        # On the meta device: nothing is allocated and no random numbers are drawn.
+        # The meta device allocates no memory and draws no random numbers.
         with torch.device("meta"):
             self = (_RPEEvaAttention if is_eva else cls)(
                 attention.proj.in_features, attention.num_heads, grid=grid
             )
-        # Before the layers are taken over, each of which keeps its own mode.
+        # This comes before the layers, so that each of them keeps its own mode.
         self.train(attention.training)
         if not getattr(attention, "fused_attn", False):
-            # Torch's own attention, which timm calls otherwise, is not told of it.
+            # With `fused_attn`, timm ignores `scale` and uses the default of torch's attention.
             self.scale = attention.scale
         for name in _LAYERS + (_EVA_LAYERS if is_eva else ()):
-            # Older releases of timm lack some of them.
+            # Older releases of timm do not have all of them.
             setattr(self, name, getattr(attention, name, getattr(self, name)))
         weight = self.proj.weight
         self.rpe_q, self.rpe_k, self.rpe_v = (
@@ -105,18 +110,18 @@ class RPEAttention(nn.Module):
         """Attend among the tokens.
 
         Args:
-            x: `(B, L, C)`, skipped tokens first, then the grid row by row.
-            attn_mask: As in `rpe_attention`.
-            is_causal: Not defined on a grid.
+            x: Tokens `(B, L, dim)`: first the skipped tokens, then the grid row by row.
+            attn_mask: Mask as in `rpe_attention`.
+            is_causal: Must be False. It exists because timm passes it.
 
         Returns:
-            `(B, L, C)`.
+            The output `(B, L, dim)`.
 
         Raises:
-            ValueError: The tokens do not form the grid, or `is_causal`.
+            ValueError: The tokens do not form the grid, or `is_causal` is True.
         """
         if is_causal:
-            raise ValueError("is_causal=True has no meaning on a two-dimensional grid")
+            raise ValueError("is_causal must be False on a two-dimensional grid, got True")
         gate = None if self.gate is None else self.gate(x).sigmoid()
         q, k, v = self._project(x)
         height, width = self.grid or (None, None)
@@ -137,17 +142,17 @@ class RPEAttention(nn.Module):
         return self.proj_drop(self.proj(out if gate is None else out * gate))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values `(B, H, L, d)`."""
+        """Return queries, keys and values `(B, H, L, d)`."""
         return self._cut(self.qkv(x))
 
     def _cut(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        # Into three before the heads: the backward joins their gradients in one copy, not in two.
+        # Splitting before the heads saves a copy of the gradients in the backward pass.
         heads = self.num_heads, self.head_dim
         return tuple(part.unflatten(-1, heads).transpose(1, 2) for part in qkv.chunk(3, -1))
 
 
 class _RPEEvaAttention(RPEAttention):
-    """EVA's projections: one without a bias on keys, or three. RoPE is never given to it."""
+    """`RPEAttention` with the projections of EVA: one without a bias on keys, or three."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -161,9 +166,12 @@ class _RPEEvaAttention(RPEAttention):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """As `RPEAttention`; `rope` is in EVA's signature and must be None."""
+        """Attend as `RPEAttention`; `rope` must be None. It exists because EVA passes it."""
         if rope is not None:
-            raise ValueError("iRPE does not go with rotary position embeddings (rope)")
+            raise ValueError(
+                f"rope must be None, got a {type(rope).__name__}: iRPE cannot be combined with "
+                "rotary position embeddings"
+            )
         return super().forward(x, attn_mask, is_causal)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:

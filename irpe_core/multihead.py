@@ -1,11 +1,12 @@
-"""`nn.MultiheadAttention` with relative position encoding, under torch's own parameter names.
+"""`nn.MultiheadAttention` with relative position encoding and the same parameter names.
 
-    q, k, v = the three projections, cut into heads
+    q, k, v = projections of query, key and value, split into heads
     out     = out_proj(rpe_attention(q, k, v))
 
-Source: iRPE (Wu et al., ICCV 2021), whose DETR has it in the encoder. Without an encoding it is
-torch's module, to the last bit. With one, two things differ: the grid of the tokens must be known
-(`hw=` or `grid`), and a query that may attend nowhere yields zeros, never NaN.
+Source: iRPE (Wu et al., ICCV 2021), which has it in the encoder of DETR. Without an encoding the
+outputs are bit-identical to those of torch's module. With one there are two differences: the module
+needs the grid of the tokens (`hw=` or `grid`), and the attention of a query that may attend nowhere
+is zero instead of NaN.
 """
 
 import torch
@@ -25,15 +26,15 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
 
     Args:
         embed_dim: Channels of the tokens.
-        num_heads: Heads; must divide `embed_dim`.
+        num_heads: Number of heads; must divide `embed_dim`.
         dropout: Probability of dropping an attention weight in training.
-        bias: Whether the projections have biases.
-        batch_first: Tokens are `(B, L, C)` instead of `(L, B, C)`.
+        bias: Add biases to the projections.
+        batch_first: Tokens are `(B, L, embed_dim)` instead of `(L, B, embed_dim)`.
         rpe: The encoding; None for plain attention.
-        grid: `(height, width)` of the tokens behind `rpe.skip`, where `hw` is not passed; None for
-            a square.
-        device: Where the parameters are.
-        dtype: Of the parameters.
+        grid: Height and width in tokens, without the skipped tokens, for calls without `hw`; None
+            for a square.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
 
     Raises:
         ValueError: `num_heads` does not divide `embed_dim`.
@@ -77,8 +78,8 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             for encoding in build_rpe(rpe, self.head_dim, self.num_heads)
         )
         if rpe is not None:
-            # nn.TransformerEncoderLayer, in evaluation, feeds the weights of an attention of equal
-            # widths to a kernel of its own, which would leave the encodings out.
+            # Otherwise nn.TransformerEncoderLayer passes the weights, in evaluation, to a fused
+            # kernel that has no encodings.
             self._qkv_same_embed_dim = False
 
     @classmethod
@@ -88,12 +89,17 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         rpe: RPEConfig,
         grid: tuple[int, int] | None = None,
     ) -> "RPEMultiheadAttention":
-        """Take over the weights of an `nn.MultiheadAttention`.
+        """Make a replacement of an `nn.MultiheadAttention`, with its weights.
 
-        The encodings start at zero, so the result computes what `attention` did.
+        The encodings start at zero, so the replacement computes the same as `attention`.
+
+        Args:
+            attention: The attention to replace.
+            rpe: The encoding.
+            grid: Height and width in tokens, without the skipped tokens; None for a square.
 
         Raises:
-            ValueError: `attention` is of another class, or no plain self-attention.
+            ValueError: `attention` is of another class, or is not plain self-attention.
         """
         check_replaceable(attention, TORCH_ATTENTIONS)
         self = cls(
@@ -105,7 +111,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             device="meta",
         )
         self._set_encodings(rpe, attention.in_proj_weight.device, attention.in_proj_weight.dtype)
-        # Before the layers are taken over, each of which keeps its own mode.
+        # This comes before the layers, so that each of them keeps its own mode.
         self.train(attention.training)
         for name in ("in_proj_weight", "in_proj_bias", "out_proj"):
             setattr(self, name, getattr(attention, name))
@@ -113,7 +119,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
 
     @property
     def has_rpe(self) -> bool:
-        """Whether there is an encoding on any of queries, keys and values."""
+        """True if there is an encoding on queries, keys or values."""
         return not (self.rpe_q is None and self.rpe_k is None and self.rpe_v is None)
 
     def forward(
@@ -129,24 +135,26 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         *,
         hw: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend; arguments and masks as in `nn.MultiheadAttention`, with the grid beside them.
+        """Attend, with the arguments and masks of `nn.MultiheadAttention`, and the grid.
 
         Args:
-            query: `(L, B, C)`, `(B, L, C)` with `batch_first`, or `(L, C)`.
-            key: Like `query`; the same tokens when there is an encoding.
-            value: Like `key`.
+            query: Tokens `(L, B, embed_dim)`, `(B, L, embed_dim)` with `batch_first`, or
+                `(L, embed_dim)`.
+            key: Tokens, shaped like `query`. With an encoding they must be the same tokens.
+            value: Tokens, shaped like `key`.
             key_padding_mask: `(B, L)`, boolean with True on padding, or added to the logits.
-            need_weights: Also return the attention weights; slower.
+            need_weights: Also return the attention weights, which is slower.
             attn_mask: `(L, L)` or `(B * num_heads, L, L)`, boolean with True where attention is
-                not allowed, or added to the logits after the encodings.
+                not allowed, or added to the logits with the encodings.
             average_attn_weights: Return the mean of the weights over the heads.
             is_causal: A hint that `attn_mask` is causal.
-            hw: Height and width of the grid behind `rpe.skip` tokens, which lie row by row; None
-                for `grid`, or a square without it. Without an encoding it has no effect.
+            hw: The grid: height and width in tokens, without the skipped tokens. The tokens are in
+                row-major order. None for the attribute `grid`, or a square if that is None too.
+                Without an encoding, `hw` has no effect.
 
         Returns:
-            The output, shaped like `query`, and the weights `(B, L, L)`, `(B, num_heads, L, L)`
-            when not averaged, or None.
+            The output, shaped like `query`, and the weights `(B, L, L)`, or
+            `(B, num_heads, L, L)` if not averaged, or None.
 
         Raises:
             ValueError: The tokens do not form the grid, query and key differ in shape, or a mask
@@ -165,11 +173,11 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             )
         if query.is_nested:
             raise ValueError(
-                "relative positions need padded tensors, got a nested one: build the "
-                "nn.TransformerEncoder with enable_nested_tensor=False or give it to add_irpe"
+                "query must be a padded tensor for relative positions, got a nested one: build the "
+                "nn.TransformerEncoder with enable_nested_tensor=False or pass it to add_irpe"
             )
         if is_causal and attn_mask is None:
-            raise ValueError("is_causal=True is a hint about attn_mask, which is None")
+            raise ValueError("attn_mask must be given with is_causal=True, got None")
         if query.shape != key.shape:
             raise ValueError(
                 "query and key must be the same tokens for relative positions, "
@@ -183,7 +191,8 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = self._project(query, key, value)
         allowed = self._merge_masks(key_padding_mask, attn_mask, *q.shape[:3], q.dtype)
-        out, weights = self._attend(q, k, v, allowed, hw or self.grid or (None, None), need_weights)
+        grid = hw or self.grid or (None, None)
+        out, weights = self._attend(q, k, v, allowed, grid, need_weights)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
@@ -192,7 +201,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         return (out if self.batch_first else out.transpose(0, 1)), weights
 
     def _project(self, *inputs: Tensor) -> list[Tensor]:
-        """Queries, keys and values `(B, H, L, d)`."""
+        """Return queries, keys and values `(B, H, L, d)`."""
         weights = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         return [
@@ -206,23 +215,24 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        hw: tuple[int | None, int | None],
+        grid: tuple[int | None, int | None],
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Output `(B, H, L, d)`, and the weights `(B, H, L, L)` when needed."""
+        """Return the output `(B, H, L, d)`, and the weights `(B, H, L, L)` or None."""
         dropout_p = self.dropout if self.training else 0.0
         encodings = (self.rpe_q, self.rpe_k, self.rpe_v)
         if not need_weights:
+            height, width = grid
             out = rpe_attention(
-                q, k, v, *encodings, height=hw[0], width=hw[1], attn_mask=mask, dropout_p=dropout_p
+                q, k, v, *encodings, height=height, width=width, attn_mask=mask, dropout_p=dropout_p
             )
             return out, None
         scale = self.head_dim**-0.5
-        bias = add_mask(logit_bias(q, k, *encodings[:2], *hw, scale), mask, q.dtype)
+        bias = add_mask(logit_bias(q, k, *encodings[:2], grid, scale), mask, q.dtype)
         attn_BHQK = attention_weights(q * scale, k, bias, has_mask=mask is not None)
         attn_BHQK = F.dropout(attn_BHQK, dropout_p, training=dropout_p > 0)
         out = attn_BHQK @ v
-        return out if self.rpe_v is None else out + self.rpe_v(attn_BHQK, *hw), attn_BHQK
+        return out if self.rpe_v is None else out + self.rpe_v(attn_BHQK, *grid), attn_BHQK
 
     @staticmethod
     def _merge_masks(
@@ -233,7 +243,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         length: int,
         dtype: torch.dtype,
     ) -> Tensor | None:
-        """Both masks as one that `rpe_attention` takes, where True means allowed."""
+        """Combine both masks into one for `rpe_attention`, where True means allowed."""
         masks = []
         if padding is not None:
             _check_shape("key_padding_mask", padding, (batch, length))

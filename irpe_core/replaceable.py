@@ -1,8 +1,8 @@
-"""Which attention iRPE can take the place of, and why not another.
+"""The attention classes that iRPE can replace, and reasons against replacing others.
 
-A replacement must compute, while its tables are zero, exactly what was there. That is known of
-the classes below and of no other, whatever their layers are called: a subclass, a gate or a hook
-may change the result without a trace in the parameters.
+As long as its tables are zero, a replacement must compute exactly what the original computes. This
+is only known for the classes below. Names of layers and parameters are not enough: a subclass or a
+hook may change the result and have the same parameters.
 """
 
 import inspect
@@ -19,7 +19,7 @@ __all__ = [
 
 TIMM_ATTENTIONS = {
     "timm.layers.attention.Attention",
-    "timm.models.vision_transformer.Attention",  # where older releases have it
+    "timm.models.vision_transformer.Attention",  # older releases of timm
     "timm.models.eva.EvaAttention",
     "irpe_core.modules.RPEAttention",
 }
@@ -28,7 +28,7 @@ TORCH_ATTENTIONS = {
     "irpe_core.multihead.RPEMultiheadAttention",
 }
 
-# Of timm's two classes together, in parameters, buffers and modules, and in arguments.
+# Parameters, buffers and modules, and arguments, of the two classes of timm.
 _TIMM_STATE = {
     *("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "v_bias"),
     *("q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"),
@@ -37,12 +37,12 @@ _TIMM_ARGUMENTS = {"x", "rope", "attn_mask", "is_causal"}
 
 
 def class_path(module: nn.Module) -> str:
-    """Where the class of a module is defined, `package.module.Class`."""
+    """Return the full name of the class of a module, `package.module.Class`."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def check_replaceable(attention: nn.Module, classes: set[str]) -> None:
-    """Raise ValueError, with the reason, unless iRPE can take the place of `attention`."""
+    """Raise ValueError, with the reason, if iRPE cannot replace `attention`."""
     reason = reason_against(attention, classes)
     if reason:
         raise ValueError(f"{class_path(attention)} {reason}")
@@ -51,11 +51,11 @@ def check_replaceable(attention: nn.Module, classes: set[str]) -> None:
 def reason_against(
     attention: nn.Module, classes: set[str] = TIMM_ATTENTIONS | TORCH_ATTENTIONS
 ) -> str:
-    """Why iRPE cannot take the place of an attention; empty where it can.
+    """Return why iRPE cannot replace an attention; empty if it can.
 
     Args:
         attention: The module.
-        classes: Paths of the classes that are taken.
+        classes: Full names of the classes that can be replaced.
     """
     own = [getattr(attention, name, None) for name in ("rpe_q", "rpe_k", "rpe_v")]
     if any(table is not None for table in own):
@@ -65,9 +65,9 @@ def reason_against(
     if any(hooks for name, hooks in vars(attention).items() if name.endswith("_hooks")):
         return "has hooks, which would be lost: register them after add_irpe"
     if "forward" in vars(attention):
-        return "has a forward of its own in place of its class's"
-    is_timms = class_path(attention) in TIMM_ATTENTIONS
-    return _reason_against_timms(attention) if is_timms else _reason_against_torchs(attention)
+        return "has a forward that is not the one of its class"
+    is_timm = class_path(attention) in TIMM_ATTENTIONS
+    return _reason_against_timm(attention) if is_timm else _reason_against_torch(attention)
 
 
 def _reason_against_class(attention: nn.Module, classes: set[str]) -> str:
@@ -79,12 +79,12 @@ def _reason_against_class(attention: nn.Module, classes: set[str]) -> str:
         return "already adds a relative position bias"
     if "rope" in words or "rotary" in name:
         return "already rotates queries and keys by position (RoPE)"
-    timms = ["timm's Attention", "timm's EvaAttention"] if classes & TIMM_ATTENTIONS else []
-    torchs = ["nn.MultiheadAttention"] if classes & TORCH_ATTENTIONS else []
-    return f"is not {' or '.join(timms + torchs)}: what else it may compute would be lost"
+    names = ["timm's Attention", "timm's EvaAttention"] if classes & TIMM_ATTENTIONS else []
+    names += ["nn.MultiheadAttention"] if classes & TORCH_ATTENTIONS else []
+    return f"is not {' or '.join(names)}: anything else that it computes would be lost"
 
 
-def _reason_against_timms(attention: nn.Module) -> str:
+def _reason_against_timm(attention: nn.Module) -> str:
     state = {name.split(".")[0] for name in attention.state_dict()}
     extra = sorted(state - _TIMM_STATE)
     arguments = set(inspect.signature(attention.forward).parameters)
@@ -92,9 +92,11 @@ def _reason_against_timms(attention: nn.Module) -> str:
     return f"also has {', '.join(extra)}, which would be lost" if extra else ""
 
 
-def _reason_against_torchs(attention: nn.MultiheadAttention) -> str:
+def _reason_against_torch(attention: nn.MultiheadAttention) -> str:
     if not attention._qkv_same_embed_dim:
-        return "has keys or values of another width than its queries: it is no self-attention"
+        return "has keys or values of another width than its queries: it is not self-attention"
     if attention.bias_k is not None or attention.add_zero_attn:
-        return "adds a token to keys and values (add_bias_kv, add_zero_attn) that is on no grid"
+        return (
+            "adds a token to keys and values (add_bias_kv, add_zero_attn) that is not on the grid"
+        )
     return ""

@@ -117,7 +117,7 @@ def test_weights_that_are_no_tensors_are_refused(name, flags, trained, tmp_path,
     code, line = failure(*flags, "--finetune", str(tmp_path / "odd.pth"))
     assert code == 1
     assert f"{name!r} of " in line
-    assert "odd.pth' has a float under 'class_embed.weight': a tensor is needed" in line
+    assert "odd.pth' must hold tensors, got a float under 'class_embed.weight'" in line
 
 
 def test_checkpoint_of_another_class_count_is_refused(flags, trained, failure):

@@ -1,4 +1,4 @@
-"""add_irpe: the grid of every image, the layers chosen, refusals. Families: test_add_timm.py."""
+"""add_irpe: grids, chosen layers, refusals. For families of models see test_add_timm.py."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ SPEC = "rpe-1.9-product-ctx-1-qkv"
 
 
 def vit(**options) -> nn.Module:
-    """A small vision transformer of timm's, 32 x 64 pixels by default: 2 x 4 tokens."""
+    """Build a small vision transformer of timm, by default for 32 x 64 pixels (2 x 4 tokens)."""
     options = {"img_size": (32, 64), "embed_dim": 12, "depth": 2, "num_heads": 2, **options}
     return timm.create_model("vit_tiny_patch16_224", num_classes=5, **options).eval()
 
@@ -26,7 +26,7 @@ def images(height: int, width: int) -> torch.Tensor:
 
 
 def assert_follows_the_equations(model: nn.Module, x: torch.Tensor, grid: tuple[int, int]) -> None:
-    """Every attention of the model, as it was called on `x`, equals the equations on `grid`."""
+    """Compare every attention of the model, as called on `x`, with the equations on `grid`."""
     seen: list[tuple[RPEAttention, torch.Tensor, torch.Tensor]] = []
     hooks = [
         block.attn.register_forward_hook(lambda m, args, out: seen.append((m, args[0], out)))
@@ -58,18 +58,18 @@ def test_class_and_register_tokens_are_skipped_in_any_combination():
 @pytest.mark.parametrize(
     "size", [(32, 64), (64, 32), (16, 128), (48, 80)], ids="{0[0]}x{0[1]}".format
 )
-def test_dynamic_images_have_their_own_grid(method, size):
+def test_the_grid_follows_images_of_dynamic_size(method, size):
     model = fill(add_irpe(vit(dynamic_img_size=True), f"rpe-1.9-{method}-ctx-0-kv"))
     assert_follows_the_equations(model, images(*size), (size[0] // 16, size[1] // 16))
 
 
-def test_padded_images_have_the_grid_of_the_padding():
+def test_padded_images_have_the_padded_grid():
     model = vit(dynamic_img_size=True, dynamic_img_pad=True)
     fill(add_irpe(model, SPEC))
     assert_follows_the_equations(model, images(30, 49), (2, 4))
 
 
-def test_a_new_input_size_is_followed():
+def test_the_grid_follows_a_new_input_size():
     model = fill(add_irpe(vit(), SPEC))
     assert_follows_the_equations(model, images(32, 64), (2, 4))
     model.set_input_size(img_size=(64, 32))
@@ -107,7 +107,7 @@ def test_state_dict_has_timms_names_and_the_published_ones():
     assert set(add_irpe(model, "rpe-1.9-product-ctx-1-k").state_dict()) == names
 
 
-def test_a_given_grid_serves_a_model_that_does_not_tell():
+def test_a_model_without_patch_embed_needs_a_given_grid():
     class Tokens(nn.Module):
         num_prefix_tokens = 1
 
@@ -132,23 +132,23 @@ def test_a_given_grid_is_never_overridden():
 def test_a_configuration_must_skip_the_prefix_tokens():
     model = add_irpe(vit(reg_tokens=1), RPEConfig(skip=2))
     assert isinstance(model.blocks[1].attn, RPEAttention)
-    with pytest.raises(ValueError, match=r"rpe\.skip must equal the model's 1 prefix.*got 0"):
+    with pytest.raises(ValueError, match=r"rpe\.skip must be 1, the model's prefix tokens, got 0"):
         add_irpe(vit(), RPEConfig())
 
 
-def test_an_empty_spec_leaves_the_model_alone():
+def test_an_empty_spec_changes_nothing():
     model = vit()
     attentions = [block.attn for block in model.blocks]
     assert [block.attn for block in add_irpe(model, "").blocks] == attentions
 
 
-def test_any_module_that_gives_the_feature_map_tells_the_grid():
+def test_the_grid_may_come_from_any_module_that_returns_the_feature_map():
     model = fill(add_irpe(vit(dynamic_img_size=True), SPEC, grid="patch_embed.proj"))
     for size in [(64, 32), (32, 64), (48, 80)]:
         assert_follows_the_equations(model, images(*size), (size[0] // 16, size[1] // 16))
     model = add_irpe(vit(), SPEC, grid="patch_embed.norm")
     with pytest.raises(
-        ValueError, match=r"must return \(B, C, height, width\), Identity.*\(2, 8, 12\)"
+        ValueError, match=r"shape \(B, C, height, width\), got \(2, 8, 12\) from Identity"
     ):
         model(images(32, 64))
 
@@ -171,7 +171,7 @@ def test_only_the_chosen_layers_are_equipped(layers, equipped):
     assert {i for i, kind in enumerate(kinds) if kind} == equipped
 
 
-def test_layers_may_be_equipped_one_after_the_other_and_all_follow_the_images():
+def test_layers_can_be_equipped_one_after_the_other_and_all_follow_the_images():
     model = add_irpe(vit(dynamic_img_size=True), SPEC, layers=[0])
     add_irpe(model, "rpe-2.0-cross-bias-0-k", layers=[1])
     fill(model)(images(64, 32))
@@ -190,7 +190,7 @@ def test_parallel_attentions_are_equipped_by_name():
     assert model.blocks[1].attns[1].attn.grid == (2, 4)
 
 
-def test_an_attention_alone_is_replaced_not_changed():
+def test_a_single_attention_is_replaced_not_changed():
     attention = timm.layers.Attention(24, 3)
     ours = add_irpe(attention, RPEConfig(skip=1, rpe_on="qkv"), grid=(2, 4))
     x = torch.randn(2, 9, 24)
@@ -200,13 +200,13 @@ def test_an_attention_alone_is_replaced_not_changed():
     assert plain.rpe_v.config.skip == 0
 
 
-def test_set_grid_tells_every_attention_of_a_model():
+def test_set_grid_sets_the_grid_of_every_attention():
     model = add_irpe(vit(), SPEC, grid=(4, 2))
     set_grid(model, (2, 4))
     assert_follows_the_equations(fill(model), images(32, 64), (2, 4))
     with pytest.raises(ValueError, match=r"whole numbers >= 1, got \(0, 2\)"):
         set_grid(model, (0, 2))
-    with pytest.raises(ValueError, match="Linear has no attention with iRPE: use add_irpe"):
+    with pytest.raises(ValueError, match="Linear has no attention with iRPE: call add_irpe"):
         set_grid(nn.Linear(2, 2), (2, 4))
 
 
@@ -224,12 +224,15 @@ BAD_ARGUMENTS = {
     "no-layers": ({"layers": []}, "layers must name at least one attention, got none"),
     "grid": ({"grid": (2, 4.0)}, r"grid must be \(height, width\).*got \(2, 4\.0\)"),
     "square": ({"grid": 4}, r"grid must be \(height, width\).*got 4"),
-    "no-module": ({"grid": "patch"}, "grid='patch' is no module of VisionTransformer"),
+    "no-module": (
+        {"grid": "patch"},
+        "grid must be the name of a module of VisionTransformer, got 'patch'",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
-def test_a_bad_argument_is_named_and_the_model_left_alone(case):
+def test_the_error_names_the_bad_argument_and_the_model_is_unchanged(case):
     options, message = BAD_ARGUMENTS[case]
     model = vit()
     modules = list(model.named_modules())
@@ -239,7 +242,7 @@ def test_a_bad_argument_is_named_and_the_model_left_alone(case):
     assert not model.patch_embed._forward_hooks
 
 
-def test_a_second_irpe_is_refused_and_the_first_left_alone():
+def test_adding_irpe_twice_is_refused_and_the_model_is_unchanged():
     model = add_irpe(vit(), SPEC)
     modules = list(model.named_modules())
     with pytest.raises(ValueError, match=r"blocks\.0\.attn .*RPEAttention\) already has iRPE"):
@@ -247,7 +250,7 @@ def test_a_second_irpe_is_refused_and_the_first_left_alone():
     assert list(model.named_modules()) == modules
 
 
-def test_a_bad_spec_is_refused_before_anything_changes():
+def test_a_bad_spec_is_refused_and_the_model_is_unchanged():
     model = vit()
     with pytest.raises(ValueError, match="letters q, k, v, each once, got 'K'"):
         add_irpe(model, "rpe-1.9-product-ctx-1-K")

@@ -1,4 +1,4 @@
-"""add_irpe on torch's encoders, encoders like DETR's, and models whose attentions are named."""
+"""add_irpe on torch's encoders, on encoders like DETR's, and on attentions given by name."""
 
 import copy
 from unittest import mock
@@ -37,7 +37,7 @@ def tables(model: nn.Module) -> list[nn.Parameter]:
 
 
 def check_training(model: nn.Module, call, before: Tensor) -> None:
-    """One step on the tables alone reaches all of them and changes the outputs."""
+    """Check that one step on the tables changes all tables and the outputs."""
     optimizer = torch.optim.SGD(tables(model), lr=0.1)
     (call(model) * before.cos()).sum().backward()
     assert all(table.grad.abs().max() > 1e-6 for table in tables(model))
@@ -65,8 +65,8 @@ def test_torchs_encoder_computes_the_same_until_its_tables_are_trained(
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_torchs_fast_path_does_not_leave_the_encoding_out(padded):
-    """In evaluation torch's layers call a kernel on the weights, and nest padded tokens."""
+def test_torchs_fast_path_is_not_used_with_an_encoding(padded):
+    """In evaluation, torch's layers call a fused kernel and make padded tokens nested tensors."""
     model, x = encoder(), tokens()
     padding = torch.zeros(2, 8, dtype=torch.bool)
     padding[1, 5:] = padded
@@ -86,7 +86,7 @@ def test_torchs_fast_path_does_not_leave_the_encoding_out(padded):
     torch.testing.assert_close(trained[seen], slow[seen])
 
 
-def test_a_single_chosen_layer_stands_beside_torchs_kernel():
+def test_a_single_layer_can_be_equipped_while_others_use_torchs_kernel():
     model, x = encoder(), tokens()
     with torch.no_grad():
         before = model(x)
@@ -97,17 +97,17 @@ def test_a_single_chosen_layer_stands_beside_torchs_kernel():
     assert [len(tables(each)) for each in model.layers] == [0, 3]
 
 
-def test_a_layer_equipped_alone_says_so_where_it_gets_nested_tensors():
+def test_the_error_for_nested_tensors_says_what_to_do():
     model = encoder()
     add_irpe(model.layers[0], SPEC, grid=GRID)
     padding = torch.zeros(2, 8, dtype=torch.bool)
     padding[1, 5:] = True
-    with torch.no_grad(), pytest.raises(ValueError, match=r"got a nested one.*give it to add_irpe"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"got a nested one.*pass it to add_irpe"):
         model(tokens(), src_key_padding_mask=padding)
 
 
 @batch_first
-def test_the_grid_is_the_one_given_and_may_change(batch_first):
+def test_the_grid_is_the_given_one_and_may_change(batch_first):
     model = add_irpe(encoder(batch_first=batch_first), SPEC, grid=GRID).train()
     attention = fill(model.layers[0].self_attn)
     x = tokens(batch_first)
@@ -122,7 +122,7 @@ def test_the_grid_is_the_one_given_and_may_change(batch_first):
         model(x)
 
 
-def test_a_layer_and_an_attention_alone_are_equipped():
+def test_a_single_layer_and_a_single_attention_can_be_equipped():
     one, x = fill(layer()), tokens(length=9)
     before = one(x)
     torch.testing.assert_close(add_irpe(one, RPEConfig(skip=1), grid=GRID)(x), before)
@@ -135,7 +135,7 @@ def test_a_layer_and_an_attention_alone_are_equipped():
     torch.testing.assert_close(ours(x, x, x), attention(x, x, x))
 
 
-def test_of_torchs_transformer_the_encoder_alone_is_equipped():
+def test_only_the_encoder_of_torchs_transformer_is_equipped():
     model = nn.Transformer(DIM, HEADS, 2, 2, 24, dropout=0.0, batch_first=True, dtype=torch.float64)
     fill(model.eval())
     x, queries = tokens(), tokens(length=3)
@@ -147,7 +147,7 @@ def test_of_torchs_transformer_the_encoder_alone_is_equipped():
 
 
 class Layer(nn.Module):
-    """As in DETR: positions are added to queries and keys, tokens come first."""
+    """A layer as in DETR: `(L, B, C)`, with positions added to queries and keys."""
 
     def __init__(self, crosses: bool) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class Layer(nn.Module):
 
 
 class Detector(nn.Module):
-    """Names and shapes as in DETR: backbone, input_proj, transformer.encoder, .decoder."""
+    """A model with names and shapes as in DETR."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class Detector(nn.Module):
 
 
 @pytest.mark.parametrize("grid", [None, "input_proj", "backbone"])
-def test_a_detector_like_detr_follows_its_images_and_keeps_its_decoder(grid):
+def test_a_model_like_detr_follows_its_images_and_keeps_its_decoder(grid):
     model = fill(Detector())
     wide, tall = (torch.randn(2, 3, *size, dtype=torch.float64) for size in [(8, 24), (24, 8)])
     padding = torch.zeros(2, 12, dtype=torch.bool)
@@ -205,7 +205,7 @@ def test_a_detector_like_detr_follows_its_images_and_keeps_its_decoder(grid):
     assert (fixed(tall) - model(tall)).abs().max() > 1e-3
 
 
-def test_our_own_detr_is_equipped_as_if_it_had_been_built_so():
+def test_adding_irpe_to_our_detr_equals_building_it_with_irpe():
     plain = fill(Transformer(DIM, HEADS, 2, 1, 24, dropout=0.0))
     built = Transformer(DIM, HEADS, 2, 1, 24, dropout=0.0, rpe=RPEConfig(rpe_on="qkv"))
     inputs = torch.randn(2, DIM, 2, 4), None, torch.randn(3, DIM), torch.randn(2, DIM, 2, 4)
@@ -232,7 +232,7 @@ def test_torchvisions_vision_transformer_is_equipped_by_name():
 
 
 class Subclass(nn.MultiheadAttention):
-    """Computes the same, which cannot be known."""
+    """A subclass that computes the same."""
 
 
 def hooked(**options) -> nn.MultiheadAttention:
@@ -245,7 +245,7 @@ def hooked(**options) -> nn.MultiheadAttention:
     ("attention", "message"),
     [
         (Subclass(DIM, HEADS), "Subclass.* is not timm's Attention or .* nn.MultiheadAttention"),
-        (nn.MultiheadAttention(DIM, HEADS, kdim=8), "another width .*: it is no self-attention"),
+        (nn.MultiheadAttention(DIM, HEADS, kdim=8), "another width .*: it is not self-attention"),
         (nn.MultiheadAttention(DIM, HEADS, add_bias_kv=True), "adds a token to keys and values"),
         (nn.MultiheadAttention(DIM, HEADS, add_zero_attn=True), "adds a token to keys and values"),
         (RPEMultiheadAttention(DIM, HEADS, rpe=RPEConfig()), "already has iRPE"),
@@ -261,30 +261,30 @@ def test_an_attention_that_computes_something_else_is_refused(attention, message
         add_irpe(model, SPEC, grid=GRID)
     assert list(model.named_modules()) == modules
     assert model.use_nested_tensor
-    with pytest.raises(ValueError, match=r"Linear is not nn\.MultiheadAttention: what else"):
+    with pytest.raises(ValueError, match=r"Linear is not nn\.MultiheadAttention: anything else"):
         RPEMultiheadAttention.from_attention(nn.Linear(2, 2), RPEConfig())
 
 
-def test_attention_to_other_tokens_is_refused_by_name():
+def test_attention_to_other_tokens_is_refused():
     layer = nn.TransformerDecoderLayer(DIM, HEADS, 24)
     decoder = nn.TransformerDecoder(layer, 1)
-    with pytest.raises(ValueError, match=r"multihead_attn .* stands beside self_attn"):
+    with pytest.raises(ValueError, match=r"multihead_attn .* is in a layer with self_attn"):
         add_irpe(decoder, SPEC, layers=["layers.0.multihead_attn"])
     add_irpe(decoder, SPEC, layers=["layers.0.self_attn"])
 
 
 @pytest.mark.parametrize("layers", [1.5, [True], {"layers.0.self_attn": 1}], ids=str)
-def test_layers_that_are_no_names_or_indices_are_refused(layers):
+def test_layers_that_are_not_names_or_indices_are_refused(layers):
     with pytest.raises(ValueError, match="layers must hold indices of the 2 attentions"):
         add_irpe(encoder(), SPEC, grid=GRID, layers=layers)
 
 
-def test_an_encoding_that_is_none_is_refused():
+def test_an_encoding_of_another_type_is_refused():
     with pytest.raises(ValueError, match="rpe must be a spec or an RPEConfig, got 5"):
         add_irpe(encoder(), 5, grid=GRID)
 
 
-def test_equipped_encoders_are_copied_with_their_grids():
+def test_copies_of_encoders_have_their_own_grids():
     model = add_irpe(encoder(), SPEC, grid=GRID)
     twin = copy.deepcopy(model)
     set_grid(twin, (4, 2))

@@ -1,4 +1,4 @@
-"""add_irpe on the families of timm's vision transformers: taken over exactly, or refused."""
+"""add_irpe on the families of timm's vision transformers: equal outputs, or refused."""
 
 from collections import OrderedDict
 
@@ -13,7 +13,7 @@ from tests.recipes import fill
 
 SPEC = "rpe-1.9-product-ctx-1-qkv"
 GRID = (2, 4)
-# timm's name, number of tokens before the grid, and options beside the small sizes.
+# timm's name, number of tokens before the grid, and options in addition to the small sizes.
 RES_POST = {"block_fn": timm.models.vision_transformer.ResPostBlock}
 FAMILIES = {
     "vit": ("vit_tiny_patch16_224", 1, {}),
@@ -40,7 +40,7 @@ FAMILIES = {
 
 
 def build(family: str) -> nn.Module:
-    """A small model of the family whose tokens are a grid of 2 x 4."""
+    """Build a small model of the family with a grid of 2 x 4 tokens."""
     name, _, options = FAMILIES[family]
     patch = 32 if "patch32" in name else 14 if "patch14" in name else 16
     size = (GRID[0] * patch, GRID[1] * patch)
@@ -71,7 +71,8 @@ def test_a_family_computes_the_same_until_its_tables_are_trained(family, trainin
     assert model.blocks[0].attn.rpe_k.config.skip == FAMILIES[family][1]
     assert set(model.state_dict()) - names == set(tables(model))
     assert set(model.state_dict()) >= names
-    # Of the tokens, not the logits: a class token's row of keys falls into one bucket.
+    # The loss is a sum over all tokens. Logits depend only on the class token in the last layer,
+    # whose pairs are all in one bucket and give no gradient.
     optimizer = torch.optim.SGD(tables(model).values(), lr=0.1)
     (model.forward_features(x) * before[1].cos()).sum().backward()
     assert len(tables(model)) == 6
@@ -81,7 +82,7 @@ def test_a_family_computes_the_same_until_its_tables_are_trained(family, trainin
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_equipped_family_is_saved_loaded_and_takes_its_original_weights(family, tmp_path):
+def test_an_equipped_family_loads_its_own_and_the_original_weights(family, tmp_path):
     original = build(family).eval()
     x, model = images(original), add_irpe(build(family).eval(), SPEC)
     missing = model.load_state_dict(original.state_dict(), strict=False).missing_keys
@@ -105,7 +106,7 @@ def test_a_family_follows_its_images(family):
         assert model.blocks[0].attn.grid == grid
 
 
-def test_the_pooling_attention_of_siglip_stays():
+def test_the_pooling_attention_of_siglip_is_not_replaced():
     model = build("siglip")
     pooling = model.attn_pool
     add_irpe(model, SPEC)
@@ -115,7 +116,7 @@ def test_the_pooling_attention_of_siglip_stays():
 
 BIAS = "already adds a relative position bias"
 ROPE = r"already rotates queries and keys by position \(RoPE\)"
-WINDOWS = r"whose layers\.0\.blocks\.0\.attn .* attends within windows, not over the whole grid"
+WINDOWS = r"its layers\.0\.blocks\.0\.attn .* attends within windows, not over the whole grid"
 ANOTHER = "is not timm's Attention or timm's EvaAttention or nn.MultiheadAttention"
 REFUSED = {
     "beit": ("beit_base_patch16_224", {}, rf"blocks\.0\.attn \(timm\.models\.beit.* {BIAS}"),
@@ -131,10 +132,10 @@ REFUSED = {
     "cross-covariance": ("xcit_nano_12_p16_224", {}, rf"xcit\.XCA\) {ANOTHER}"),
     "gated-positional": ("convit_tiny", {}, rf"convit\.GPSA\) {ANOTHER}"),
     "differential": ("vit_tiny_patch16_224", {"attn_layer": "diff"}, f"DiffAttention.* {ANOTHER}"),
-    "in-the-block": ("vit_base_patch16_xp_224", {}, "whose blocks are ParallelScalingBlock"),
+    "in-the-block": ("vit_base_patch16_xp_224", {}, "its blocks are ParallelScalingBlock"),
     "in-twos": ("vit_small_patch16_18x2_224", {}, r"blocks\.0\.attns\.0\.attn .*in layers="),
     "pyramid": ("pit_ti_224", {}, r"transformers\.0\.blocks\.0\.attn .*in layers="),
-    "no-grid": ("naflexvit_base_patch16_gap", {}, "no patch_embed that tells the grid: pass grid="),
+    "no-grid": ("naflexvit_base_patch16_gap", {}, "no patch_embed that gives the grid: pass grid="),
     "drops-patches": (
         "vit_tiny_patch16_224",
         {"patch_drop_rate": 0.5},
@@ -145,7 +146,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_family_that_computes_something_else_is_refused_and_left_alone(case):
+def test_a_family_that_computes_something_else_is_refused_and_unchanged(case):
     name, options, message = REFUSED[case]
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False, **options)
@@ -157,7 +158,7 @@ def test_a_family_that_computes_something_else_is_refused_and_left_alone(case):
     assert not any(module._forward_hooks for _, module in modules)
 
 
-def test_a_wrapped_model_is_named_and_not_equipped_past_its_owner():
+def test_the_error_for_a_wrapped_model_names_the_model_to_pass():
     inner = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=24)
     model = nn.Sequential(OrderedDict(net=inner, head=nn.Linear(1000, 2)))
     with pytest.raises(ValueError, match="call it on its net, which is a VisionTransformer"):

@@ -1,4 +1,4 @@
-"""Reading checkpoints: ours and the originals', and never running what a stranger put in."""
+"""Reading checkpoints: ours, those of the originals, and never running code in a file."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 
 
 class Payload:
-    """Runs a command when it is unpickled."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -33,7 +33,7 @@ def saved(path: Path, checkpoint: object, **options) -> Path:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_the_originals_files_load_with_their_namespace_as_a_dict(tmp_path, zipped):
+def test_checkpoints_of_the_originals_load_with_their_namespace_as_a_dict(tmp_path, zipped):
     args = argparse.Namespace(lr=5e-4, model="deit", opt_betas=None, sizes=[1, 2])
     checkpoint = {"model": STATE, "epoch": 299, "args": args, "optimizer": {"state": {}}}
     path = saved(tmp_path / "a.pth", checkpoint, _use_new_zipfile_serialization=zipped)
@@ -81,7 +81,7 @@ def test_a_plain_pickle_is_refused_and_not_run(tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.5, 0.99, -1])
-def test_a_truncated_file_is_said_to_be_truncated(tmp_path, share, zipped):
+def test_the_error_of_a_truncated_file_says_so(tmp_path, share, zipped):
     path = saved(tmp_path / "a.pth", {"model": STATE}, _use_new_zipfile_serialization=zipped)
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))] if share >= 0 else data[:-1])
@@ -100,7 +100,7 @@ def test_a_truncated_file_is_said_to_be_truncated(tmp_path, share, zipped):
     ],
     ids=["text", "web-page", "zeros", "magic-only", "pickle-of-a-list"],
 )
-def test_a_file_of_another_kind_is_no_checkpoint(tmp_path, data):
+def test_a_file_of_another_kind_is_refused(tmp_path, data):
     (tmp_path / "a.pth").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"not a torch checkpoint$|holds no weights"):
         load_checkpoint(tmp_path / "a.pth")
@@ -108,7 +108,7 @@ def test_a_file_of_another_kind_is_no_checkpoint(tmp_path, data):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_any_damage_is_a_checkpoint_error_or_harmless(tmp_path, zipped):
+def test_a_damaged_file_raises_only_checkpoint_errors(tmp_path, zipped):
     path = saved(tmp_path / "a.pth", {"model": STATE}, _use_new_zipfile_serialization=zipped)
     data, refused = path.read_bytes(), 0
     for seed in range(150):
@@ -126,20 +126,20 @@ def test_any_damage_is_a_checkpoint_error_or_harmless(tmp_path, zipped):
 @pytest.mark.parametrize(
     "content", [{}, [STATE], {"model": STATE["bias"], "epoch": 1}, {"epoch": 1}, STATE["bias"]]
 )
-def test_a_file_without_weights_is_said_to_hold_none(tmp_path, content):
+def test_the_error_of_a_file_without_weights_says_so(tmp_path, content):
     path = saved(tmp_path / "a.pth", content)
-    with pytest.raises(CheckpointError, match=r"a\.pth' holds no weights.*'model' is needed"):
+    with pytest.raises(CheckpointError, match=r"a\.pth' holds no weights: .* under 'model'$"):
         load_checkpoint(path)
 
 
-def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
+def test_errors_of_a_missing_file_and_of_a_folder_differ(tmp_path):
     with pytest.raises(CheckpointError, match=r"none\.pth' does not exist"):
         load_checkpoint(tmp_path / "none.pth")
     with pytest.raises(CheckpointError, match="is not a file"):
         load_checkpoint(tmp_path)
 
 
-def test_an_unreadable_file_is_not_called_truncated(tmp_path, monkeypatch):
+def test_the_error_of_an_unreadable_file_gives_the_reason(tmp_path, monkeypatch):
     def refuse(*args: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -163,7 +163,7 @@ def test_weights_are_loaded_strictly_or_not_at_all():
         "missing": "does not fit Linear: 1 missing: bias",
         "unexpected": "1 unexpected: extra",
         "shape": r"1 wrongly shaped: weight is \(2, 4\), the model's is \(2, 3\)",
-        "kind": r"1 wrongly shaped: bias is no tensor, the model's is \(2,\)",
+        "kind": r"1 wrongly shaped: bias is not a tensor, the model's is \(2,\)",
     }
     for kind, state in wrong.items():
         with pytest.raises(CheckpointError, match=messages[kind]):
@@ -172,7 +172,7 @@ def test_weights_are_loaded_strictly_or_not_at_all():
         assert torch.equal(model.bias, STATE["bias"])
 
 
-def test_keys_that_differ_in_numbers_alone_are_listed_as_one():
+def test_keys_that_differ_only_in_numbers_are_listed_as_one():
     with pytest.raises(CheckpointError, match=r"8 missing: \*\.weight, \*\.bias;"):
         load_weights(nn.Sequential(*[nn.Linear(1, 1) for _ in range(4)]), {})
 
@@ -183,7 +183,7 @@ def test_long_lists_of_keys_are_abridged():
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_what_wrappers_put_before_every_name_is_taken_off(tmp_path, prefix):
+def test_prefixes_of_wrappers_are_removed(tmp_path, prefix):
     wrapped = {prefix + key: value for key, value in STATE.items()}
     path = saved(tmp_path / "a.pth", {"model": wrapped, "model_ema": wrapped, "epoch": 3})
     loaded = load_checkpoint(path)
@@ -191,12 +191,12 @@ def test_what_wrappers_put_before_every_name_is_taken_off(tmp_path, prefix):
     assert load_checkpoint(saved(tmp_path / "b.pth", wrapped))["model"].keys() == STATE.keys()
 
 
-def test_a_beginning_of_some_names_alone_stays(tmp_path):
+def test_a_prefix_of_only_some_names_is_kept(tmp_path):
     mixed = STATE | {"module.weight": STATE["weight"]}
     assert load_checkpoint(saved(tmp_path / "a.pth", mixed))["model"].keys() == mixed.keys()
 
 
-def test_safetensors_are_read_as_weights_alone(tmp_path):
+def test_safetensors_are_read_as_bare_weights(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file(STATE, path)
     loaded = load_checkpoint(path)
@@ -215,7 +215,7 @@ def test_safetensors_are_read_as_weights_alone(tmp_path):
         load_checkpoint(path)
 
 
-def test_safetensors_without_their_package_say_what_is_missing(tmp_path, monkeypatch):
+def test_the_error_without_the_package_safetensors_names_it(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     save_file(STATE, path)
     monkeypatch.setitem(sys.modules, "safetensors", None)
@@ -227,30 +227,32 @@ def test_safetensors_without_their_package_say_what_is_missing(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("weights", "fault"),
     [
-        ({1: STATE["weight"]}, "has 1 among its names: strings are needed"),
-        (STATE | {"bias": 3.0}, "has a float under 'bias': a tensor is needed"),
-        (STATE | {"bias": None}, "has a NoneType under 'bias': a tensor is needed"),
-        (STATE | {"bias": {"a": STATE["bias"]}}, "has a dict under 'bias': a tensor is needed"),
+        ({1: STATE["weight"]}, "must have strings as names, got 1"),
+        (STATE | {"bias": 3.0}, "must hold tensors, got a float under 'bias'"),
+        (STATE | {"bias": None}, "must hold tensors, got a NoneType under 'bias'"),
+        (STATE | {"bias": {"a": STATE["bias"]}}, "must hold tensors, got a dict under 'bias'"),
     ],
     ids=["key", "number", "none", "nested"],
 )
-def test_weights_are_tensors_under_names_and_nothing_else(tmp_path, name, weights, fault):
+def test_weights_that_are_not_tensors_are_refused(tmp_path, name, weights, fault):
     path = saved(tmp_path / "a.pth", {"model": STATE, "epoch": 1} | {name: weights})
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(path)
     assert str(caught.value) == f"{name!r} of {str(path)!r} {fault}"
 
 
-def test_an_average_of_another_kind_is_refused_and_none_is_none(tmp_path):
+def test_an_ema_of_another_type_is_refused_and_may_be_none(tmp_path):
     path = saved(tmp_path / "a.pth", {"model": STATE, "model_ema": [STATE]})
-    with pytest.raises(CheckpointError, match=r"'model_ema' of .* holds no weights but a list"):
+    with pytest.raises(
+        CheckpointError, match=r"'model_ema' of .* must be a dict of tensors, got a list"
+    ):
         load_checkpoint(path)
     path = saved(tmp_path / "b.pth", {"model": STATE, "model_ema": None, "args": None})
     assert load_checkpoint(path)["model_ema"] is None
 
 
 @pytest.mark.parametrize("args", [["--lr", "1"], "lr", 0, STATE["bias"]])
-def test_args_of_another_kind_are_refused(tmp_path, args):
+def test_args_of_another_type_are_refused(tmp_path, args):
     path = saved(tmp_path / "a.pth", {"model": STATE, "epoch": 1, "args": args})
-    with pytest.raises(CheckpointError, match=r"'args' of .*a\.pth' is a (list|str|int|Tensor): a"):
+    with pytest.raises(CheckpointError, match=r"'args' of .*a\.pth' must be .*, got a \w+$"):
         load_checkpoint(path)

@@ -1,4 +1,4 @@
-"""Configurations and specs: what is accepted, what is refused and how, and writing them."""
+"""Configurations and specs: accepted and refused values, error messages, and writing."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ from irpe_core import METHODS, RPEConfig, format_rpe_spec, get_rpe_config, parse
         ("rpe_on", ["k"], r"got \['k'\]"),
     ],
 )
-def test_a_bad_field_is_named_with_its_value_and_what_is_allowed(part, value, message):
+def test_the_error_names_the_bad_field_its_value_and_what_is_allowed(part, value, message):
     with pytest.raises(ValueError, match=message):
         RPEConfig(**{part: value})
     with pytest.raises(ValueError, match=message):
@@ -45,13 +45,13 @@ def test_a_bad_field_is_named_with_its_value_and_what_is_allowed(part, value, me
 
 @pytest.mark.parametrize("rpe_on", ["v", "kv", "qkv"])
 def test_values_have_no_bias(rpe_on):
-    with pytest.raises(ValueError, match=f"rpe_on='{rpe_on}'.*values have no bias"):
+    with pytest.raises(ValueError, match=f"mode='bias', got '{rpe_on}': values have no bias"):
         RPEConfig(mode="bias", rpe_on=rpe_on)
     with pytest.raises(ValueError, match="values have no bias"):
         parse_rpe_spec(f"rpe-1.9-product-bias-1-{rpe_on}")
 
 
-def test_a_configuration_is_frozen_hashable_and_the_same_however_it_is_written():
+def test_a_configuration_is_frozen_hashable_and_normalized():
     config = RPEConfig(ratio=20, rpe_on="vkq", shared_head=1)
     assert config == RPEConfig(ratio=20.0, rpe_on="qkv", shared_head=True)
     assert hash(config) == hash(RPEConfig(ratio=20.0, rpe_on="qkv"))
@@ -69,14 +69,25 @@ def test_get_rpe_config_keeps_the_names_of_the_original():
 
 
 @pytest.mark.parametrize(
+    ("spec", "parts"),
+    [
+        ("rpe", "1 part and begins with 'rpe'"),
+        ("rpe-1.9-product-ctx-1", "5 parts and begins with 'rpe'"),
+        ("rpe-1.9-product-ctx-1-k-k", "7 parts and begins with 'rpe'"),
+        ("RPE-1.9-product-ctx-1-k", "6 parts and begins with 'RPE'"),
+        (" rpe-1.9-product-ctx-1-k", "6 parts and begins with ' rpe'"),
+        ("rpe--1.9-product-ctx-1-k", "7 parts and begins with 'rpe'"),
+    ],
+)
+def test_the_error_of_a_malformed_spec_shows_the_form_and_the_spec(spec, parts):
+    with pytest.raises(ValueError, match=r"^rpe spec must have the form rpe-\{ratio\}-") as caught:
+        parse_rpe_spec(spec)
+    assert str(caught.value).endswith(f", got {spec!r}, which has {parts}")
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("rpe", "it must have the form rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}"),
-        ("rpe-1.9-product-ctx-1", "has 5 parts"),
-        ("rpe-1.9-product-ctx-1-k-k", "has 7 parts"),
-        ("RPE-1.9-product-ctx-1-k", "begins with 'RPE'"),
-        (" rpe-1.9-product-ctx-1-k", "begins with ' rpe'"),
-        ("rpe--1.9-product-ctx-1-k", "has 7 parts"),
         ("rpe-nan-product-ctx-1-k", "ratio must be a decimal number > 0, got 'nan'"),
         ("rpe-inf-product-ctx-1-k", "ratio must be a decimal number > 0, got 'inf'"),
         ("rpe-1e1-product-ctx-1-k", "ratio must be a decimal number > 0, got '1e1'"),
@@ -95,14 +106,14 @@ def test_get_rpe_config_keeps_the_names_of_the_original():
         ("rpe-1.9-product-ctx-1-k ", "each once, got 'k '"),
     ],
 )
-def test_a_malformed_spec_names_the_spec_the_part_its_value_and_what_is_allowed(spec, message):
+def test_the_error_of_a_bad_part_names_the_spec_the_part_and_what_is_allowed(spec, message):
     with pytest.raises(ValueError, match=f"rpe spec {re.escape(repr(spec))}.*{re.escape(message)}"):
         parse_rpe_spec(spec)
 
 
 @pytest.mark.parametrize("ratio", [1e-05, 0.1, 1.9, 2, 20, 33.333333333333336, 1e16, 1.5e300])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_spec_comes_back_from_its_configuration(ratio, method):
+def test_writing_and_reading_a_spec_gives_the_same_configuration(ratio, method):
     for mode, rpe_on in (("ctx", "qkv"), ("bias", "k")):
         for shared_head in (False, True):
             config = RPEConfig(ratio, method, mode, shared_head, 0, rpe_on)
@@ -112,11 +123,11 @@ def test_a_spec_comes_back_from_its_configuration(ratio, method):
 @pytest.mark.parametrize(
     "spec", ["rpe-1.9-product-ctx-1-k", "rpe-2.0-cross-bias-0-qk", "rpe-20.0-euc-ctx-1-qkv"]
 )
-def test_published_specs_are_written_as_they_were_read(spec):
+def test_reading_and_writing_a_published_spec_gives_the_same_spec(spec):
     assert format_rpe_spec(parse_rpe_spec(spec)) == spec
 
 
-def test_a_spec_says_nothing_about_skipped_tokens():
+def test_skipped_tokens_are_not_part_of_a_spec():
     assert parse_rpe_spec("rpe-1.9-product-ctx-1-k", skip=2).skip == 2
     assert parse_rpe_spec("rpe-1.9-product-ctx-1-k").num_buckets == 49
 

@@ -1,4 +1,4 @@
-"""Downloads: resumed, whole or not at all, by one process at a time; failures in one sentence."""
+"""Downloads: resumed, never incomplete, by one process at a time; errors in one sentence."""
 
 import errno
 import hashlib
@@ -48,7 +48,7 @@ def failure(url: str, folder: Path, **options) -> str:
     return message
 
 
-def test_a_file_is_fetched_once_and_nothing_else_is_left(site, url, tmp_path):
+def test_a_file_is_downloaded_once_and_no_other_file_remains(site, url, tmp_path):
     for _ in range(2):
         path = download(url, tmp_path / "new" / "folder", sha256=SHA256.upper())
         assert path.read_bytes() == CONTENT
@@ -57,12 +57,12 @@ def test_a_file_is_fetched_once_and_nothing_else_is_left(site, url, tmp_path):
     assert len(site.requests) == 1
 
 
-def test_it_goes_to_the_torch_hub_cache_by_default(url, tmp_path, monkeypatch):
+def test_the_default_folder_is_the_torch_hub_cache(url, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert download(url) == tmp_path / "hub" / "checkpoints" / "weights.pth"
 
 
-def test_a_query_does_not_belong_to_the_name(site, tmp_path):
+def test_the_query_of_a_url_is_not_part_of_the_name(site, tmp_path):
     site.files["/weights.pth?token=1/2"] = CONTENT
     assert download(site.url("weights.pth?token=1/2"), tmp_path).name == "weights.pth"
 
@@ -76,7 +76,7 @@ def test_a_query_does_not_belong_to_the_name(site, tmp_path):
     ],
     ids=["tag", "date", "weak-tag-and-date"],
 )
-def test_an_interrupted_download_goes_on_where_it_stopped(site, url, tmp_path, version):
+def test_an_interrupted_download_continues_where_it_stopped(site, url, tmp_path, version):
     site.version, site.break_after = version, [100_000, 50_000]
     for kept in (100_000, 150_000):
         message = failure(url, tmp_path)
@@ -88,14 +88,14 @@ def test_an_interrupted_download_goes_on_where_it_stopped(site, url, tmp_path, v
     assert names(tmp_path) == ["weights.pth"]
 
 
-def test_a_server_that_ignores_ranges_sends_it_anew(site, url, tmp_path):
+def test_a_server_that_ignores_ranges_sends_the_whole_file_again(site, url, tmp_path):
     site.ranges, site.break_after = False, [100_000]
     failure(url, tmp_path)
     assert download(url, tmp_path, sha256=SHA256).read_bytes() == CONTENT
     assert site.requests[1]["Range"] == "bytes=100000-"
 
 
-def test_a_file_that_changed_meanwhile_is_not_mixed_with_the_old(site, url, tmp_path):
+def test_a_file_that_changed_meanwhile_is_not_mixed_with_the_old_one(site, url, tmp_path):
     site.break_after = [100_000]
     failure(url, tmp_path)
     site.files["/weights.pth"], site.version = CONTENT[::-1], {"ETag": '"two"'}
@@ -103,18 +103,21 @@ def test_a_file_that_changed_meanwhile_is_not_mixed_with_the_old(site, url, tmp_
     assert site.requests[1]["If-Range"] == '"one"'
 
 
-def test_a_part_of_unknown_version_or_another_address_is_not_used(site, url, tmp_path):
-    for spoil in ("no version", "another address", "damaged notes"):
+def test_a_part_of_unknown_version_or_of_another_url_is_not_used(site, url, tmp_path):
+    for spoil in ("no version", "another url", "damaged notes"):
         (tmp_path / spoil).mkdir()
         site.break_after = [100_000]
         site.version = {} if spoil == "no version" else {"ETag": '"one"'}
         message = failure(url, tmp_path / spoil)
-        anew = "and starts anew next time, as the server does not say of which version it is: "
-        assert (anew in message, "which are kept" in message) == (
+        again = (
+            "and the next call starts from the beginning, because the server does not name the "
+            "version of the file: "
+        )
+        assert (again in message, "which are kept" in message) == (
             (True, False) if spoil == "no version" else (False, True)
         )
         notes = tmp_path / spoil / "weights.pth.part.json"
-        if spoil == "another address":
+        if spoil == "another url":
             notes.write_text(notes.read_text().replace("http:", "https:"))
         elif spoil == "damaged notes":
             notes.write_text(notes.read_text()[:9])
@@ -123,15 +126,15 @@ def test_a_part_of_unknown_version_or_another_address_is_not_used(site, url, tmp
 
 
 @pytest.mark.parametrize("answer", ["bytes 5-9/10", "bytes */300000", "nonsense"])
-def test_a_part_of_another_place_is_not_taken(site, url, tmp_path, answer):
+def test_an_answer_with_another_range_is_not_used(site, url, tmp_path, answer):
     site.break_after = [100_000]
     failure(url, tmp_path)
     site.headers = {"Content-Range": answer}
     assert download(url, tmp_path).read_bytes() == CONTENT
 
 
-def test_a_part_that_is_already_whole_is_fetched_anew(site, url, tmp_path):
-    """A kill between the last byte and the renaming: no byte is left to ask for."""
+def test_a_part_that_is_already_complete_is_downloaded_again(site, url, tmp_path):
+    """A process may be killed between the last byte and the renaming."""
     site.break_after = [300_000 - 1]
     failure(url, tmp_path)
     with (tmp_path / "weights.pth.part").open("ab") as file:
@@ -139,7 +142,7 @@ def test_a_part_that_is_already_whole_is_fetched_anew(site, url, tmp_path):
     assert download(url, tmp_path).read_bytes() == CONTENT
 
 
-def test_chunks_without_a_length_are_taken_whole_or_not_at_all(site, url, tmp_path):
+def test_an_answer_in_chunks_without_a_length_is_used_only_if_complete(site, url, tmp_path):
     site.chunked, site.break_after = True, [100_000]
     assert "broke off at 100000 of unknown bytes" in failure(url, tmp_path)
     assert names(tmp_path) == ["weights.pth.part", "weights.pth.part.json"]
@@ -147,7 +150,7 @@ def test_chunks_without_a_length_are_taken_whole_or_not_at_all(site, url, tmp_pa
     assert download(url, tmp_path).read_bytes() == CONTENT
 
 
-def test_a_missing_file_names_address_and_status(site, tmp_path):
+def test_the_error_of_a_missing_file_names_url_and_status(site, tmp_path):
     url = site.url("none.pth")
     assert failure(url, tmp_path) == f"cannot download {url}: the server answered 404 Not Found"
     assert names(tmp_path) == []
@@ -162,13 +165,13 @@ def test_a_missing_file_names_address_and_status(site, tmp_path):
     ],
     ids=["page", "empty", "no-length"],
 )
-def test_an_answer_that_is_no_file_is_not_kept(site, url, tmp_path, headers, words):
+def test_an_answer_that_is_not_a_file_is_not_kept(site, url, tmp_path, headers, words):
     site.headers = headers
     assert words in failure(url, tmp_path)
     assert names(tmp_path) == []
 
 
-def test_no_network_is_said(tmp_path):
+def test_the_error_without_network_names_the_reason(tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/weights.pth"
@@ -177,7 +180,7 @@ def test_no_network_is_said(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_a_silent_server_is_not_waited_for_for_ever(site, url, tmp_path, monkeypatch):
+def test_a_silent_server_times_out(site, url, tmp_path, monkeypatch):
     monkeypatch.setattr("irpe_core.download._TIMEOUT", 0.3)
     site.break_after, site.stall = [100_000], True
     message = failure(url, tmp_path)
@@ -191,16 +194,17 @@ def test_a_silent_server_is_not_waited_for_for_ever(site, url, tmp_path, monkeyp
 @pytest.mark.parametrize(
     "url", ["ftp://host/a.pth", "file:///a.pth", "http://host/", "http:///a.pth", "http://[/a", "a"]
 )
-def test_what_is_no_address_of_a_file_is_said(url, tmp_path):
-    assert "is not the http:// or https:// address of a file" in failure(url, tmp_path)
+def test_a_url_that_does_not_name_a_file_is_refused(url, tmp_path):
+    expected = f"url must be the http:// or https:// URL of a file, got {url!r}"
+    assert failure(url, tmp_path) == expected
 
 
 @pytest.mark.parametrize("url", ["http://host:port/a.pth", "http://127.0.0.1:1/a b.pth"])
-def test_a_malformed_address_is_one_sentence(url, tmp_path):
+def test_the_error_of_a_malformed_url_is_one_sentence(url, tmp_path):
     assert f"cannot download {url}: " in failure(url, tmp_path)
 
 
-def test_a_wrong_checksum_names_both_and_keeps_nothing(site, url, tmp_path):
+def test_the_error_of_a_wrong_checksum_names_both_and_nothing_is_kept(site, url, tmp_path):
     message = failure(url, tmp_path, sha256="0" * 64)
     assert SHA256 in message
     assert "0" * 64 in message
@@ -210,7 +214,7 @@ def test_a_wrong_checksum_names_both_and_keeps_nothing(site, url, tmp_path):
     assert names(tmp_path) == ["weights.pth"]
 
 
-def test_a_part_that_is_damaged_does_not_pass_the_checksum(site, url, tmp_path):
+def test_a_damaged_part_fails_the_checksum(site, url, tmp_path):
     site.break_after = [100_000]
     failure(url, tmp_path)
     (tmp_path / "weights.pth.part").write_bytes(bytes(100_000))
@@ -218,7 +222,7 @@ def test_a_part_that_is_damaged_does_not_pass_the_checksum(site, url, tmp_path):
     assert download(url, tmp_path, sha256=SHA256).read_bytes() == CONTENT
 
 
-def test_a_full_disk_is_said_and_the_rest_comes_later(site, url, tmp_path):
+def test_a_download_to_a_full_disk_continues_later(site, url, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -233,7 +237,7 @@ def test_a_full_disk_is_said_and_the_rest_comes_later(site, url, tmp_path):
     assert site.requests[1]["Range"] == "bytes=100000-"
 
 
-def test_a_disk_without_room_for_a_byte_keeps_nothing(url, tmp_path, monkeypatch):
+def test_nothing_is_kept_on_a_disk_without_any_space(url, tmp_path, monkeypatch):
     class FullDisk(io.FileIO):
         def write(self, data: object) -> int:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -248,13 +252,13 @@ def test_a_disk_without_room_for_a_byte_keeps_nothing(url, tmp_path, monkeypatch
     assert names(tmp_path) == []
 
 
-def test_a_directory_that_cannot_be_made_is_named(url, tmp_path):
+def test_the_error_names_a_folder_that_cannot_be_made(url, tmp_path):
     (tmp_path / "file").write_text("")
     message = failure(url, tmp_path / "file" / "folder")
     assert f"as {tmp_path / 'file' / 'folder'}: Not a directory" in message
 
 
-def test_of_many_at_once_one_downloads(site, url, tmp_path):
+def test_of_many_calls_at_the_same_time_one_downloads(site, url, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda _: download(url, tmp_path), range(8)))
     assert all(path.read_bytes() == CONTENT for path in paths)
@@ -277,7 +281,7 @@ def test_a_killed_process_leaves_no_lock_and_its_part_is_used(site, url, tmp_pat
     assert site.requests[-1]["Range"] == "bytes=100000-"
 
 
-def test_the_bar_is_for_terminals(url, tmp_path, capsys, monkeypatch):
+def test_the_progress_bar_appears_only_on_terminals(url, tmp_path, capsys, monkeypatch):
     download(url, tmp_path / "plain")
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -287,7 +291,7 @@ def test_the_bar_is_for_terminals(url, tmp_path, capsys, monkeypatch):
     assert "100%" in capsys.readouterr().err
 
 
-def test_the_bar_needs_no_tqdm(site, url, tmp_path, capsys, monkeypatch):
+def test_the_progress_bar_works_without_tqdm(site, url, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.hub, "tqdm", torch.hub._Faketqdm)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     site.break_after = [150_000]
@@ -299,7 +303,7 @@ def test_the_bar_needs_no_tqdm(site, url, tmp_path, capsys, monkeypatch):
     assert shown.rstrip().endswith("100.0%")
 
 
-def test_a_checkpoint_loads_from_an_address(tmp_path, monkeypatch):
+def test_a_checkpoint_loads_from_a_url(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torch.save({"model": {"a": torch.ones(3)}}, tmp_path / "a.pth")
     with serve(zoo=(tmp_path / "a.pth").read_bytes()) as site:

@@ -1,4 +1,4 @@
-"""The encodings: recorded values and gradients, shapes, memory, and life as a module."""
+"""The encodings: recorded values and gradients, shapes, memory, dtypes, devices and copies."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ RECORDED = golden_json("rpe_modules")["cases"]
 
 
 @pytest.mark.parametrize("case", RECORDED)
-def test_values_and_gradients_are_the_recorded_ones(case):
+def test_values_and_gradients_equal_the_recorded_ones(case):
     on, mode, method, shared, skip, ratio = case.split("_")
     config = get_rpe_config(
         ratio=float(ratio[1:]),
@@ -62,7 +62,7 @@ def test_values_and_gradients_are_the_recorded_ones(case):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-head"])
 @pytest.mark.parametrize("skip", [0, 1])
-def test_tables_have_their_published_names_and_shapes_and_start_at_zero(method, shared, skip):
+def test_tables_have_the_published_names_and_shapes_and_start_at_zero(method, shared, skip):
     heads = 1 if shared else HEADS
     config = RPEConfig(method=method, shared_head=shared, skip=skip, rpe_on="qkv")
     buckets = config.num_buckets
@@ -79,7 +79,7 @@ def test_tables_have_their_published_names_and_shapes_and_start_at_zero(method, 
 
 
 @pytest.mark.parametrize("rpe_on", ["q", "k", "v", "qk", "kv", "qkv"])
-def test_build_rpe_builds_what_was_asked_for_and_nothing_else(rpe_on):
+def test_build_rpe_builds_the_encodings_of_rpe_on_and_no_others(rpe_on):
     modules = build_rpe(RPEConfig(rpe_on=rpe_on), DIM, HEADS)
     assert [module is not None for module in modules] == [c in rpe_on for c in "qkv"]
     assert build_rpe(None, DIM, HEADS) == (None, None, None)
@@ -117,13 +117,13 @@ def test_no_tensor_of_size_l_l_d_is_built_in_either_pass(rpe_on, method, shared)
         (36, 1, (None, None), "36 tokens without 1 skipped ones do not form a square"),
         (1, 1, (None, None), "do not form a square"),
         (1, 2, (None, None), "do not form a square"),
-        (35, 0, (5, None), "give both height and width or neither, got 5 and None"),
-        (35, 0, (5, 8), "a grid of 5 x 8 and 0 skipped tokens make 40 tokens, got 35"),
-        (35, 1, (5, 7), "a grid of 5 x 7 and 1 skipped tokens make 36 tokens, got 35"),
+        (35, 0, (5, None), "height and width must both be given or both be None, got 5 and None"),
+        (35, 0, (5, 8), "must be 40 for a grid of 5 x 8 and 0 skipped tokens, got 35"),
+        (35, 1, (5, 7), "must be 36 for a grid of 5 x 7 and 1 skipped tokens, got 35"),
         (35, 0, (-5, -7), "got 35"),
     ],
 )
-def test_a_grid_is_never_guessed(tokens, skip, grid, message):
+def test_a_grid_that_does_not_match_the_tokens_is_refused(tokens, skip, grid, message):
     with pytest.raises(ValueError, match=message):
         resolve_grid(tokens, skip, *grid)
     rpe = build_rpe(RPEConfig(skip=skip), DIM, HEADS)[1]
@@ -132,7 +132,7 @@ def test_a_grid_is_never_guessed(tokens, skip, grid, message):
 
 
 @pytest.mark.parametrize("side", [1, 2, 13, 1000, 94906267])
-def test_squares_of_any_size_are_recognized_and_their_neighbours_are_not(side):
+def test_square_numbers_of_tokens_of_any_size_are_recognized(side):
     assert resolve_grid(side * side + 2, 2, None, None) == (side, side)
     for tokens in (side * side + 1, side * side - 1):
         with pytest.raises(ValueError, match="do not form a square"):
@@ -158,7 +158,7 @@ def test_modules_compute_in_the_dtype_they_are_moved_to(dtype, method):
     torch.testing.assert_close(on_v.double(), expected, **tolerance)
 
 
-def test_modules_live_on_the_meta_device_and_come_back():
+def test_modules_work_on_the_meta_device_and_move_from_it():
     with torch.device("meta"):
         rpe_q, _, rpe_v = build_rpe(RPEConfig(rpe_on="qv", method="cross"), DIM, HEADS)
         assert rpe_q(torch.empty(2, HEADS, 35, DIM), *GRID).shape == (2, HEADS, 35, 35)
@@ -171,7 +171,7 @@ def test_modules_live_on_the_meta_device_and_come_back():
 
 
 @pytest.mark.parametrize("method", ["product", "cross"])
-def test_copies_and_pickles_compute_the_same_are_independent_and_hold_no_tables(method):
+def test_copies_and_pickles_are_equal_and_independent_and_hold_no_bucket_ids(method):
     rpe = fill(build_rpe(RPEConfig(method=method), DIM, HEADS)[1])
     x = torch.randn(2, HEADS, 900, DIM)
     expected = rpe(x, 30, 30)
@@ -191,6 +191,6 @@ def test_copies_and_pickles_compute_the_same_are_independent_and_hold_no_tables(
     assert torch.equal(rpe(x, 30, 30), expected)
 
 
-def test_the_representation_tells_what_the_encoding_is():
+def test_the_representation_shows_the_configuration():
     rpe = build_rpe(RPEConfig(ratio=2.0, method="euc", skip=1, shared_head=False), DIM, HEADS)[1]
     assert repr(rpe) == "ContextualRPE(euc, ratio=2.0, buckets=10, heads=3, head_dim=16, skip=1)"

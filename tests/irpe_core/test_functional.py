@@ -1,4 +1,4 @@
-"""rpe_attention against the equations in float64: every combination, masks, dropout, precision."""
+"""rpe_attention against the equations in float64: combinations, masks, dropout, precision."""
 
 import re
 
@@ -13,7 +13,7 @@ from tests.irpe_core import naive
 from tests.irpe_core.largest_tensor import LargestTensor
 from tests.recipes import fill
 
-# In float64, which Triton's kernels leave to the others.
+# Without Triton, whose attention does not support float64.
 pytestmark = [
     pytest.mark.usefixtures("implementation"),
     pytest.mark.parametrize("implementation", ["reference", "cpp"], indirect=True),
@@ -22,7 +22,7 @@ pytestmark = [
 BATCH, HEADS, DIM = 2, 3, 5
 ENCODINGS = [("ctx", on) for on in ("q", "k", "v", "qk", "kv", "qkv")]
 ENCODINGS += [("bias", on) for on in ("q", "k", "qk")]
-# Skipped tokens and grid; 1 x n and both orientations.
+# Skipped tokens and grid.
 LAYOUTS = {"0-3x5": (0, (3, 5)), "1-5x2": (1, (5, 2)), "2-1x7": (2, (1, 7))}
 encodings = pytest.mark.parametrize(
     ("mode", "rpe_on"), ENCODINGS, ids=[f"{mode}-{on}" for mode, on in ENCODINGS]
@@ -31,13 +31,13 @@ MASKS = ["bool-keys", "bool-pairs", "float-pairs", "float-heads", "bool-nowhere"
 
 
 def tokens(length: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Queries, keys and values in the layout of a joint projection, which is not contiguous."""
+    """Make queries, keys and values; as parts of a joint projection they are not contiguous."""
     joint = torch.randn(BATCH, length, 3, HEADS, DIM, dtype=torch.float64).to(dtype)
     return [x.detach().requires_grad_() for x in joint.permute(2, 0, 3, 1, 4).unbind(0)]
 
 
 def encoders(config: RPEConfig, dtype: torch.dtype = torch.float64) -> list:
-    """Modules whose tables all differ."""
+    """Build encodings with random tables."""
     modules = [m and m.to(dtype) for m in build_rpe(config, DIM, HEADS)]
     for parameter in parameters_of(modules):
         torch.nn.init.normal_(parameter)
@@ -49,7 +49,7 @@ def parameters_of(modules: list) -> list[Tensor]:
 
 
 def make_mask(kind: str, length: int) -> Tensor:
-    """A mask under which every query may attend somewhere, or (`nowhere`) some may not."""
+    """Make a mask; with `nowhere` some queries may not attend to any key."""
     allowed = torch.rand(BATCH, 1, length, length) < 0.7
     allowed |= torch.eye(length, dtype=torch.bool)
     if kind == "bool-keys":
@@ -65,7 +65,7 @@ def make_mask(kind: str, length: int) -> Tensor:
 
 
 def gradients(out: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of a fixed weighted sum of `out`."""
+    """Return the gradients of a fixed weighted sum of `out`."""
     weights = torch.sin(torch.arange(out.numel(), dtype=torch.float64)).reshape(out.shape)
     return torch.autograd.grad((out.double() * weights).sum(), inputs)
 
@@ -94,8 +94,8 @@ def test_values_and_all_gradients_equal_the_equations(method, mode, rpe_on, shar
     [RPEConfig(1.3, "quant", rpe_on="v"), RPEConfig(1.4, "euc", rpe_on="v")],
     ids=["method", "ratio"],
 )
-def test_encodings_of_other_buckets_keep_their_own(other):
-    # Both have as many buckets as the first: nothing else would tell.
+def test_encodings_with_different_buckets_are_not_fused(other):
+    # The number of buckets is the same, so a wrong use of the buckets would raise no error.
     first = RPEConfig(1.3, "euc", rpe_on="k")
     assert first.num_buckets == other.num_buckets
     rpe_k, rpe_v = encoders(first)[1], encoders(other)[2]
@@ -129,7 +129,7 @@ def test_masks_apply_after_the_encodings(mode, rpe_on, kind):
 
 @pytest.mark.parametrize("kind", [None, *MASKS])
 @encodings
-def test_zero_tables_change_nothing_of_torchs_attention(mode, rpe_on, kind):
+def test_with_zero_tables_it_equals_torchs_attention(mode, rpe_on, kind):
     modules = [m and m.double() for m in build_rpe(RPEConfig(mode=mode, rpe_on=rpe_on), DIM, HEADS)]
     qkv, mask = tokens(9), None if kind is None else make_mask(kind, 9)
     out = rpe_attention(*qkv, *modules, attn_mask=mask)
@@ -142,7 +142,7 @@ def test_zero_tables_change_nothing_of_torchs_attention(mode, rpe_on, kind):
 @pytest.mark.parametrize("kind", [None, "bool-keys", "float-heads"])
 @pytest.mark.parametrize("dim", [2, 5, 64])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_without_encodings_it_is_torchs_attention_to_the_last_bit(dtype, dim, kind):
+def test_without_encodings_it_is_bit_identical_to_torchs_attention(dtype, dim, kind):
     q, k, v = (torch.randn(BATCH, HEADS, 9, dim, dtype=dtype) for _ in range(3))
     mask = None if kind is None else make_mask(kind, 9)
     if mask is not None and mask.is_floating_point():
@@ -152,12 +152,12 @@ def test_without_encodings_it_is_torchs_attention_to_the_last_bit(dtype, dim, ki
         out = rpe_attention(q, k, v, attn_mask=mask, **options)
         torch.manual_seed(1)
         assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
-    # Nor are the keys bound to a grid then.
+    # Without encodings, queries and keys may differ in number.
     assert rpe_attention(q[:, :, :4], k, v).shape == (BATCH, HEADS, 4, dim)
 
 
 @encodings
-def test_dropout_drops_attention_weights_before_both_uses(mode, rpe_on, implementation):
+def test_dropout_acts_on_the_attention_weights_of_values_and_encoding(mode, rpe_on, implementation):
     config = RPEConfig(mode=mode, rpe_on=rpe_on)
     modules, qkv = encoders(config), tokens(9)
     inputs = qkv + parameters_of(modules)
@@ -177,7 +177,7 @@ def test_dropout_drops_attention_weights_before_both_uses(mode, rpe_on, implemen
 
 
 @pytest.mark.parametrize("rpe_on", ["k", "q", "qkv"])
-def test_the_scale_reaches_the_encodings(rpe_on):
+def test_the_scale_applies_to_the_encodings(rpe_on):
     config = RPEConfig(rpe_on=rpe_on)
     modules, qkv = encoders(config), tokens(9)
     out = rpe_attention(*qkv, *modules, scale=0.3)
@@ -187,7 +187,7 @@ def test_the_scale_reaches_the_encodings(rpe_on):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rpe_on", ["k", "qkv"])
-def test_lower_precision_stays_within_its_rounding(dtype, rpe_on):
+def test_errors_in_lower_precision_are_within_its_rounding(dtype, rpe_on):
     config = RPEConfig(rpe_on=rpe_on, skip=1)
     modules, qkv = encoders(config, dtype), tokens(46, dtype)
     inputs = qkv + parameters_of(modules)
@@ -236,30 +236,32 @@ def test_a_mask_of_integers_is_refused():
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 9), (9, 1), (4, 9), (9, 4)])
-def test_queries_and_keys_are_the_same_tokens(queries, keys):
+def test_queries_and_keys_of_different_number_are_refused(queries, keys):
     modules, (q, k, v) = encoders(RPEConfig(rpe_on="qkv")), tokens(9)
     with pytest.raises(ValueError, match=f"got {queries} queries and {keys} keys"):
         rpe_attention(q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], *modules)
 
 
-def test_a_length_that_is_no_grid_is_refused():
+def test_tokens_that_do_not_form_a_grid_are_refused():
     with pytest.raises(ValueError, match="do not form a square"):
         rpe_attention(*tokens(8), *encoders(RPEConfig()))
-    with pytest.raises(ValueError, match="a grid of 2 x 3 and 0 skipped tokens make 6 tokens"):
+    with pytest.raises(
+        ValueError, match="must be 6 for a grid of 2 x 3 and 0 skipped tokens, got 9"
+    ):
         rpe_attention(*tokens(9), *encoders(RPEConfig(rpe_on="v")), height=2, width=3)
 
 
 @pytest.mark.parametrize(
-    ("rpe", "said"),
+    ("rpe", "expected"),
     [
         (RPEConfig(), r"gather by reference, attention not fused \(chosen: reference\)"),
         (None, "none"),
     ],
     ids=["encodings", "none"],
 )
-def test_what_will_run_is_returned_and_logged_once(rpe, said, caplog):
+def test_set_implementation_returns_and_logs_what_will_run(rpe, expected, caplog):
     caplog.set_level("INFO", "irpe_core")
     module = torch.nn.ModuleList(each for each in build_rpe(rpe, 8, 2) if each is not None)
     operators = set_implementation(module, "reference", "cpu")
-    assert re.match(said, operators)
+    assert re.match(expected, operators)
     assert caplog.messages == [f"position encodings: {operators}"]

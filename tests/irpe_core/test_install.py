@@ -1,4 +1,4 @@
-"""rpe_ops and irpe_core install by pip beside torch, and need nothing else."""
+"""rpe_ops and irpe_core install with pip and need only torch."""
 
 import os
 import shutil
@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NOT_TO_COPY = shutil.ignore_patterns("build", "*.egg-info", "*.so", "__pycache__")
-# Run far from the checkout. Allowed are the standard library, what was installed, and torch with
-# what its own package requires; numpy is not among it.
+# This program runs outside the checkout. It can import only the standard library, the two packages,
+# and torch with the packages that torch requires, which do not include numpy.
 PROGRAM = """
 import importlib.abc, importlib.metadata, re, sys
 
@@ -19,7 +19,7 @@ def normal(name):
     return re.sub("[-_.]+", "-", name).lower()
 
 def require(name, found):
-    # A distribution and all that it requires, extras left out.
+    # Add a distribution and all that it requires, without extras.
     if normal(name) not in found:
         found.add(normal(name))
         try:
@@ -64,7 +64,7 @@ print(rpe_ops.library.library_path())
 
 
 def pip_install(target: Path, sources: Path, **environment: str) -> None:
-    """Both packages from a copy of their folders, so that nothing is left in the checkout."""
+    """Install both packages from a copy of their folders, so that the checkout stays clean."""
     for name in ("rpe_ops", "irpe_core"):
         shutil.copytree(ROOT / name, sources / name, ignore=NOT_TO_COPY)
     command = "-m pip install --quiet --no-deps --no-build-isolation --no-index --target"
@@ -82,12 +82,12 @@ def pip_install(target: Path, sources: Path, **environment: str) -> None:
 @pytest.mark.parametrize(
     "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["python", "compiled"]
 )
-def test_both_packages_install_and_need_nothing_but_torch(tmp_path, compiled):
+def test_both_packages_install_and_need_only_torch(tmp_path, compiled):
     if compiled and not shutil.which(os.environ.get("CXX", "c++")):
         pytest.skip("there is no C++ compiler")
     target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    # Without a compiler the operators are plain Python, which takes seconds.
+    # Without a compiler the operators are plain Python, and the test takes only seconds.
     environment = {"FORCE_CUDA": "0"} if compiled else {"CXX": "no-such-compiler"}
     pip_install(target, tmp_path / "sources", **environment)
     assert {path.name for path in target.glob("*") if path.suffix != ".dist-info"} == {
@@ -106,6 +106,6 @@ def test_both_packages_install_and_need_nothing_but_torch(tmp_path, compiled):
     core, ops, requirements, library = done.stdout.splitlines()
     assert core == str(target / "irpe_core" / "__init__.py")
     assert ops == str(target / "rpe_ops" / "__init__.py")
-    # The two are released together, and irpe_core asks for the rpe_ops beside it.
+    # The two packages are released together: irpe_core requires the same version of rpe_ops.
     assert requirements == "['torch>=2.6', 'rpe-ops==0.1.0'] 0.1.0"
     assert not compiled or Path(library).parent == target / "rpe_ops"

@@ -1,4 +1,4 @@
-"""What is said of weights that do not fit: keys in a short form, and the likely cause."""
+"""The errors of weights that do not fit: shortened keys, and the likely cause."""
 
 import logging
 import re
@@ -41,7 +41,7 @@ def cause(found: nn.Module, wanted: nn.Module) -> str:
     return mismatch(found, wanted).partition("; likely cause: the checkpoint ")[2]
 
 
-def test_the_whole_message_of_a_table_of_another_size():
+def test_the_whole_message_for_tables_of_another_size():
     assert mismatch(model(), model("rpe-2.0-product-ctx-1-k")) == (
         "the checkpoint does not fit ModuleDict: 2 wrongly shaped: "
         "layers.*.rpe_k.lookup_table_weight is (1, 8, 49), the model's is (1, 8, 81); likely "
@@ -70,7 +70,7 @@ def test_the_whole_message_of_a_table_of_another_size():
         (("rpe-1.9-product-bias-0-k", {}), (SPEC, {}), "of mode bias, the model of ctx, and has a"),
         ((SPEC, {}), ("rpe-1.9-product-bias-1-qk", {}), "k, the model on q, k, and .* mode ctx, "),
         (("rpe-1.9-cross-ctx-1-k", {}), (SPEC, {}), "has iRPE of the method cross, unlike"),
-        ((SPEC, {}), ("rpe-1.9-cross-ctx-1-k", {}), "has not iRPE of the method cross, unlike"),
+        ((SPEC, {}), ("rpe-1.9-cross-ctx-1-k", {}), "has no iRPE of the method cross, unlike"),
         (
             ("rpe-1.9-cross-ctx-1-v", {}),
             ("rpe-3.0-cross-ctx-1-v", {}),
@@ -86,7 +86,7 @@ def test_the_likely_cause_of_tables_that_do_not_fit(found, wanted, expected):
 
 
 class Named(nn.Module):
-    """A module with entries of any names and shapes."""
+    """A module with buffers of the given names and shapes."""
 
     def __init__(self, **shapes: tuple[int, ...]) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def test_the_likely_cause_in_the_parts_of_known_models(found, wanted, expected):
     assert cause(Named(**COMMON, **found), Named(**COMMON, **wanted)) == expected
 
 
-def test_names_that_differ_by_a_beginning_are_said_to():
+def test_the_likely_cause_of_names_that_differ_by_a_prefix():
     inner, outer = Named(a=(1,)), Named(detr__a=(1,), mask=(1,))
     assert cause(inner, outer) == "lacks 'detr.' before its names, which the model has"
     assert cause(outer, inner) == "has 'detr.' before its names, which the model has not"
@@ -152,13 +152,13 @@ def test_names_that_differ_by_a_beginning_are_said_to():
     assert cause(nn.Identity(), inner) == "is empty"
 
 
-def test_tables_of_nonsensical_shape_are_listed_all_the_same():
+def test_tables_of_an_impossible_shape_are_listed():
     nonsense = Named(layers__0__rpe_k__lookup_table_weight=(), proj__bias=(2,))
     text = mismatch(nonsense, model())
     assert "layers.0.rpe_k.lookup_table_weight is (), the model's is (1, 8, 49)" in text
 
 
-def test_plain_weights_load_where_they_may_and_the_log_says_so(caplog):
+def test_plain_weights_load_if_allowed_and_that_is_logged(caplog):
     plain, equipped = model(""), model("rpe-1.9-product-ctx-1-qk")
     tables = {k: v.clone() for k, v in equipped.state_dict().items() if "lookup_table" in k}
     with caplog.at_level(logging.INFO):
@@ -169,7 +169,7 @@ def test_plain_weights_load_where_they_may_and_the_log_says_so(caplog):
     assert len(tables) == 4
 
 
-def test_plain_weights_do_not_load_unasked_nor_with_another_fault(caplog):
+def test_plain_weights_do_not_load_by_default_or_with_other_missing_keys(caplog):
     caplog.set_level(logging.INFO)
     plain, equipped = model(""), model()
     assert "2 missing: layers.*.rpe_k.lookup_table_weight" in mismatch(plain, equipped)
@@ -178,13 +178,13 @@ def test_plain_weights_do_not_load_unasked_nor_with_another_fault(caplog):
     assert caplog.messages == []
 
 
-def test_some_tables_of_many_are_not_enough():
+def test_weights_with_only_some_of_the_tables_are_refused():
     for found, wanted in ((SPEC, "rpe-1.9-product-ctx-1-qk"), ("rpe-1.9-product-ctx-1-q", SPEC)):
         text = mismatch(model(found), model(wanted), may_lack_tables=True)
         assert "2 missing" in text
 
 
-def test_weights_that_fit_say_nothing(caplog):
+def test_nothing_is_logged_for_weights_that_fit(caplog):
     caplog.set_level(logging.INFO)
     load_weights(model(), model().state_dict(), may_lack_tables=True)
     assert caplog.messages == []

@@ -1,4 +1,4 @@
-"""RPEAttention: the place of timm's attention, and life as a module."""
+"""RPEAttention: replacement of timm's attentions, the equations, and module behavior."""
 
 import copy
 import pickle
@@ -26,7 +26,7 @@ CONFIG = RPEConfig(skip=1, rpe_on="qkv")
 
 
 def naive_forward(module: RPEAttention, x: torch.Tensor, config: RPEConfig, grid) -> torch.Tensor:
-    """The layer by the equations; `x` in float64."""
+    """Compute the layer by the equations; `x` is float64."""
     batch, length, _ = x.shape
     q, k, v = module.qkv(x).reshape(batch, length, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
     out = naive.attention(q, k, v, module.rpe_q, module.rpe_k, module.rpe_v, config, grid)
@@ -35,7 +35,7 @@ def naive_forward(module: RPEAttention, x: torch.Tensor, config: RPEConfig, grid
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("rpe_on", ["k", "qkv"])
-def test_with_zero_tables_it_computes_what_timms_attention_did(options, rpe_on):
+def test_with_zero_tables_it_equals_timms_attention(options, rpe_on):
     attention = timm.layers.Attention(24, **{"num_heads": 3, **options}).double()
     fill(attention)
     ours = RPEAttention.from_attention(attention, RPEConfig(skip=1, rpe_on=rpe_on), (2, 5))
@@ -43,12 +43,12 @@ def test_with_zero_tables_it_computes_what_timms_attention_did(options, rpe_on):
     torch.testing.assert_close(ours(x), attention(x))
     mask = torch.rand(2, 1, 11, 11) < 0.8
     torch.testing.assert_close(ours(x, attn_mask=mask), attention(x, attn_mask=mask))
-    # The tables do something once they are trained.
+    # Tables that are not zero change the outputs.
     fill(ours)
     assert (ours(x) - attention(x)).abs().max() > 1e-3
 
 
-def test_it_takes_over_layers_mode_dtype_and_device_and_draws_no_random_numbers():
+def test_it_keeps_layers_mode_dtype_and_device_and_draws_no_random_numbers():
     attention = timm.layers.Attention(24, 3, attn_drop=0.2, proj_drop=0.1).bfloat16().eval()
     state = torch.get_rng_state()
     ours = RPEAttention.from_attention(attention, CONFIG)
@@ -63,14 +63,14 @@ def test_it_takes_over_layers_mode_dtype_and_device_and_draws_no_random_numbers(
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_it_takes_over_a_scale_of_its_own_where_timm_heeds_it(fused):
+def test_it_keeps_a_changed_scale_if_timm_uses_it(fused):
     attention = fill(timm.layers.Attention(24, 3, qkv_bias=True))
     attention.scale, attention.fused_attn = 0.9, fused
     ours, x = RPEAttention.from_attention(attention, CONFIG), torch.randn(2, 10, 24)
     torch.testing.assert_close(ours(x), attention(x))
 
 
-def test_it_takes_over_the_mode_of_every_layer():
+def test_it_keeps_the_mode_of_every_layer():
     attention = timm.layers.Attention(24, 3).train()
     attention.attn_drop.eval()
     ours = RPEAttention.from_attention(attention, CONFIG)
@@ -84,7 +84,7 @@ def test_parameters_have_timms_names_and_the_published_ones():
 
 
 class Subclass(timm.layers.Attention):
-    """Computes the same, which cannot be known."""
+    """A subclass that computes the same."""
 
 
 def with_a_parameter() -> nn.Module:
@@ -108,13 +108,13 @@ def with_a_forward() -> nn.Module:
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        (Subclass(24, 3), "Subclass is not timm's Attention or timm's EvaAttention: what else"),
+        (Subclass(24, 3), "Subclass is not timm's Attention or timm's EvaAttention: anything else"),
         (timm.layers.AttentionRope(24, 3, num_prefix_tokens=1), r"already rotates.*\(RoPE\)"),
         (RPEAttention(24, 3, CONFIG), "RPEAttention already has iRPE"),
         (nn.MultiheadAttention(24, 3), "MultiheadAttention is not timm's Attention"),
         (with_a_parameter(), "Attention also has sink, which would be lost"),
         (with_a_hook(), "Attention has hooks, which would be lost"),
-        (with_a_forward(), "Attention has a forward of its own"),
+        (with_a_forward(), "Attention has a forward that is not the one of its class"),
     ],
     ids=["subclass", "rope", "twice", "torchs", "parameter", "hook", "forward"],
 )
@@ -135,7 +135,7 @@ def test_an_attention_that_may_compute_more_is_refused(attention, message):
     ],
     ids=["no-key-bias", "normed", "no-bias", "bias-apart", "three-projections", "gated"],
 )
-def test_evas_attention_is_taken_over_with_its_projections(options):
+def test_evas_attention_keeps_its_projections(options):
     attention = EvaAttention(24, 3, norm_layer=nn.LayerNorm, **{"scale_norm": True, **options})
     fill(attention.double())
     ours = RPEAttention.from_attention(attention, RPEConfig(skip=1, rpe_on="qkv"), (2, 5))
@@ -143,7 +143,7 @@ def test_evas_attention_is_taken_over_with_its_projections(options):
     torch.testing.assert_close(ours(x, rope=None), attention(x, rope=None))
     added = set(ours.state_dict()) - set(attention.state_dict())
     assert added == {f"rpe_{letter}.lookup_table_weight" for letter in "qkv"}
-    with pytest.raises(ValueError, match="does not go with rotary"):
+    with pytest.raises(ValueError, match="rope must be None, got a Tensor"):
         ours(x, rope=torch.ones(10, 16))
 
 
@@ -175,23 +175,23 @@ def test_without_an_encoding_it_is_plain_attention():
     attention = fill(timm.layers.Attention(24, 3, qkv_bias=True))
     module = RPEAttention(24, 3)
     module.load_state_dict(attention.state_dict())
-    # Any number of tokens, as there is no grid to form.
+    # Without an encoding, any number of tokens is allowed.
     x = torch.randn(2, 7, 24)
     torch.testing.assert_close(module(x), attention(x))
 
 
-def test_bad_arguments_are_named():
+def test_errors_name_the_bad_argument():
     with pytest.raises(ValueError, match="num_heads must divide dim=24, got 5"):
         RPEAttention(24, 5)
     module = RPEAttention(24, 3, CONFIG)
-    with pytest.raises(ValueError, match="is_causal=True has no meaning"):
+    with pytest.raises(ValueError, match="is_causal must be False"):
         module(torch.randn(1, 10, 24), is_causal=True)
     with pytest.raises(ValueError, match="12 tokens without 1 skipped ones"):
         module(torch.randn(1, 12, 24))
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_compute_the_same_and_have_a_grid_of_their_own(clone):
+def test_copies_compute_the_same_and_have_their_own_grid(clone):
     module = fill(RPEAttention(24, 3, CONFIG, (2, 5))).eval()
     x = torch.randn(2, 11, 24)
     expected, twin = module(x), clone(module)

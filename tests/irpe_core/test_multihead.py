@@ -1,4 +1,4 @@
-"""RPEMultiheadAttention: the place of nn.MultiheadAttention, and the equations with an encoding."""
+"""RPEMultiheadAttention: equality with nn.MultiheadAttention, and with the equations."""
 
 import copy
 import pickle
@@ -21,7 +21,7 @@ batch_first = pytest.mark.parametrize("batch_first", [True, False], ids=["BLC", 
 
 
 def make_masks(kind: str) -> dict[str, Tensor]:
-    """Masks in the manner of torch's module; every token may attend somewhere."""
+    """Make masks for torch's module; every token may attend to at least one other."""
     padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     padding[1, 11:] = True
     pairs = torch.rand(LENGTH, LENGTH) < 0.3
@@ -42,19 +42,19 @@ def make_masks(kind: str) -> dict[str, Tensor]:
 
 
 def make_inputs(batch_first: bool = True) -> list[Tensor]:
-    """Query, key and value, all different."""
+    """Make query, key and value, all different."""
     shape = (BATCH, LENGTH, DIM) if batch_first else (LENGTH, BATCH, DIM)
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 
 
 def module(rpe: RPEConfig | None = CONFIG, **options) -> RPEMultiheadAttention:
-    """With weights and tables that all differ, float64."""
+    """Build a float64 module with random weights and tables."""
     options = {"batch_first": True, "dtype": torch.float64, **options}
     return fill(RPEMultiheadAttention(DIM, HEADS, rpe=rpe, **options))
 
 
 def torchs(ours: RPEMultiheadAttention) -> nn.MultiheadAttention:
-    """Torch's module with the same weights."""
+    """Build torch's module with the same weights."""
     options = {"bias": ours.in_proj_bias is not None, "batch_first": ours.batch_first}
     theirs = nn.MultiheadAttention(DIM, HEADS, ours.dropout, **options, dtype=torch.float64)
     theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if "rpe" not in k})
@@ -75,7 +75,9 @@ def shared_parameters(module: nn.Module) -> list[Tensor]:
 @batch_first
 @pytest.mark.parametrize("need_weights", [True, False], ids=["weights", "no-weights"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_without_an_encoding_it_is_torchs_module(training, need_weights, batch_first, kind):
+def test_without_an_encoding_it_is_bit_identical_to_torchs_module(
+    training, need_weights, batch_first, kind
+):
     ours = module(None, dropout=0.3, bias=training, batch_first=batch_first).train(training)
     theirs, inputs = torchs(ours), make_inputs(batch_first)
     options = {"need_weights": need_weights, **make_masks(kind)}
@@ -93,7 +95,7 @@ def test_without_an_encoding_it_is_torchs_module(training, need_weights, batch_f
 @masks
 @batch_first
 @pytest.mark.parametrize("averaged", [True, False, None], ids=["mean", "heads", "no-weights"])
-def test_with_zero_tables_it_computes_what_torchs_module_does(averaged, batch_first, kind):
+def test_with_zero_tables_it_equals_torchs_module(averaged, batch_first, kind):
     ours = module(bias=batch_first, batch_first=batch_first)
     for name, table in ours.named_parameters():
         if "lookup_table" in name:
@@ -142,7 +144,7 @@ def test_values_and_all_gradients_equal_the_equations(method, mode, rpe_on, shar
 
 
 @batch_first
-def test_the_orders_of_tokens_and_an_unbatched_input_agree(batch_first):
+def test_batch_first_and_unbatched_inputs_give_the_same_outputs(batch_first):
     ours, inputs = module(), make_inputs()
     padding = make_masks("padding")["key_padding_mask"]
     expected, expected_weights = ours(*inputs, padding, hw=GRID)
@@ -159,7 +161,7 @@ def test_the_orders_of_tokens_and_an_unbatched_input_agree(batch_first):
 
 def test_dropout_drops_the_weights_that_are_returned():
     ours, inputs = module(dropout=0.4), make_inputs()
-    # Composed with and without weights, so that the draws are the same.
+    # Only composed attention draws the same random numbers with and without weights.
     set_implementation(ours, "reference", "cpu")
     torch.manual_seed(1)
     out, weights = ours(*inputs, hw=GRID, average_attn_weights=False)
@@ -170,7 +172,7 @@ def test_dropout_drops_the_weights_that_are_returned():
     assert not (weights == 0).any()
 
 
-def test_a_query_that_may_attend_nowhere_yields_the_bias_alone_and_finite_gradients():
+def test_a_query_that_may_attend_nowhere_gives_the_output_bias_and_finite_gradients():
     ours, inputs = module(), make_inputs()
     pairs = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
     pairs[4] = True
@@ -180,7 +182,7 @@ def test_a_query_that_may_attend_nowhere_yields_the_bias_alone_and_finite_gradie
         assert all(g.isfinite().all() for g in gradients(out, inputs))
 
 
-def test_torchs_weights_load_and_parameters_have_torchs_names_order_and_start():
+def test_parameters_have_torchs_names_order_and_initial_values():
     torch.manual_seed(3)
     theirs = nn.MultiheadAttention(DIM, HEADS)
     torch.manual_seed(3)
@@ -194,7 +196,7 @@ def test_torchs_weights_load_and_parameters_have_torchs_names_order_and_start():
     assert list(RPEMultiheadAttention(DIM, HEADS).state_dict()) == names[:4]
 
 
-def test_torchs_encoder_layer_in_evaluation_does_not_leave_the_encoding_out():
+def test_torchs_encoder_layer_uses_the_encoding_in_evaluation():
     layer = nn.TransformerEncoderLayer(DIM, HEADS - 1, 8, dropout=0.0, batch_first=True)
     layer.self_attn = fill(RPEMultiheadAttention(DIM, HEADS - 1, batch_first=True, rpe=CONFIG))
     x = torch.randn(BATCH, 9, DIM)
@@ -210,7 +212,7 @@ def test_a_copy_and_a_pickle_compute_the_same():
         assert torch.equal(other(*inputs, hw=GRID)[0], expected)
 
 
-def test_autocast_gives_low_precision_outputs_near_the_full_ones():
+def test_autocast_gives_low_precision_outputs_near_those_of_float32():
     ours, inputs = module(dtype=torch.float32), [x.float() for x in make_inputs()]
     padding = make_masks("padding")["key_padding_mask"]
     expected, _ = ours(*inputs, padding, hw=GRID)
@@ -233,9 +235,9 @@ def test_it_compiles_into_one_graph():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hw": (4, 5)}, "a grid of 4 x 5 and 0 skipped tokens make 20 tokens, got 15"),
+        ({"hw": (4, 5)}, "must be 20 for a grid of 4 x 5 and 0 skipped tokens, got 15"),
         ({}, "do not form a square"),
-        ({"hw": GRID, "is_causal": True}, "is_causal=True is a hint about attn_mask"),
+        ({"hw": GRID, "is_causal": True}, "attn_mask must be given with is_causal=True, got None"),
         (
             {"hw": GRID, "attn_mask": torch.zeros(4, 4, dtype=torch.bool)},
             r"attn_mask must have the shape \(15, 15\), got \(4, 4\)",
@@ -255,12 +257,12 @@ def test_it_compiles_into_one_graph():
     ],
     ids=["grid", "square", "causal", "pairs", "heads", "padding", "dtype"],
 )
-def test_bad_arguments_are_named(options, message):
+def test_errors_name_the_bad_argument(options, message):
     with pytest.raises(ValueError, match=message):
         module()(*make_inputs(), **options)
 
 
-def test_other_numbers_of_keys_and_an_uneven_number_of_heads_are_refused():
+def test_wrong_numbers_of_keys_and_of_heads_are_refused():
     query, key, value = make_inputs()
     with pytest.raises(ValueError, match=r"same tokens.*\(2, 15, 12\) and \(2, 9, 12\)"):
         module()(query, key[:, :9], value[:, :9], hw=GRID)

@@ -14,7 +14,7 @@ def _fresh_compiler() -> None:
 
 
 def check_compiled(module, inputs: list[torch.Tensor], **options) -> None:
-    """Compiled values and gradients equal the eager ones for every input in turn."""
+    """Compare compiled with eager values and gradients, for one input after the other."""
     compiled = torch.compile(module, fullgraph=True, **options)
     for x in inputs:
         results = []
@@ -72,7 +72,7 @@ def test_attention_exports(strict):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_attention_compiles_by_inductor(dynamic):
+def test_attention_compiles_with_inductor(dynamic):
     module = fill(RPEAttention(12, 2, RPEConfig(skip=1, rpe_on="qkv")))
     inputs = [torch.randn(2, side * side + 1, 12) for side in (3, 5)]
     check_compiled(module, inputs, dynamic=dynamic)

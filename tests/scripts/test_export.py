@@ -239,7 +239,7 @@ def test_checkpoint_of_something_else_is_refused(failure, tmp_path):
     [
         (torch.tensor(3.0), "neither a classifier"),
         (torch.zeros(3), "neither a classifier"),
-        (3.0, "a tensor is needed"),
+        (3.0, "must hold tensors"),
     ],
     ids=["0-d", "1-d", "number"],
 )
