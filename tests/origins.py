@@ -1,4 +1,4 @@
-"""A trained model's checkpoint as others would have written it, and what is measured of it."""
+"""The checkpoint of a trained model in the formats of other projects, and its metrics."""
 
 import argparse
 import json
@@ -12,23 +12,23 @@ __all__ = ["evaluation", "write_origins"]
 
 
 def write_origins(checkpoint: Path, folder: Path, args: argparse.Namespace) -> dict[str, Path]:
-    """Checkpoints by their origin, `ours` among them.
+    """Write a checkpoint in every format; return the files by name, `ours` among them.
 
     Args:
-        checkpoint: What a trainer of ours wrote.
-        folder: Where to put the others.
-        args: As the original's checkpoints hold them.
+        checkpoint: A file that a trainer of this project wrote.
+        folder: Folder of the new files.
+        args: The `args` of the checkpoints in the format of the originals.
     """
     ours = torch.load(checkpoint, weights_only=True)
     model = ours["model"]
     training = ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler")
     plain = {key: value for key, value in model.items() if "lookup_table" not in key}
-    average = {"model_ema": plain} if ours["model_ema"] is not None else {}
+    ema = {"model_ema": plain} if ours["model_ema"] is not None else {}
     contents = {
         "original-training": {name: ours[name] for name in training} | {"args": args},
         "original-release": {"model": model, "args": args},
         "plain-release": {"model": plain},
-        "plain-training": ours | {"model": plain} | average,
+        "plain-training": ours | {"model": plain} | ema,
         "bare": model,
         "wrapped": {"model": {f"module.{key}": value for key, value in model.items()}},
     }
@@ -41,7 +41,7 @@ def write_origins(checkpoint: Path, folder: Path, args: argparse.Namespace) -> d
 
 
 def evaluation(main: Callable[[list[str]], None], folder: Path, *argv: str) -> dict[str, float]:
-    """The figures that a trainer's `--eval` writes into its output folder."""
+    """Run a trainer with `--eval`; return the metrics that it writes into its output folder."""
     main([*argv, "--eval", "--output_dir", str(folder)])
     record = json.loads((folder / "eval.json").read_text())
     return {name: value for name, value in record.items() if name.startswith("test_")}

@@ -1,4 +1,4 @@
-"""The weights and inputs behind the golden numbers (`tests/golden/RECIPE.md`), and their files."""
+"""The weights and inputs of the recorded numbers (`tests/golden/RECIPE.md`), and their files."""
 
 import json
 import re
@@ -19,28 +19,31 @@ _NORM_WEIGHT = re.compile(
 
 
 def golden(name: str) -> np.lib.npyio.NpzFile:
-    """Arrays of `tests/golden/{name}.npz`, read when asked for."""
+    """Open the arrays of `tests/golden/{name}.npz`; each is read on access."""
     return np.load(GOLDEN / f"{name}.npz")
 
 
 def golden_json(name: str) -> dict:
-    """Facts of `tests/golden/{name}.json`."""
+    """Read `tests/golden/{name}.json`."""
     return json.loads((GOLDEN / f"{name}.json").read_text())
 
 
 def input_a(*shape: int) -> Tensor:
-    """The smooth input, float64."""
+    """Return the smooth input, float64."""
     return torch.from_numpy(np.sin(np.arange(np.prod(shape)) * 0.01 + 0.5)).reshape(shape)
 
 
 def input_b(*shape: int, seed: int = 1234) -> Tensor:
-    """The random input, float64."""
+    """Return the random input, float64."""
     values = np.random.RandomState(seed).standard_normal(int(np.prod(shape)))
     return torch.from_numpy(values).reshape(shape)
 
 
 def recipe_a(key: str, shape: tuple[int, ...], factor: float = 0.02) -> Tensor:
-    """Recipe A, float64: names and shapes. The RPE modules have the factor 1."""
+    """Return a value of recipe A, float64; it detects wrong names and shapes.
+
+    The factor is 1 for encodings that are tested alone.
+    """
     s = np.sin(np.arange(np.prod(shape)) * 0.37 + zlib.crc32(key.encode()) % 1000)
     if key.endswith("running_var"):
         s = 1 + 0.1 * np.abs(s)
@@ -50,7 +53,7 @@ def recipe_a(key: str, shape: tuple[int, ...], factor: float = 0.02) -> Tensor:
 
 
 def recipe_b(key: str, shape: tuple[int, ...]) -> Tensor:
-    """Recipe B, float64: tells a right encoding from a wrong one."""
+    """Return a value of recipe B, float64; it detects wrong encodings."""
     size = int(np.prod(shape))
     z = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(size)
     if key.endswith("running_var"):
@@ -71,7 +74,7 @@ def recipe_b(key: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _detr_factor(key: str, shape: tuple[int, ...]) -> float | np.ndarray:
-    """Factors that exist only in DETR; they keep the queries apart."""
+    """Return the factor of a weight; factors other than 1, all of DETR, make its queries differ."""
     if key.endswith("input_proj.weight"):
         return 8.0
     if "encoder" in key and key.endswith("self_attn.out_proj.weight"):
@@ -87,7 +90,7 @@ def _detr_factor(key: str, shape: tuple[int, ...]) -> float | np.ndarray:
 
 
 def fill(module: nn.Module, recipe=recipe_b, **options: float) -> nn.Module:
-    """Set every floating-point entry of the state dict by a recipe, in place; returns `module`."""
+    """Set every floating-point entry of the state dict by a recipe, in place; return `module`."""
     with torch.no_grad():
         for key, value in module.state_dict().items():
             if value.is_floating_point():

@@ -1,4 +1,4 @@
-"""A web server of this process whose downloads break off, change or never end, as told."""
+"""A local web server whose downloads break off, change or stall, as a test sets it."""
 
 import re
 import threading
@@ -11,31 +11,31 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Site:
-    """What the server has and how it behaves; each request is recorded as its headers."""
+    """The files and the behavior of the server, and the headers of the requests it received."""
 
     address: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     version: dict[str, str] = field(default_factory=lambda: {"ETag": '"one"'})
     break_after: list[int] = field(default_factory=list)
-    """Bytes after which the next answers break off, one each."""
+    """Bytes after which the next answers break off, one number for each answer."""
     ranges: bool = True
-    """Whether it knows ranges."""
+    """Support ranges."""
     headers: dict[str, str] = field(default_factory=dict)
-    """More headers, which win over its own."""
+    """Further headers, which replace those of the server."""
     chunked: bool = False
-    """Whether it sends chunks instead of a length."""
+    """Send chunks instead of a length."""
     stall: bool = False
-    """Whether it goes silent where it would break off."""
+    """Send nothing for two seconds instead of breaking off."""
     requests: list[dict[str, str]] = field(default_factory=list)
 
     def url(self, name: str) -> str:
-        """The address of a file."""
+        """Return the URL of a file."""
         return f"{self.address}/{name}"
 
 
 @contextmanager
 def serve(**files: bytes) -> Iterator[Site]:
-    """Serve files, under their names with `.pth`, on a free port of this machine."""
+    """Serve files, under their names with `.pth`, on a free local port."""
     site = Site(files={f"/{name}.pth": content for name, content in files.items()})
 
     class Handler(BaseHTTPRequestHandler):
@@ -82,7 +82,7 @@ def serve(**files: bytes) -> Iterator[Site]:
             return int(wanted[1])
 
         def log_message(self, *_: object) -> None:
-            """Stay silent."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
