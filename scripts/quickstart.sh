@@ -48,5 +48,5 @@ run classification evaluation --eval --resume "$out/absolute_irpe/checkpoint.pth
 other=$!
 run detection detection_evaluation --eval --resume "$out/detection/checkpoint.pth"
 wait "$other"
-python -m scripts.quickstart_classification "$out"
-python -m scripts.quickstart_detection "$out"
+python -m scripts.quickstart.classification "$out"
+python -m scripts.quickstart.detection "$out"

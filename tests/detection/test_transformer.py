@@ -7,7 +7,7 @@ from torch import nn
 from detection.position_encoding import build_position_encoding
 from detection.transformer import Transformer
 from irpe_core import METHODS, RPEMultiheadAttention, parse_rpe_spec
-from scripts.peak_memory import peak_memory
+from scripts.benchmark.peak_memory import peak_memory
 from tests.recipes import fill
 
 SHAPE = {"dim": 24, "num_heads": 3, "enc_layers": 2, "dec_layers": 2, "dim_feedforward": 40}

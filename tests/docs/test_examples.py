@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from scripts.examples import equip_timm_vit
+from examples import equip_timm_vit
 
 
 def test_equipping_a_trained_model_changes_nothing_at_first(capsys):

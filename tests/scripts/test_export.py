@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import scripts.exporting
+import scripts.export.program
 from classification.build import create_model
 from classification.config import parse_args
 from detection.detr import build_network
 from engine import dump
-from scripts.export import main
+from scripts.export.models import main
 from tests.commands import failure_of
 from tests.detection.models import SMALL, config, images_of
 from tests.recipes import fill
@@ -277,13 +277,13 @@ def test_missing_packages_are_named_with_their_file(classifier, failure, tmp_pat
 def test_a_file_that_computes_something_else_is_not_written(
     wrong, classifier, failure, tmp_path, monkeypatch
 ):
-    opened = scripts.exporting._open_pt2
+    opened = scripts.export.program._open_pt2
 
     def open_wrongly(path, outputs):
         predict = opened(path, outputs)
         return lambda *inputs: {name: x + wrong for name, x in predict(*inputs).items()}
 
-    monkeypatch.setattr(scripts.exporting, "_open_pt2", open_wrongly)
+    monkeypatch.setattr(scripts.export.program, "_open_pt2", open_wrongly)
     output = tmp_path / "model.pt2"
     output.write_text("the one before")
     code, line = failure("--checkpoint", str(classifier[1]), "--output", str(output))

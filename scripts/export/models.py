@@ -28,7 +28,7 @@ from detection.config import BackboneConfig, DetectionConfig, TransformerConfig
 from detection.detr import build_network
 from engine import Config, UsageError, UserError, check_writable, parse_config, run
 from irpe_core import CheckpointError, load_checkpoint, load_weights
-from scripts.exporting import Exportable, export, require_onnx
+from scripts.export.program import Exportable, export, require_onnx
 
 # Of a run, not of the model that it trained.
 _OF_RUN = {"pretrained", "finetune", "rpe_implementation"}

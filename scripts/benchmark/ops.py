@@ -1,7 +1,7 @@
 """Time and memory of attention with iRPE, of every implementation that runs here, side by side.
 
-    OMP_NUM_THREADS=2 python -m scripts.benchmark_ops --output benchmarks/ops_cpu.json
-    python -m scripts.benchmark_ops --dtype bfloat16 --output benchmarks/ops_h200.json
+    OMP_NUM_THREADS=2 python -m scripts.benchmark.ops --output benchmarks/ops_cpu.json
+    python -m scripts.benchmark.ops --dtype bfloat16 --output benchmarks/ops_h200.json
 
 Contenders:
 
@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 import rpe_ops
 from irpe_core import bucket_ids, build_rpe, parse_rpe_spec, rpe_attention, set_implementation
-from scripts.benchmark_train import clock, machine
-from scripts.peak_memory import peak_memory
+from scripts.benchmark.peak_memory import peak_memory
+from scripts.benchmark.train import clock, machine
 
 
 @dataclass(frozen=True)

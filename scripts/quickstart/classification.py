@@ -1,6 +1,6 @@
 """The classification half of the quickstart: table and gates.
 
-    python -m scripts.quickstart_classification OUTPUT_DIR
+    python -m scripts.quickstart.classification OUTPUT_DIR
 
 Reads the logs of the four runs and the evaluation in OUTPUT_DIR; exit code 1 where a gate fails.
 """

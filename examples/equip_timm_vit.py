@@ -3,7 +3,7 @@
 A small ViT learns scikit-learn's handwritten digits. Then `add_irpe` adds tables of zeros, which
 change nothing yet, and both it and a copy without iRPE are trained further for as long.
 
-    python -m scripts.examples.equip_timm_vit [--rpe SPEC] [--epochs N]
+    python -m examples.equip_timm_vit [--rpe SPEC] [--epochs N]
 """
 
 import argparse

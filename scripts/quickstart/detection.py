@@ -1,6 +1,6 @@
 """The detection half of the quickstart: pictures, figures and gate.
 
-    python -m scripts.quickstart_detection OUTPUT_DIR
+    python -m scripts.quickstart.detection OUTPUT_DIR
 
 Reads the run in OUTPUT_DIR/detection and its evaluation in OUTPUT_DIR/detection_evaluation, writes
 `predictions.png` and `curves.png` beside the run, prints the COCO figures; exit code 1 where AP50

@@ -1,6 +1,6 @@
 """Reading images from a zip against reading them from a folder.
 
-    python -m scripts.benchmark_data --output benchmarks/data.json
+    python -m scripts.benchmark.data --output benchmarks/data.json
 
 The same images, given or made, are written as a folder and as a zip side by side and read in one
 shuffled order through the code that training uses. The two take turns in one run, so that a slow

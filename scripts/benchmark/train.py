@@ -1,7 +1,7 @@
 """Train-step and evaluation time with iRPE against without: DeiT beside timm's, DETR beside itself.
 
-    OMP_NUM_THREADS=2 python -m scripts.benchmark_train --output benchmarks/train_cpu.json
-    OMP_NUM_THREADS=2 python -m scripts.benchmark_train --recipe detr --batch-size 1 \\
+    OMP_NUM_THREADS=2 python -m scripts.benchmark.train --output benchmarks/train_cpu.json
+    OMP_NUM_THREADS=2 python -m scripts.benchmark.train --recipe detr --batch-size 1 \\
         --output benchmarks/train_detr_cpu.json
 
 DeiT sees images of 224 x 224; DETR with ResNet-50 images of 608 x 800 with ten objects each. The

@@ -1,0 +1,1 @@
+"""Benchmarks of training, operators and data reading: `python -m scripts.benchmark`."""
