@@ -1,25 +1,27 @@
-"""Reading images from a zip against reading them from a folder.
+"""Time the reading of images from a zip against reading them from a folder.
 
-    python -m scripts.benchmark.data --output benchmarks/data.json
+    python -m scripts.benchmark data --output benchmarks/data.json
 
-The same images, given or made, are written as a folder and as a zip side by side and read in one
-shuffled order through the code that training uses. The two take turns in one run, so that a slow
-moment of the machine hits both; a speed is the median over the rounds of (time of the folder /
-time of the zip in the same round). "cached" reads from the system's file cache, "evicted" after
-the system was asked to drop the files from it, "decoded" makes RGB images of cached files.
+The same images, given or generated, are written to a folder and to a zip, and read in one shuffled
+order by the code that training uses. The two forms are read alternately in one process, so that
+another load on the machine slows down both. A speed is the median over the rounds of (time of the
+folder / time of the zip in the same round).
+
+    cached     read from the file cache of the system
+    evicted    read after the system was asked to drop the files from its cache
+    decoded    read from the cache and decoded to RGB images
 """
 
 import argparse
 import io
 import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,47 +29,51 @@ from PIL import Image
 
 from datasets.image_sources import ImageSource, open_images
 from datasets.images import decode_rgb
+from engine.provenance import machine
+from scripts.benchmark.timing import median_ratio
+
+__all__ = ["main"]
 
 FORMS = ("folder", "zip")
 
 
-def parse_args() -> argparse.Namespace:
-    """Flags of the benchmark."""
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m scripts.benchmark data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--images", type=Path, help="folder of JPEG files (default: generated)")
+    parser.add_argument("--count", type=int, default=500, help="number of images to read")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds after one warm-up")
     parser.add_argument(
-        "--images", type=Path, help="folder of JPEG files; by default some are made"
-    )
-    parser.add_argument("--count", type=int, default=500, help="images to read")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds after a warm-up")
-    parser.add_argument(
-        "--scratch", type=Path, help="where to write; by default a temporary folder"
+        "--scratch", type=Path, help="folder for temporary files (default: that of the system)"
     )
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def made_images(count: int) -> Iterator[tuple[str, bytes]]:
-    """JPEG files of COCO's usual size, 640 x 480 and about 150 kB."""
-    draw = np.random.default_rng(0)
+def generated_images(count: int) -> Iterator[tuple[str, bytes]]:
+    """Yield names and contents of JPEG files of COCO's usual size, 640 x 480 and about 150 kB."""
+    random = np.random.default_rng(0)
     for number in range(count):
-        soft = Image.fromarray(draw.integers(0, 256, (60, 80, 3), dtype=np.uint8))
+        soft = Image.fromarray(random.integers(0, 256, (60, 80, 3), dtype=np.uint8))
         pixels = np.asarray(soft.resize((640, 480), Image.Resampling.BICUBIC)).astype(np.int16)
-        pixels += draw.integers(-16, 17, (480, 640, 1), dtype=np.int16)
+        pixels += random.integers(-16, 17, (480, 640, 1), dtype=np.int16)
         buffer = io.BytesIO()
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
         yield f"{number:012d}.jpg", buffer.getvalue()
 
 
 def given_images(folder: Path, count: int) -> Iterator[tuple[str, bytes]]:
-    """The first JPEG files of a folder."""
+    """Yield names and contents of the first JPEG files of a folder."""
     for path in sorted(folder.glob("*.jpg"))[:count]:
         yield path.name, path.read_bytes()
 
 
 def write_both(root: Path, images: Iterator[tuple[str, bytes]]) -> tuple[list[str], int]:
-    """Writes the images as `root/images` and `root/images.zip`; returns names and bytes."""
+    """Write `root/images` and `root/images.zip`; return the names and the number of bytes."""
     folder, names, size = root / "images", [], 0
     folder.mkdir(parents=True)
     with zipfile.ZipFile(root / "images.zip", "w", zipfile.ZIP_STORED) as archive:
@@ -77,14 +83,14 @@ def write_both(root: Path, images: Iterator[tuple[str, bytes]]) -> tuple[list[st
             names.append(name)
             size += len(content)
     if not names:
-        raise SystemExit("error: there are no JPEG files to read")
-    # Only clean pages can be dropped from the cache.
+        raise SystemExit("error: --images must be a folder with .jpg files, found none")
+    # The system drops a page from its cache only after it is written to the disk.
     os.sync()
     return names, size
 
 
 def evict(path: Path) -> None:
-    """Asks the system to drop a file, or the files of a folder, from its cache."""
+    """Ask the system to drop a file, or the files of a folder, from its cache."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         descriptor = os.open(file, os.O_RDONLY)
         try:
@@ -94,7 +100,7 @@ def evict(path: Path) -> None:
 
 
 def tasks(sources: dict[str, ImageSource], order: list[int]) -> dict[str, dict[str, Callable]]:
-    """What is timed, by kind and form; each returns the seconds it took."""
+    """Return the timed functions by kind and form. Each returns its time in seconds."""
 
     def timed(source: ImageSource, cold: bool, decoded: bool) -> Callable[[], float]:
         def run() -> float:
@@ -117,7 +123,7 @@ def tasks(sources: dict[str, ImageSource], order: list[int]) -> dict[str, dict[s
 
 
 def measure(forms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of both forms in every round, the first of them changing every round."""
+    """Return the seconds of both forms in every round. The form that is read first alternates."""
     times: dict[str, list[float]] = {form: [] for form in forms}
     for number in range(rounds + 1):
         for form in FORMS if number % 2 else FORMS[::-1]:
@@ -127,10 +133,10 @@ def measure(forms: dict[str, Callable[[], float]], rounds: int) -> dict[str, lis
     return times
 
 
-def main() -> None:
-    """Measure, print a table, write JSON."""
-    args = parse_args()
-    images = given_images(args.images, args.count) if args.images else made_images(args.count)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print a table and write JSON."""
+    args = parse_args(argv)
+    images = given_images(args.images, args.count) if args.images else generated_images(args.count)
     root = Path(tempfile.mkdtemp(prefix="benchmark-data-", dir=args.scratch))
     try:
         names, size = write_both(root, images)
@@ -142,17 +148,16 @@ def main() -> None:
         results = {}
         for kind, forms in tasks(sources, order).items():
             times = measure(forms, args.rounds)
-            ratios = [f / z for f, z in zip(*(times[form] for form in FORMS), strict=True)]
             results[kind] = {
                 "images_per_second": {
                     form: len(names) / statistics.median(times[form]) for form in FORMS
                 },
-                "zip_speed": statistics.median(ratios),
+                "zip_speed": median_ratio(times["folder"], times["zip"]),
             }
     finally:
         shutil.rmtree(root)
     report = {
-        "machine": {"cpu": cpu_name(), "python": platform.python_version()},
+        "machine": machine(),
         "images": len(names),
         "mean_kilobytes": size / len(names) / 1000,
         "rounds": args.rounds,
@@ -165,15 +170,3 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    found = (line.split(":")[1].strip() for line in lines if "model name" in line)
-    return next(found, platform.processor() or platform.machine())
-
-
-if __name__ == "__main__":
-    main()

@@ -1,29 +1,29 @@
-"""Time and memory of attention with iRPE, of every implementation that runs here, side by side.
+"""Measure time and memory of attention with iRPE, for every implementation that runs here.
 
-    OMP_NUM_THREADS=2 python -m scripts.benchmark.ops --output benchmarks/ops_cpu.json
-    python -m scripts.benchmark.ops --dtype bfloat16 --output benchmarks/ops_h200.json
+    OMP_NUM_THREADS=2 python -m scripts.benchmark ops --output benchmarks/ops_cpu.json
+    python -m scripts.benchmark ops --dtype bfloat16 --output benchmarks/ops_h200.json
 
 Contenders:
 
-    sdpa               torch's attention without encodings: the floor
+    sdpa               torch's attention without encodings, the baseline
     fused              `rpe_ops.attention`
     composed           encodings written out by `rpe_ops.gather`, then torch's attention with them
                        as a bias, or on values a softmax and `rpe_ops.bucket_sum`
     torch.gather       the same with torch's own gather, whose backward scatters (with atomics on
-                       CUDA) like that of the original operator
+                       CUDA) as that of the original operator does
     flattened index    the original without its operator: lookups read through one flat index, and
-                       on values a tensor of L x L x d
-    flex_attention     torch's, compiled, with the lookup captured by its score function
+                       on values a tensor of (L, L, d)
+    flex_attention     FlexAttention of torch, compiled; its score function reads the lookup
 
-All take turns in one run; figures are medians, and ratios to `sdpa` of the same round. Memory is
-the peak of forward and backward above what was allocated before. Batches are those of the recipes
-on a GPU and smaller on a CPU.
+All contenders run alternately in one process. Times are medians, and ratios are to `sdpa` of the
+same round. Memory is the peak of forward and backward above what was allocated before. Batch sizes
+are those of the recipes on a GPU, and smaller on a CPU.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,23 +32,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rpe_ops
+from engine.provenance import machine
 from irpe_core import bucket_ids, build_rpe, parse_rpe_spec, rpe_attention, set_implementation
 from scripts.benchmark.peak_memory import peak_memory
-from scripts.benchmark.train import clock, machine
+from scripts.benchmark.timing import clock, median_ratio
+
+__all__ = ["main"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention.
+    """Sizes of one attention.
 
     Attributes:
-        batch: Images on a GPU.
-        cpu_batch: Images on a CPU.
-        heads: H.
-        dim: Channels of a head.
-        grid: Rows and columns of tokens.
-        skip: Tokens before the grid.
-        ratio: Of the product method.
+        batch: Batch size on a GPU.
+        cpu_batch: Batch size on a CPU.
+        heads: Number of heads H.
+        dim: Head dim d.
+        grid: Height and width in tokens.
+        skip: Number of tokens before the grid.
+        ratio: Ratio of the product method.
     """
 
     batch: int
@@ -69,17 +72,37 @@ SHAPES = {
 Contender = Callable[..., Tensor]
 
 
-def main() -> None:
-    """Measure, print a table, write JSON and a chart."""
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m scripts.benchmark ops",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device, such as cpu or cuda:0",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="dtype of all tensors",
+    )
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds after two warm-ups")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--output", type=Path, help="JSON file to write, with a chart beside it")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="attentions to measure"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON file to write, with a chart of the same name (.png)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print tables, and write JSON and a chart."""
+    args = parse_args(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     report = {"machine": machine(device), "dtype": args.dtype, "rounds": args.rounds}
     report["not_run"] = {
@@ -98,12 +121,13 @@ def main() -> None:
     for what, reason in report["not_run"].items():
         print(f"not run: {what}: {reason}")
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=2) + "\n")
         draw(report, args.output.with_suffix(".png"))
 
 
 def measure_gather(device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    """Milliseconds of the backward of a gather, B 2, H 8, L 950, K 81: ours and torch's own."""
+    """Return milliseconds of the backward of a gather by implementation, B 2 H 8 L 950 K 81."""
     index = bucket_ids("product", 25, 38, 2.0, device=device)
     lookup = torch.randn(2, 8, 950, 81, device=device, dtype=dtype, requires_grad=True)
     grad = torch.randn(2, 8, 950, 950, device=device, dtype=dtype)
@@ -134,7 +158,7 @@ def measure(
     rounds: int,
     not_run: dict[str, str],
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds, ratios to `sdpa` and peak memory of every contender."""
+    """Return milliseconds, ratios to `sdpa` and peak memory of every contender."""
     torch.manual_seed(0)
     batch = shape.batch if device.type == "cuda" else shape.cpu_batch
     length = shape.skip + shape.grid[0] * shape.grid[1]
@@ -167,9 +191,7 @@ def measure(
         name: {
             kind: {
                 "median_ms": 1e3 * statistics.median(times[name, kind]),
-                "ratio": statistics.median(
-                    t / t0 for t, t0 in zip(times[name, kind], times["sdpa", kind], strict=True)
-                ),
+                "ratio": median_ratio(times[name, kind], times["sdpa", kind]),
             }
             for kind in ("forward", "forward + backward")
         }
@@ -181,7 +203,10 @@ def measure(
 def contenders(
     shape: Shape, letters: str, device: torch.device, dtype: torch.dtype, not_run: dict[str, str]
 ) -> dict[str, Contender]:
-    """What is measured, by name, each a function of q, k and v."""
+    """Return the attentions to measure by name, each a function of q, k and v.
+
+    The reasons why others are not measured are added to `not_run`.
+    """
     spec = f"rpe-{shape.ratio}-product-ctx-1-{letters}"
     config = parse_rpe_spec(spec, skip=shape.skip)
     modules = nn.ModuleDict()
@@ -201,14 +226,14 @@ def contenders(
 
     found: dict[str, Contender] = {"sdpa": F.scaled_dot_product_attention}
     for name, reason in rpe_ops.available_implementations(device, "attention").items():
-        # On a CPU Triton's interpreter is no contender.
+        # Triton's interpreter, which runs on a CPU, is made for tests and not for speed.
         if not reason and name != "reference" and not (name == "triton" and device.type == "cpu"):
             found[f"fused, {name}"] = ours(name)
     if device.type == "cuda" and rpe_ops.can_run("cuda", device):
         found["composed, cuda"] = ours("cuda")
     found["torch.gather"] = ours("reference")
     index = bucket_ids("product", *shape.grid, shape.ratio, shape.skip, device=device)
-    # The dense tensor of the values, forward and backward, for each of which there must be room.
+    # The (L, L, d) tensor of the values and its gradients must fit into memory.
     dense = 3 * index.numel() * shape.dim * dtype.itemsize
     if "v" not in letters or dense < 2e9:
         found["flattened index"] = flattened_index(rpe, index, config.num_buckets)
@@ -224,7 +249,7 @@ def contenders(
 
 
 def flattened_index(rpe: list[nn.Module | None], index: Tensor, buckets: int) -> Contender:
-    """Lookups of all queries in one row, read at `i·K + bucket(i, j)`."""
+    """Return attention that flattens the lookups of all queries and reads `i·K + bucket(i, j)`."""
     flat = (index + buckets * torch.arange(len(index), device=index.device)[:, None]).flatten()
     rpe_q, rpe_k, rpe_v = rpe
 
@@ -248,7 +273,7 @@ def flattened_index(rpe: list[nn.Module | None], index: Tensor, buckets: int) ->
 
 
 def flex(rpe_k: nn.Module, index: Tensor) -> Contender:
-    """FlexAttention with the lookup captured by its score function."""
+    """Return compiled FlexAttention whose score function reads the lookup."""
     from torch.nn.attention.flex_attention import flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -259,15 +284,16 @@ def flex(rpe_k: nn.Module, index: Tensor) -> Contender:
 
 
 def print_table(title: str, rows: dict) -> None:
+    """Print times, ratios and peak memory of every contender."""
     print(f"\n{title:<28} {'forward':>16} {'+ backward':>18} {'peak':>10}")
     for name, row in rows.items():
         cells = [row["forward"], row["forward + backward"]]
-        figures = "  ".join(f"{cell['median_ms']:>9.2f} ms {cell['ratio']:>5.2f}" for cell in cells)
-        print(f"{name:<28} {figures} {row['peak_mb']:>7.1f} MB")
+        times = "  ".join(f"{cell['median_ms']:>9.2f} ms {cell['ratio']:>5.2f}" for cell in cells)
+        print(f"{name:<28} {times} {row['peak_mb']:>7.1f} MB")
 
 
 def draw(report: dict, path: Path) -> None:
-    """Bars of forward + backward over `sdpa`, a panel per shape."""
+    """Draw forward + backward over `sdpa` as bars, with a panel per attention."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -293,7 +319,3 @@ def draw(report: dict, path: Path) -> None:
     figure.legend(unique.values(), unique, loc="outside lower center", ncols=7, fontsize=8)
     figure.suptitle(f"{report['machine']['device']}, {report['dtype']}", fontsize=10)
     figure.savefig(path, dpi=130)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The most memory that a piece of work holds at once."""
+"""Peak memory of a function."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,10 @@ __all__ = ["peak_memory"]
 
 
 def peak_memory(work: Callable[[], object], device: torch.device | str) -> int:
-    """Bytes of tensors alive at the worst moment of `work()`, above those alive before it.
+    """Return the peak of allocated bytes during `work()`, above those allocated before it.
 
-    On a GPU torch's allocator keeps count. On a CPU every allocation and release is recorded, those
-    inside compiled operators and other threads included.
+    On a GPU torch's allocator counts. On a CPU torch's profiler records every allocation and
+    release, also inside compiled operators and in other threads.
     """
     device = torch.device(device)
     if device.type == "cuda":

@@ -1,20 +1,19 @@
-"""Train-step and evaluation time with iRPE against without: DeiT beside timm's, DETR beside itself.
+r"""Time a training step and an evaluation with iRPE against the same model without it.
 
-    OMP_NUM_THREADS=2 python -m scripts.benchmark.train --output benchmarks/train_cpu.json
-    OMP_NUM_THREADS=2 python -m scripts.benchmark.train --recipe detr --batch-size 1 \\
+    OMP_NUM_THREADS=2 python -m scripts.benchmark train --output benchmarks/train_cpu.json
+    OMP_NUM_THREADS=2 python -m scripts.benchmark train --recipe detr --batch-size 1 \
         --output benchmarks/train_detr_cpu.json
 
-DeiT sees images of 224 x 224; DETR with ResNet-50 images of 608 x 800 with ten objects each. The
-models take turns in one run, so that a slow moment of the machine hits all of them; a ratio is
-the median over the rounds of (time with iRPE / time without in the same round).
+DeiT gets images of 224 x 224, and its baseline is the model of timm. DETR with ResNet-50 gets
+images of 608 x 800 with ten objects each. The models run alternately in one process, so that
+another load on the machine slows down all of them. A ratio is the median over the rounds of (time
+with iRPE / time without iRPE in the same round).
 """
 
 import argparse
 import json
-import platform
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import timm
@@ -24,33 +23,42 @@ from torch import nn
 import classification.models  # noqa: F401  (registers the models)
 from detection.config import parse_args as detection_config
 from detection.detr import build_model
+from engine.provenance import machine
 from irpe_core import set_implementation
+from scripts.benchmark.timing import clock, median_ratio
+
+__all__ = ["main"]
 
 VARIANTS = ("ctx_product_50_shared_k", "ctx_product_50_shared_qk", "ctx_product_50_shared_qkv")
 SPECS = ("", "rpe-2.0-product-ctx-1-k", "rpe-2.0-product-ctx-1-qkv")
 
 
-def parse_args() -> argparse.Namespace:
-    """Flags of the benchmark."""
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m scripts.benchmark train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--recipe", choices=("deit", "detr"), default="deit")
-    parser.add_argument("--size", choices=("tiny", "small", "base"), default="small")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--recipe", choices=("deit", "detr"), default="deit", help="model family")
+    parser.add_argument(
+        "--size", choices=("tiny", "small", "base"), default="small", help="size of DeiT"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="images per step")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds after two warm-ups")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--implementation", default="auto", help="of the operators of iRPE")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device, such as cpu or cuda:0",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of autocast"
+    )
+    parser.add_argument(
+        "--implementation", default="auto", help="implementation of the iRPE operators"
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    return parser.parse_args()
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, after everything queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return parser.parse_args(argv)
 
 
 class Classifier(nn.Module):
@@ -89,7 +97,7 @@ class Detector(nn.Module):
 
 
 def train_step(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    """A whole step: forward, backward, AdamW."""
+    """Return a function that does one step: forward, backward, AdamW."""
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
 
     def step() -> None:
@@ -104,7 +112,7 @@ def train_step(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Ca
 
 
 def evaluation(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    """A forward pass without gradient."""
+    """Return a function that does one forward pass without gradients."""
 
     @torch.inference_mode()
     def run() -> None:
@@ -118,7 +126,7 @@ def evaluation(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Ca
 def measure(
     tasks: dict[str, Callable[[], None]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of every task in every round, taking turns in an order that shifts every round."""
+    """Return the seconds of every task in every round. The order of tasks rotates."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     names = list(tasks)
     for number in range(rounds + 2):
@@ -130,25 +138,9 @@ def measure(
     return times
 
 
-def machine(device: torch.device) -> dict:
-    """Where the figures come from."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), cpu)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-    }
-
-
-def main() -> None:
-    """Measure, print a table, write JSON."""
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print a table and write JSON."""
+    args = parse_args(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.manual_seed(0)
     if args.recipe == "deit":
@@ -170,9 +162,7 @@ def main() -> None:
         results[kind] = {
             name: {
                 "median_seconds": statistics.median(seconds),
-                "ratio": statistics.median(
-                    s / b for s, b in zip(seconds, times[base], strict=True)
-                ),
+                "ratio": median_ratio(seconds, times[base]),
             }
             for name, seconds in times.items()
         }
@@ -191,7 +181,3 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
-"""Trace a model, write it in standard operators alone, and compare the file with the model.
+"""Trace a model, write it in standard operators only, and compare the file with the model.
 
-`.pt2` is `torch.export`'s format and is loaded without this repository; `.onnx` is checked in
-onnxruntime. Both come from one program, in which iRPE's buckets are a function of the map's size.
+`.pt2` is the format of `torch.export`; it is loaded without this repository. `.onnx` is checked in
+onnxruntime. Both are made from one program, which computes bucket ids from the size of its inputs.
 """
 
 import io
@@ -29,25 +29,25 @@ Predict = Callable[..., dict[str, Tensor]]
 
 
 class Exportable(NamedTuple):
-    """A model and what an exporter has to know of it."""
+    """A model with names of its inputs and outputs, and sample inputs."""
 
     model: nn.Module
-    """Gives a tensor, or a dict of them."""
+    """Model that returns a tensor or a dict of tensors."""
     inputs: dict[str, dict[int, str]]
-    """Their names, and the dynamic axes of each with their names."""
+    """Input name → dynamic axes → axis name."""
     outputs: tuple[str, ...]
-    """Their names."""
+    """Output names."""
     samples: Callable[[], Iterable[tuple[Tensor, ...]]]
-    """Inputs to trace and compare with, and others to compare with."""
+    """Function that returns sample inputs. All are compared; the first is also traced."""
 
 
-def export(subject: Exportable, output: Path, opset: int = 18) -> float:
-    """Trace, lower, write and compare.
+def export(exportable: Exportable, output: Path, opset: int = 18) -> float:
+    """Export a model to a file and compare the file with the model.
 
     Args:
-        subject: Its model is put into evaluation mode, without gradients.
-        output: Ends in `.pt2` or `.onnx`; it is replaced in one move, or stays as it was.
-        opset: Version of ONNX's operators.
+        exportable: The model, which is put into evaluation mode without gradients.
+        output: Path ending in `.pt2` or `.onnx`. An existing file is replaced only on success.
+        opset: ONNX opset version.
 
     Returns:
         The largest absolute difference from the model over all outputs and samples.
@@ -57,15 +57,15 @@ def export(subject: Exportable, output: Path, opset: int = 18) -> float:
             file cannot be written.
     """
     torch.manual_seed(0)
-    samples = list(subject.samples())
-    program = _trace(subject, samples[0])
+    samples = list(exportable.samples())
+    program = _trace(exportable, samples[0])
     as_onnx = output.suffix == ".onnx"
-    content = _to_onnx(program, subject, opset) if as_onnx else _to_pt2(program)
+    content = _to_onnx(program, exportable, opset) if as_onnx else _to_pt2(program)
     with replacing(output) as temporary:
         temporary.write_bytes(content)
-        predict = (_open_onnx if as_onnx else _open_pt2)(temporary, subject.outputs)
-        difference = _largest_difference(subject, predict, samples)
-        # Not a number is not below it either.
+        predict = (_open_onnx if as_onnx else _open_pt2)(temporary, exportable.outputs)
+        difference = _largest_difference(exportable, predict, samples)
+        # Written with `not`, so that NaN fails too.
         if not difference <= TOLERANCE:
             raise UserError(
                 f"the exported model differs from the model by {difference:.2g}, more than "
@@ -74,52 +74,60 @@ def export(subject: Exportable, output: Path, opset: int = 18) -> float:
     return difference
 
 
-def _trace(subject: Exportable, sample: tuple[Tensor, ...]) -> ExportedProgram:
-    model = subject.model.eval().requires_grad_(False)
-    dynamic = tuple(dict.fromkeys(axes, Dim.DYNAMIC) for axes in subject.inputs.values())
+def _trace(exportable: Exportable, sample: tuple[Tensor, ...]) -> ExportedProgram:
+    """Trace the model on one sample and lower it to standard operators."""
+    model = exportable.model.eval().requires_grad_(False)
+    dynamic = tuple(dict.fromkeys(axes, Dim.DYNAMIC) for axes in exportable.inputs.values())
     set_implementation(model, "reference", "cpu")
     with torch.no_grad():
         program = torch.export.export(model, sample, dynamic_shapes=dynamic)
     set_implementation(model, "auto", "cpu")
-    # At some sizes onnxruntime's Resize takes the pixel beside, which would move DETR's padding.
+    # At some sizes onnxruntime's Resize rounds to the neighboring pixel, which would shift the
+    # padding mask of DETR.
     nearest = torch.ops.aten.upsample_nearest2d
     program = lower(program, get_decompositions([nearest.vec, nearest.default]))
     for node in program.graph.nodes:
-        # Names paths of this machine.
+        # A stack trace contains local paths, which must not be written to the file.
         node.meta.pop("stack_trace", None)
     return program
 
 
 def _largest_difference(
-    subject: Exportable, predict: Predict, samples: list[tuple[Tensor, ...]]
+    exportable: Exportable, predict: Predict, samples: list[tuple[Tensor, ...]]
 ) -> float:
+    """Return the largest absolute difference from the model over all outputs and samples."""
     differences = []
     with torch.no_grad():
         for sample in samples:
-            expected = _by_name(subject.model(*sample), subject.outputs)
+            expected = _by_name(exportable.model(*sample), exportable.outputs)
             found = predict(*sample)
-            differences += [(found[name] - expected[name]).abs().max() for name in subject.outputs]
+            differences += [
+                (found[name] - expected[name]).abs().max() for name in exportable.outputs
+            ]
     return torch.stack(differences).max().item()
 
 
 def _by_name(result: Tensor | dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return the outputs of a model by their names."""
     return {names[0]: result} if isinstance(result, Tensor) else result
 
 
 def _to_pt2(program: ExportedProgram) -> bytes:
+    """Serialize a program for `torch.export.load`."""
     file = io.BytesIO()
     torch.export.save(program, file)
     return file.getvalue()
 
 
 def _open_pt2(path: Path, outputs: tuple[str, ...]) -> Predict:
+    """Load a `.pt2` file as a function from inputs to outputs by name."""
     with path.open("rb") as file:
         module = torch.export.load(file).module()
     return lambda *inputs: _by_name(module(*inputs), outputs)
 
 
 def require_onnx() -> None:
-    """Raise UserError where a package for ONNX is missing."""
+    """Raise UserError if a package that ONNX needs is missing."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -130,17 +138,22 @@ def require_onnx() -> None:
         ) from error
 
 
-def _to_onnx(program: ExportedProgram, subject: Exportable, opset: int) -> bytes:
-    # It names every operator that it cannot compute beforehand.
+def _to_onnx(program: ExportedProgram, exportable: Exportable, opset: int) -> bytes:
+    """Serialize a program as ONNX.
+
+    Raises:
+        UserError: The model cannot be written in this opset.
+    """
+    # onnxscript warns about every operator that its constant folding skips.
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        # Two inputs share an axis, and its name.
+        # torch warns that `images` and `mask` use the same axis names, which is intended.
         warnings.filterwarnings("ignore", "# The axis name")
         exported = torch.onnx.export(
             program,
-            input_names=list(subject.inputs),
-            output_names=list(subject.outputs),
-            dynamic_shapes=tuple(subject.inputs.values()),
+            input_names=list(exportable.inputs),
+            output_names=list(exportable.outputs),
+            dynamic_shapes=tuple(exportable.inputs.values()),
             opset_version=opset,
             verbose=False,
         )
@@ -151,6 +164,7 @@ def _to_onnx(program: ExportedProgram, subject: Exportable, opset: int) -> bytes
 
 
 def _open_onnx(path: Path, outputs: tuple[str, ...]) -> Predict:
+    """Load an `.onnx` file as a function from inputs to outputs by name."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

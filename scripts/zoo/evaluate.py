@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from engine import UserError, provenance
+from engine.provenance import machine
 from irpe_core import CheckpointError, load_checkpoint
 from irpe_core.download import sha256_of
 from irpe_core.mismatch import TABLE
-from scripts.benchmark.train import machine
 from scripts.zoo.checkpoints import cached, fetch
 from scripts.zoo.report import Record, Report, compare, verdict
 from scripts.zoo.rows import ROOT, TASKS, Row

@@ -3,7 +3,7 @@
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from engine import Stopped, UsageError, UserError, cli, provenance
+from engine import Stopped, UsageError, UserError, cli
 from tests.engine.launch import start
 
 
@@ -86,10 +86,3 @@ def test_an_error_in_two_processes_is_a_line_of_each(pair):
         last = pair.stderr[rank].splitlines()[-1]
         assert last == f"error [rank {rank}]: both leave"
         assert "Traceback" not in pair.stderr[rank]
-
-
-def test_provenance_names_versions_and_no_host():
-    found = provenance()
-    assert set(found) == {"git", "python", "torch", "cuda"}
-    assert found["torch"]
-    assert found["git"] is None or len(found["git"].removesuffix("-dirty")) == 40

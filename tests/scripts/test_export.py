@@ -1,4 +1,4 @@
-"""Exported files: what they compute, in which process, on which sizes, and what is refused."""
+"""Exported files compute the outputs of their model; impossible exports are refused."""
 
 import subprocess
 import sys
@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import scripts.export.program
 from classification.build import create_model
 from classification.config import parse_args
 from detection.detr import build_network
 from engine import dump
-from scripts.export.models import main
+from scripts.export import program
+from scripts.export.__main__ import main
 from tests.commands import failure_of
 from tests.detection.models import SMALL, config, images_of
 from tests.recipes import fill
@@ -25,14 +25,14 @@ _CLASSIFIER = (
     "--patch_size 8 --embed_dim 32 --depth 2 --num_heads 2 --mlp_ratio 2"
 )
 _DETECTOR = f"{SMALL} --enc_layers 1 --dec_layers 1 --enc_rpe2d rpe-2.0-product-ctx-1-qkv"
-# Of 60 and 90 pixels 4 and 6 features are made: a nearest pixel that is off by one in the last bit
-# of the scale would see the edges at 30 and 75 elsewhere.
+# 60 x 90 pixels become 4 x 6 features. The edges at 30 and 75 would move if the nearest pixel were
+# computed with a scale that is wrong in its last bit.
 _SIZES = [[(60, 90), (30, 75)], [(97, 250)], [(17, 200), (17, 33), (16, 180)]]
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
-    """A classifier of rectangles with 5 classes, and its checkpoint."""
+    """A classifier of 5 classes on 32 x 48 pixels, and its checkpoint."""
     options = parse_args(_CLASSIFIER.split())
     model = fill(create_model(options, 5).eval())
     path = tmp_path_factory.mktemp("classifier") / "checkpoint.pth"
@@ -43,7 +43,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Pat
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
-    """A detector with 5 classes, and its checkpoint."""
+    """A detector of 5 classes, and its checkpoint."""
     options = config(_DETECTOR)
     model = fill(build_network(options).eval())
     path = tmp_path_factory.mktemp("detector") / "checkpoint.pth"
@@ -53,7 +53,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]
 
 @pytest.fixture
 def onnxruntime() -> ModuleType:
-    """onnxruntime, where all that is needed for ONNX is installed."""
+    """The module onnxruntime, if all packages for ONNX are installed."""
     reason = "a package of requirements-export.txt is missing"
     pytest.importorskip("onnxscript", reason=reason)
     return pytest.importorskip("onnxruntime", reason=reason)
@@ -61,12 +61,12 @@ def onnxruntime() -> ModuleType:
 
 @pytest.fixture
 def failure(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
-    """Runs the command and gives its exit code and its one line on stderr."""
+    """Run the command, and return its exit code and its one line on stderr."""
     return lambda *argv: failure_of(main, argv, capsys)
 
 
-def run_elsewhere(program: Path, batches: list[tuple[Tensor, ...]], folder: Path) -> list:
-    """What a `.pt2` computes in a process that knows torch and nothing of ours."""
+def run_elsewhere(path: Path, batches: list[tuple[Tensor, ...]], folder: Path) -> list:
+    """Run a `.pt2` file in a process that imports torch and none of our packages."""
     torch.save(batches, folder / "batches.pt")
     code = """
 import sys, torch
@@ -75,7 +75,7 @@ with torch.no_grad():
     torch.save([module(*batch) for batch in torch.load("batches.pt")], "results.pt")
 assert not {"irpe_core", "rpe_ops", "classification", "detection", "timm"} & set(sys.modules)
 """
-    command = [sys.executable, "-I", "-c", code, str(program)]
+    command = [sys.executable, "-I", "-c", code, str(path)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return torch.load(folder / "results.pt")
@@ -159,16 +159,16 @@ def test_detectors_of_every_kind_export(flags, opset, tmp_path, onnxruntime):
     assert ("pred_masks" in names) == options.masks
 
 
-def test_moving_average_is_exported_instead_of_the_weights(classifier, tmp_path):
+def test_ema_is_exported_instead_of_the_weights(classifier, tmp_path):
     model, checkpoint = classifier
-    output = tmp_path / "average.pt2"
+    output = tmp_path / "ema.pt2"
     main(["--checkpoint", str(checkpoint), "--output", str(output), "--use-ema"])
-    average = torch.export.load(output).state_dict
+    ema = torch.export.load(output).state_dict
     for name, weight in model.state_dict().items():
-        assert torch.equal(average[name], 2 * weight)
+        assert torch.equal(ema[name], 2 * weight)
 
 
-def test_flags_and_files_tell_what_the_checkpoint_does_not(classifier, tmp_path, failure):
+def test_flags_and_files_complete_a_checkpoint_without_args(classifier, tmp_path, failure):
     model, _ = classifier
     bare = tmp_path / "bare.pth"
     torch.save(model.state_dict(), bare)
@@ -221,7 +221,7 @@ def test_mistakes_are_named(classifier, argv, code, words, failure, tmp_path, mo
         (["--checkpoint"], "--checkpoint"),
     ],
 )
-def test_weights_have_to_come_from_somewhere(argv, word, failure, tmp_path):
+def test_exactly_one_option_gives_the_weights(argv, word, failure, tmp_path):
     code, line = failure("--output", str(tmp_path / "model.pt2"), *argv)
     assert (code, word in line) == (2, True)
 
@@ -243,22 +243,25 @@ def test_checkpoint_of_something_else_is_refused(failure, tmp_path):
     ],
     ids=["0-d", "1-d", "number"],
 )
-def test_head_that_is_no_matrix_is_refused(head, value, words, failure, tmp_path):
+def test_head_that_is_not_a_matrix_is_refused(head, value, words, failure, tmp_path):
     torch.save({"model": {"a": torch.zeros(1), head: value}, "epoch": 1}, tmp_path / "odd.pth")
     output = str(tmp_path / "model.pt2")
     code, line = failure("--checkpoint", str(tmp_path / "odd.pth"), "--output", output)
     assert (code, words in line) == (1, True), line
 
 
-def test_average_of_another_kind_of_model_is_refused(detector, classifier, failure, tmp_path):
+def test_ema_of_another_kind_of_model_is_refused(detector, classifier, failure, tmp_path):
     content = {"model": detector[0].state_dict(), "model_ema": classifier[0].state_dict()}
     torch.save(content, tmp_path / "odd.pth")
     argv = ("--checkpoint", str(tmp_path / "odd.pth"), "--use-ema")
     code, line = failure(*argv, "--output", str(tmp_path / "model.pt2"))
-    assert (code, "of no detector (a matrix class_embed.weight)" in line) == (1, True), line
+    assert (code, "must be those of a detector (a matrix class_embed.weight)" in line) == (
+        1,
+        True,
+    ), line
 
 
-def test_checkpoint_without_an_average_says_so(detector, failure, tmp_path):
+def test_checkpoint_without_ema_is_refused(detector, failure, tmp_path):
     output = str(tmp_path / "model.pt2")
     code, line = failure("--checkpoint", str(detector[1]), "--output", output, "--use-ema")
     assert (code, "model_ema" in line) == (1, True)
@@ -273,17 +276,17 @@ def test_missing_packages_are_named_with_their_file(classifier, failure, tmp_pat
     assert "pip install -r requirements-export.txt" in line
 
 
-@pytest.mark.parametrize("wrong", [1.0, float("nan")], ids=["different", "not a number"])
-def test_a_file_that_computes_something_else_is_not_written(
+@pytest.mark.parametrize("wrong", [1.0, float("nan")], ids=["different", "nan"])
+def test_file_that_differs_from_the_model_is_not_written(
     wrong, classifier, failure, tmp_path, monkeypatch
 ):
-    opened = scripts.export.program._open_pt2
+    open_pt2 = program._open_pt2
 
     def open_wrongly(path, outputs):
-        predict = opened(path, outputs)
+        predict = open_pt2(path, outputs)
         return lambda *inputs: {name: x + wrong for name, x in predict(*inputs).items()}
 
-    monkeypatch.setattr(scripts.export.program, "_open_pt2", open_wrongly)
+    monkeypatch.setattr(program, "_open_pt2", open_wrongly)
     output = tmp_path / "model.pt2"
     output.write_text("the one before")
     code, line = failure("--checkpoint", str(classifier[1]), "--output", str(output))

@@ -1,0 +1,56 @@
+"""The benchmarks run by their present and former commands and write their results."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.benchmark.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = {
+    "train": ["--size", "tiny", "--batch-size", "1", "--rounds", "1", "--device", "cpu"],
+    "data": ["--count", "2", "--rounds", "1"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_benchmark_prints_its_table_and_writes_its_results(name, tmp_path, capsys):
+    output = tmp_path / "new" / "results.json"
+    main([name, *COMMANDS[name], "--output", str(output)])
+    report = json.loads(output.read_text())
+    assert report["rounds"] == 1
+    assert report["machine"].keys() >= {"device", "threads", "torch"}
+    printed = capsys.readouterr().out
+    assert report["results"]
+    assert all(kind in printed for kind in report["results"])
+
+
+@pytest.mark.parametrize("name", ["train", "ops", "data"])
+def test_former_commands_run_the_present_ones_with_a_warning(name):
+    done = subprocess.run(
+        [sys.executable, "-m", f"scripts.benchmark_{name}", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: python -m scripts.benchmark {name} ")
+    command = f"`python -m scripts.benchmark {name}`"
+    assert done.stderr == f"warning: scripts.benchmark_{name} is now {command}\n"
+
+
+def test_former_modules_do_nothing_when_they_are_imported(capsys):
+    importlib.import_module("scripts.benchmark_ops")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("argv", [[], ["speed"]])
+def test_an_unknown_benchmark_is_refused_with_the_known_ones(argv, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(argv)
+    assert leaving.value.code == 2
+    assert "{train,ops,data}" in capsys.readouterr().err
