@@ -1,24 +1,38 @@
 #!/usr/bin/env bash
-# From a bare machine to trained, killed, resumed and evaluated models, on the embedded data.
-# Two CPU cores are enough; after installation this takes some minutes.
-#   bash scripts/quickstart.sh [OUTPUT_DIR]        default outputs/quickstart, begun anew
+# Train, kill, resume and evaluate small models on data that needs no download.
+#   bash scripts/quickstart.sh [OUTPUT_DIR]        default: outputs/quickstart
+# Two CPU cores are enough. After the installation this takes some minutes. A relative OUTPUT_DIR is
+# relative to the repository. Results of an earlier quickstart in OUTPUT_DIR are deleted.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[[ ${1:-} != -* ]] || { sed -n '2,5s/^# \{0,1\}//p' scripts/quickstart.sh; exit 2; }
 
 out=${1:-outputs/quickstart}
-rm -rf "$out"
+# Only a folder with this file is emptied: the quickstart writes it when it creates the folder.
+marker=.irpe-quickstart
+if [ -e "$out" ] && [ ! -f "$out/$marker" ]; then
+    if [ ! -d "$out" ] || [ -n "$(find "$out/" -mindepth 1 -print -quit)" ]; then
+        echo "error: OUTPUT_DIR must be missing, empty or made by this script (with the file" \
+            "$marker in it), got '$out': remove it yourself or name another folder" >&2
+        exit 2
+    fi
+fi
 mkdir -p "$out"
-# Two runs side by side, one thread each: faster on two cores than one run with two threads.
+echo "Made by scripts/quickstart.sh, which empties this folder when it runs again." > "$out/$marker"
+
+source scripts/install.sh
+find "$out/" -mindepth 1 -maxdepth 1 ! -name "$marker" -exec rm -rf {} +
+# On two cores, two runs of one thread each are faster than one run of two threads.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-run() { # trainer, name of the run, flags…
+run() { # TRAINER NAME [FLAGS…]
     python -m "$1.main" --config "configs/$1/digits.yaml" --output_dir "$out/$2" "${@:3}" \
         >> "$out/$2.txt" 2>&1 || { cat "$out/$2.txt" && exit 1; }
 }
 
-run_interrupted() { # signal, trainer, name of the run, flags…
+run_interrupted() { # SIGNAL TRAINER NAME [FLAGS…]
     local log=$out/$3/log.txt
-    # A command of its own, so that the process that gets the signal is the trainer itself.
+    # Python is started directly and not by a function, so that $! is the process of the trainer.
     python -m "$2.main" --config "configs/$2/digits.yaml" --output_dir "$out/$3" \
         --checkpoint_steps 20 "${@:4}" > "$out/$3.txt" 2>&1 &
     local trainer=$!
@@ -29,7 +43,7 @@ run_interrupted() { # signal, trainer, name of the run, flags…
     sleep 1
     kill "-$1" "$trainer"
     wait "$trainer" 2> /dev/null || true
-    echo "$3: ended by SIG$1 in epoch $(cat "$log" | wc -l); resuming"
+    echo "$3: ended by SIG$1 in epoch $(wc -l < "$log"); resuming"
     run "${@:2}" --auto_resume
 }
 

@@ -1,1 +1,1 @@
-"""Reports of the quickstart."""
+"""Reports of the quickstart: results of its runs, and minimum accuracies."""

@@ -1,10 +1,10 @@
-"""The detection half of the quickstart: pictures, figures and gate.
+"""Draw the predictions of the quickstart's detector, print its metrics and check them.
 
     python -m scripts.quickstart.detection OUTPUT_DIR
 
-Reads the run in OUTPUT_DIR/detection and its evaluation in OUTPUT_DIR/detection_evaluation, writes
-`predictions.png` and `curves.png` beside the run, prints the COCO figures; exit code 1 where AP50
-is too low or the evaluation differs from training's own.
+Reads the run in OUTPUT_DIR/detection and its evaluation in OUTPUT_DIR/detection_evaluation. Writes
+`predictions.png` and `curves.png` into the folder of the run. The exit code is 1 if AP50 is too low
+or the evaluation differs from the training.
 """
 
 import json
@@ -23,13 +23,15 @@ from detection.data import build_split
 from detection.detr import build_model
 from irpe_core import load_checkpoint, load_weights
 
+__all__ = ["main"]
+
 MIN_AP50 = 0.60
 MIN_SCORE = 0.5
 SCENES = 8
 
 
 def draw(axes: Axes, image: Tensor, boxes: Tensor, names: list[str], title: str) -> None:
-    """An image `(3, h, w)` in [0, 1] with boxes `(n, 4)` as x0, y0, x1, y1 in pixels."""
+    """Draw an image `(3, height, width)` in [0, 1] with boxes `(n, 4)`, x0 y0 x1 y1 in pixels."""
     axes.imshow(image.permute(1, 2, 0))
     for (x0, y0, x1, y1), name in zip(boxes.tolist(), names, strict=True):
         axes.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="yellow"))
@@ -39,7 +41,7 @@ def draw(axes: Axes, image: Tensor, boxes: Tensor, names: list[str], title: str)
 
 
 def draw_predictions(run: Path, path: Path) -> None:
-    """Scenes of the validation set: ground truth above, what the model finds below."""
+    """Draw scenes of the validation set: ground truth above, predictions below."""
     checkpoint = load_checkpoint(run / "checkpoint.pth")
     config = parse_args(["--config", str(run / "config.yaml")])
     data = build_split(config, "val", checkpoint["label_to_category"]).dataset
@@ -68,7 +70,7 @@ def draw_predictions(run: Path, path: Path) -> None:
 
 
 def draw_curves(lines: list[dict], path: Path) -> None:
-    """Loss of training, AP and AP50 of validation, by epoch."""
+    """Draw the training loss and the AP and AP50 of the validation by epoch."""
     epochs = [line["epoch"] + 1 for line in lines]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     left.plot(epochs, [line.get("train_loss") for line in lines], label="train_loss")
@@ -85,7 +87,7 @@ def draw_curves(lines: list[dict], path: Path) -> None:
 
 
 def main(folder: Path) -> int:
-    """Draw, print, compare; 0 when the gate is met."""
+    """Draw and print the results and failed checks, and return the exit code."""
     mpl.use("Agg")
     run = folder / "detection"
     lines = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
@@ -93,16 +95,18 @@ def main(folder: Path) -> int:
     evaluated = {name: value for name, value in evaluated.items() if name.startswith("test_")}
     draw_predictions(run, run / "predictions.png")
     draw_curves(lines, run / "curves.png")
-    figures = {name.removeprefix("test_"): value for name, value in evaluated.items()}
+    metrics = {name.removeprefix("test_"): value for name, value in evaluated.items()}
     print(f"\ndetection, 200 validation scenes after {len(lines)} epochs")
-    print(format_figures(figures))
+    print(format_figures(metrics))
     print(f"pictures: {run / 'predictions.png'}, {run / 'curves.png'}")
     failures = []
-    if figures["AP50"] < MIN_AP50:
-        failures.append(f"AP50 is {figures['AP50']:.3f}, not {MIN_AP50}")
+    if metrics["AP50"] < MIN_AP50:
+        failures.append(f"AP50 must be at least {MIN_AP50}, got {metrics['AP50']:.3f}")
     different = [name for name in evaluated if evaluated[name] != lines[-1][name]]
     if different:
-        failures.append(f"--eval differs from training in {', '.join(different)}")
+        failures.append(
+            f"metrics of --eval must be those of training: {', '.join(different)} differ"
+        )
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if failures else 0
