@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install everything into .venv, once per change of the requirements. Sourced by the other scripts.
-#   PYTHON=python3.12 bash scripts/install.sh     another interpreter
+# Install everything into .venv. Sourced by test.sh and quickstart.sh; repeated only after changes.
+#   PYTHON=python3.12 bash scripts/install.sh     with another interpreter than python3
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,7 +16,7 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
 fi
 if [ ! -f "$stamp-kernels" ] || [ "$(cat "$stamp-kernels")" != "$kernels" ]; then
     echo "Compiling the operators of rpe_ops (about a minute)"
-    # A former build may hold modules that are gone.
+    # A previous build may contain modules that were removed since.
     rm -rf rpe_ops/build
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps ./rpe_ops
     echo "$kernels" > "$stamp-kernels"
