@@ -1,1 +1,1 @@
-"""Short programs to read: iRPE in a model that was built without it."""
+"""Short programs that use irpe_core as a library."""

@@ -1,9 +1,10 @@
-"""Give iRPE to a trained vision transformer of timm and fine-tune it, in a minute on a CPU.
-
-A small ViT learns scikit-learn's handwritten digits. Then `add_irpe` adds tables of zeros, which
-change nothing yet, and both it and a copy without iRPE are trained further for as long.
+"""Add iRPE to a trained vision transformer of timm and fine-tune it, in a minute on a CPU.
 
     python -m examples.equip_timm_vit [--rpe SPEC] [--epochs N]
+
+A small ViT is trained on scikit-learn's handwritten digits. `add_irpe` then adds tables of zeros,
+which do not change its outputs. The model and a copy without iRPE are trained further for the same
+number of epochs.
 """
 
 import argparse
@@ -17,16 +18,18 @@ from torch import Tensor, nn
 from datasets.embedded import split_digits
 from irpe_core import add_irpe, parse_rpe_spec
 
+__all__ = ["main"]
+
 
 def load(split: str) -> tuple[Tensor, Tensor]:
-    """Digits as images (N, 1, 8, 8) in -1..1, and their labels."""
+    """Return digits as images (B, 1, 8, 8) in [-1, 1], and their labels (B,)."""
     _, labels, inks = zip(*split_digits()[split], strict=True)
     images = torch.stack([torch.from_numpy(ink) for ink in inks])[:, None]
     return images / 127.5 - 1, torch.tensor(labels)
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, lr: float) -> None:
-    """AdamW over random batches of 64, with a cosine from `lr` to zero."""
+    """Train with AdamW on random batches of 64 and a cosine schedule from `lr` to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
@@ -39,16 +42,27 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, lr: flo
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Give iRPE to a trained ViT and fine-tune it.")
-    parser.add_argument("--rpe", default="rpe-1.9-product-ctx-1-qkv")
-    parser.add_argument("--epochs", type=int, default=15, help="without iRPE, and again after it")
+    """Train, add iRPE, train further, and print the accuracy after each step."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.equip_timm_vit",
+        description="Add iRPE to a trained ViT and fine-tune it.",
+    )
+    parser.add_argument(
+        "--rpe", default="rpe-1.9-product-ctx-1-qkv", help="iRPE to add (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=15,
+        help="epochs before iRPE is added, and again afterwards (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     try:
         parse_rpe_spec(args.rpe)
     except ValueError as error:
         parser.error(str(error))
     torch.manual_seed(0)
-    # The tensors are small: more threads would only wait for each other.
+    # With tensors this small, more threads make training slower.
     torch.set_num_threads(1)
     training, (images, labels) = load("train"), load("val")
 
