@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 import classification.models  # noqa: F401  (registers the models)
+from detection.build import build_model
 from detection.config import parse_args as detection_config
-from detection.detr import build_model
 from engine.provenance import machine
 from irpe_core import set_implementation
 from scripts.benchmark.timing import clock, median_ratio

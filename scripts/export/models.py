@@ -9,8 +9,8 @@ from torch import Tensor
 
 from classification.build import create_model
 from classification.config import ClassificationConfig, ModelConfig
+from detection.build import build_network
 from detection.config import BackboneConfig, DetectionConfig, TransformerConfig
-from detection.detr import build_network
 from engine import Config, UsageError, UserError
 from irpe_core import load_weights
 from scripts.export.program import Exportable

@@ -17,10 +17,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from detection.coco_eval import format_figures
+from detection.build import build_model
+from detection.coco_eval import format_metrics
 from detection.config import parse_args
 from detection.data import build_split
-from detection.detr import build_model
 from irpe_core import load_checkpoint, load_weights
 
 __all__ = ["main"]
@@ -97,7 +97,7 @@ def main(folder: Path) -> int:
     draw_curves(lines, run / "curves.png")
     metrics = {name.removeprefix("test_"): value for name, value in evaluated.items()}
     print(f"\ndetection, 200 validation scenes after {len(lines)} epochs")
-    print(format_figures(metrics))
+    print(format_metrics(metrics))
     print(f"pictures: {run / 'predictions.png'}, {run / 'curves.png'}")
     failures = []
     if metrics["AP50"] < MIN_AP50:

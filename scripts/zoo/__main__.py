@@ -195,7 +195,7 @@ def evaluate(args: argparse.Namespace, zoo: Zoo) -> None:
         mirror=args.mirror,
         nproc=args.nproc,
         device=args.device,
-        resolved_device=init_distributed(args.device).device,
+        resolved_device=init_distributed(args.device),
         flags={"classification": flags + of_classifiers, "detection": flags},
     )
     report = Report(check_writable(args.output), zoo)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from classification.build import create_model
-from detection.detr import DETR, build_network
+from detection.build import build_network
+from detection.detr import DETR
 from irpe_core import RPEAttention, ValueRPE
 from scripts.zoo.rows import Row
 

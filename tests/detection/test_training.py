@@ -136,7 +136,10 @@ def test_data_set_of_ones_own_has_contiguous_labels_and_keeps_their_map(
 def test_fine_tuning_replaces_the_class_head_and_says_so(flags, trained, tmp_path, caplog):
     run = [*flags, "--finetune", str(trained / "checkpoint.pth"), "--num_classes", "12"]
     main([*run, "--eval", "--output_dir", str(tmp_path)])
-    assert any("class_embed.weight has new random weights for 12 classes" in r.getMessage() for r in caplog.records)
+    assert any(
+        "class_embed.weight has new random weights for 12 classes" in r.getMessage()
+        for r in caplog.records
+    )
 
 
 def test_average_masks_accumulation_and_bfloat16_work_together(flags, tmp_path):

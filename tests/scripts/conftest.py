@@ -11,7 +11,7 @@ from torch import nn
 from classification.build import create_model
 from datasets.embedded import write_digits
 from datasets.scenes import SceneOptions, write_scenes
-from detection.detr import build_network
+from detection.build import build_network
 from tests.recipes import fill
 from tests.scripts.small_zoo import make_zoo
 from tests.web_server import Site, serve

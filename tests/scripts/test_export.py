@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from classification.build import create_model
 from classification.config import parse_args
-from detection.detr import build_network
+from detection.build import build_network
 from engine import dump
 from scripts.export import program
 from scripts.export.__main__ import main
