@@ -1,25 +1,42 @@
-"""The Python blocks of the documents run, in order, and print what their comments say."""
+"""Every block of the documents runs, or is checked by the program that would run it."""
 
 import contextlib
 import io
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+
+from classification.config import ClassificationConfig
+from detection.config import DetectionConfig
+from tests.docs.commands import Command, CommandError, check, commands_of
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# What a block prints stands behind the call, or below it on lines of its own.
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("README.md", "CONTRIBUTING.md", "docs/*.md", "*/README.md")
+    for path in ROOT.glob(pattern)
+)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LANGUAGES = {"python", "bash", "yaml", "text", "bibtex"}
+# A printed line stands behind the call, or below it on lines of its own.
 BEHIND = re.compile(r"^\s*print\(.*\)  # (.*)$")
 BELOW = re.compile(r"^# (.*)$")
 
 
-def blocks(document: str) -> list[str]:
-    return BLOCK.findall((ROOT / document).read_text())
+def blocks(document: str, language: str) -> list[str]:
+    found = BLOCK.findall((ROOT / document).read_text())
+    return [block for word, block in found if word == language]
+
+
+def those_with(language: str) -> list[str]:
+    return [document for document in DOCUMENTS if blocks(document, language)]
 
 
 def promised(block: str) -> list[str]:
-    """The lines that a block says it prints."""
+    """Return the lines that the comments of a block say it prints."""
     found, printing = [], False
     for line in block.splitlines():
         match = BEHIND.match(line) or (printing and BELOW.match(line))
@@ -30,9 +47,9 @@ def promised(block: str) -> list[str]:
 
 
 def run(document: str) -> None:
-    """Execute the blocks of a document in one namespace."""
+    """Execute the Python blocks of a document in one namespace."""
     namespace: dict = {"__name__": "__main__"}
-    for number, block in enumerate(blocks(document), 1):
+    for number, block in enumerate(blocks(document, "python"), 1):
         # Published weights would be downloaded.
         code = block.replace("pretrained=True", "pretrained=False")
         output = io.StringIO()
@@ -41,7 +58,7 @@ def run(document: str) -> None:
         assert output.getvalue().splitlines() == promised(block), block
 
 
-def test_a_promise_that_is_not_kept_is_seen(tmp_path, monkeypatch):
+def test_a_wrong_promise_is_seen(tmp_path, monkeypatch):
     text = "```python\nx = 1\nprint(x)  # 1\n```\n\n```python\nfor i in (x, 3):\n    print(i)\n"
     (tmp_path / "a.md").write_text(f"{text}# 1\n# 3\n```\n")
     (tmp_path / "b.md").write_text(f"{text}# 1\n# 2\n```\n")
@@ -51,8 +68,111 @@ def test_a_promise_that_is_not_kept_is_seen(tmp_path, monkeypatch):
         run("b.md")
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/equip.md"])
+@pytest.mark.parametrize("document", those_with("python"))
 @pytest.mark.filterwarnings("ignore:.*nested.tensor")
-def test_the_blocks_of_a_document_run_and_print_what_they_say(document):
-    assert len(blocks(document)) >= 2
+def test_python_blocks_run_and_print_what_they_say(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run(document)
+
+
+def check_all(block: str) -> None:
+    """Check the commands of a bash block."""
+    for command in commands_of(block):
+        check(command)
+
+
+@pytest.mark.parametrize("document", those_with("bash"))
+def test_commands_are_accepted(document, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for block in blocks(document, "bash"):
+        assert "…" not in block, "a block is pasted whole"
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+        check_all(block)
+
+
+@pytest.mark.parametrize("document", those_with("yaml"))
+def test_yaml_blocks_are_configurations(document):
+    for block in blocks(document, "yaml"):
+        options = yaml.safe_load(block)
+        detects = not options.keys() <= ClassificationConfig.model_fields.keys()
+        (DetectionConfig if detects else ClassificationConfig).model_validate(options)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_block_names_a_language_that_is_checked(document):
+    text = (ROOT / document).read_text()
+    found = BLOCK.findall(text)
+    assert {word for word, _ in found} <= LANGUAGES
+    assert 2 * len(found) == len(re.findall(r"^\s*```", text, re.MULTILINE))
+    rest = BLOCK.sub("", text)
+    hidden = r"^ {4,}(\w+=\S+ )*(python3? -m|torchrun|bash|pip|sbatch) .*"
+    assert not re.findall(hidden, rest, re.MULTILINE)
+
+
+def test_comments_continued_lines_variables_and_folders_are_understood():
+    block = (
+        "# a comment\n"
+        "A=1 B='2 3' torchrun -m x \\\n    --flag \"\"  # another\n"
+        "cd rpe_ops && python setup.py install --user\n"
+    )
+    assert list(commands_of(block)) == [
+        Command(["torchrun", "-m", "x", "--flag", ""], {"A": "1", "B": "2 3"}),
+        Command(["python", "setup.py", "install", "--user"], {}, ROOT / "rpe_ops"),
+    ]
+
+
+CONFIG = "configs/detection/detr_r50.yaml"
+SOUND = [
+    "torchrun --nproc_per_node=8 -m detection.main --coco_path ./coco_data",
+    f"python -m detection.main --config {CONFIG}",
+    "python -m classification.main --batch-size 8",
+    f"GPUS=2 bash scripts/train_detection.sh {CONFIG} --coco-path ./coco_data",
+    f"sbatch --nodes=2 scripts/slurm_detection.sbatch {CONFIG} --output_dir /runs/a",
+    "python -m scripts.zoo evaluate --coco ./coco_data --rows detection",
+    "python -m scripts.benchmark ops --rounds 3",
+    "python -m scripts.export --checkpoint a.pth --output a.onnx",
+    "python -m examples.draw_buckets --checkpoint a.pth",
+    "python -m examples.equip_timm_vit --epochs 2",
+    "python -m rpe_ops",
+    "pip install ./rpe_ops",
+    "pip install -r requirements.txt -c constraints.txt",
+]
+
+
+@pytest.mark.parametrize("line", SOUND)
+def test_a_misspelled_flag_is_seen(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (command,) = commands_of(line)
+    check(command)
+    (misspelled,) = commands_of(f"{line} --no-such-flag 1")
+    with pytest.raises(CommandError):
+        check(misspelled)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torchrun --nproc_per_nod=8 -m detection.main",
+        "torchrun detection/main.py",
+        "torchrun -m detection.mian",
+        "python -m detection.main --config configs/detection/none.yaml",
+        "python -m detection.main --print_config --lr fast",
+        "python -m classification.main --model deit_none",
+        "bash scripts/train_detection.sh configs/detection/none.yaml",
+        "NODES=2 bash scripts/train_detection.sh configs/detection/detr_r50.yaml",
+        "sbatch scripts/none.sbatch configs/detection/detr_r50.yaml",
+        "bash scripts/none.sh",
+        "python -m scripts.zoo evaluate --rows none",
+        "python -m scripts.benchmark none",
+        "pip install ./none",
+        "pip install -r none.txt",
+        "python -m pytest tests/none",
+        "cd none && python setup.py install",
+        "echo a > b",
+        "make all",
+    ],
+)
+def test_a_command_that_would_fail_is_seen(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(CommandError):
+        check_all(line)
