@@ -152,7 +152,7 @@ def test_a_misspelled_flag_is_seen(line, monkeypatch):
 @pytest.mark.parametrize(
     "line",
     [
-        "torchrun --nproc_per_nod=8 -m detection.main",
+        "torchrun --nprocs=8 -m detection.main",
         "torchrun detection/main.py",
         "torchrun -m detection.mian",
         "python -m detection.main --config configs/detection/none.yaml",
