@@ -83,7 +83,7 @@ def _draw_method(axes: Axes, method: str) -> None:
     # One id for each pair of cross.
     joint = rows[0] if len(rows) == 1 else rows[0] * config.num_buckets + rows[1]
     level = torch.stack(parts).abs().amax(0)
-    axes.imshow(level, cmap=COLORS, vmin=0, vmax=2.2 * level.max())
+    axes.imshow(level.numpy(), cmap=COLORS, vmin=0, vmax=2.2 * level.max())
     _draw_borders(axes, joint)
     axes.plot(QUERY[1], QUERY[0], marker="*", markersize=15, color="black")
     for i, j in _labeled_cells(joint):
@@ -164,7 +164,9 @@ def draw_learned_table(checkpoint: dict, path: Path) -> None:
     model = create_model(config, len(checkpoint["classes"]), checkpoint)
     rpe = getattr(model.blocks[0].attn, "rpe_k", None)
     if not isinstance(rpe, ContextualRPE) or rpe.config.method != "product":
-        raise ValueError("the model must have iRPE by the product method, contextual, on k")
+        raise ValueError(
+            f"the model must have iRPE by the product method, contextual, on k, got {config.rpe!r}"
+        )
     data = build_split(config, "val", checkpoint["classes"])
     images = torch.stack([data[i][0] for i in range(min(IMAGES, len(data)))])
     encodings = mean_encodings(model, images)
@@ -190,7 +192,7 @@ def draw_learned_table(checkpoint: dict, path: Path) -> None:
             # Buckets count query minus key; turned, a key above the query is drawn above it.
             square = encoding[head, : side**2].view(side, side).flip(0, 1)
             axes = panels[head, layer]
-            shown = axes.imshow(square, cmap="PuOr_r", vmin=-limit, vmax=limit)
+            shown = axes.imshow(square.numpy(), cmap="PuOr_r", vmin=-limit, vmax=limit)
             axes.plot(side // 2, side // 2, marker="*", markersize=9, color="black")
             axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=11)
             axes.set_xticks(range(side), ["\n".join(ends) for ends in labels], fontsize=9)
