@@ -21,7 +21,7 @@ DOCUMENTS = sorted(
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "bash", "yaml", "text", "bibtex"}
-# A printed line stands behind the call, or below it on lines of its own.
+# A printed line is promised after the call, or below it on lines of its own.
 BEHIND = re.compile(r"^\s*print\(.*\)  # (.*)$")
 BELOW = re.compile(r"^# (.*)$")
 
