@@ -1,8 +1,8 @@
-"""Writing checkpoints: whole or not at all, the last, the best and the newest few.
+"""Checkpoints, written atomically: the last, the best and the newest numbered ones.
 
-A file is written under a temporary name beside its place, forced to the disk and then renamed over
-it, so that whatever kills the run leaves the old file or the new one, never half of one. Reading is
-`irpe_core.checkpoint.load_checkpoint`, which knows the originals' files too.
+A file is written under a temporary name in the same folder, synced to the disk and then renamed.
+After a crash the path therefore has either the old file or the complete new one.
+`irpe_core.checkpoint.load_checkpoint` reads checkpoints.
 """
 
 import os
@@ -17,29 +17,31 @@ import torch
 
 from engine.errors import UserError
 
-LAST = "checkpoint.pth"
-BEST = "best_checkpoint.pth"
-NUMBERED = "checkpoint_{:04d}.pth"
+__all__ = ["CheckpointDir", "atomic_save", "check_writable", "replacing"]
+
+_LAST = "checkpoint.pth"
+_BEST = "best_checkpoint.pth"
+_NUMBERED = "checkpoint_{:04d}.pth"
 
 
 def atomic_save(obj: Any, path: str | os.PathLike[str]) -> None:
-    """Saves with `torch.save` such that `path` holds either its old content or all of the new.
+    """Save an object with `torch.save`, atomically.
 
     Raises:
-        UserError: the file cannot be written, a full disk for example.
+        UserError: The file cannot be written, for example because the disk is full.
     """
     with replacing(Path(path)) as temporary:
         _write(obj, temporary)
 
 
 def check_writable(directory: str | os.PathLike[str]) -> Path:
-    """Makes the directory and tries to write in it, before any training time is spent.
+    """Create a directory if it is missing, and write to it to find errors before training.
 
     Returns:
         The directory as a path.
 
     Raises:
-        UserError: it cannot be made or written.
+        UserError: The directory cannot be created or written.
     """
     directory = Path(directory)
     try:
@@ -52,15 +54,16 @@ def check_writable(directory: str | os.PathLike[str]) -> Path:
 
 
 class CheckpointDir:
-    """The checkpoints of one run: `checkpoint.pth` (last), `best_checkpoint.pth`, numbered ones.
+    """The checkpoints of one run: last, best and numbered by epoch.
 
-    Only the main process may save. Beside the last and the best, the `keep` newest
-    `checkpoint_0007.pth` remain. A state is serialised once; the file's other names are hard links,
-    or copies where the file system has none.
+    `checkpoint.pth` is the last one and `best_checkpoint.pth` the best one. In addition, the `keep`
+    newest numbered ones, such as `checkpoint_0007.pth`, are kept. Only the main process may save.
+    A state is serialized once; its other names are hard links, or copies where the file system has
+    no hard links.
 
     Args:
-        output_dir: an existing directory.
-        keep: number of numbered checkpoints to keep; 0 writes none.
+        output_dir: Existing directory.
+        keep: Number of numbered checkpoints to keep; 0 writes none.
 
     Raises:
         ValueError: `keep` is negative.
@@ -68,61 +71,62 @@ class CheckpointDir:
 
     def __init__(self, output_dir: str | os.PathLike[str], keep: int = 0) -> None:
         if keep < 0:
-            raise ValueError(f"keep is {keep} but should be 0 or more")
+            raise ValueError(f"keep must be at least 0, got {keep}")
         self._dir = Path(output_dir)
         self._keep = keep
 
     def save(
         self, state: Mapping[str, Any], *, is_best: bool = False, epoch: int | None = None
     ) -> Path:
-        """Writes `checkpoint.pth`, and its other names.
+        """Write `checkpoint.pth` and its other names.
 
         Args:
-            state: what to save.
-            is_best: whether this is the best so far.
-            epoch: number of the epoch that is finished; None in mid-epoch, where no numbered
-                checkpoint is written.
+            state: Content of the checkpoint.
+            is_best: Whether this is the best checkpoint so far.
+            epoch: Number of the finished epoch; None within an epoch, when no numbered checkpoint
+                is written.
 
         Returns:
             The path of `checkpoint.pth`.
 
         Raises:
-            UserError: a file cannot be written.
+            UserError: A file cannot be written.
         """
-        last = self._dir / LAST
+        last = self._dir / _LAST
         with replacing(last) as temporary:
             _write(state, temporary)
-            # The other names come first: a crash before the last one is renamed repeats the epoch
-            # and writes them again, whereas a state that calls itself the best would not.
+            # Rename `checkpoint.pth` last. After a crash before that, the resumed run repeats the
+            # epoch and writes the other names again. In the other order, it would resume after the
+            # epoch and never write its best checkpoint.
             if is_best:
-                _alias(temporary, self._dir / BEST)
+                _link_or_copy(temporary, self._dir / _BEST)
             if epoch is not None and self._keep > 0:
-                _alias(temporary, self._dir / NUMBERED.format(epoch))
+                _link_or_copy(temporary, self._dir / _NUMBERED.format(epoch))
                 for old in self.numbered()[: -self._keep]:
                     old.unlink(missing_ok=True)
         return last
 
     def latest(self) -> Path | None:
-        """The last checkpoint, to resume from; None before the first."""
-        last = self._dir / LAST
+        """Return the path of the last checkpoint, or None if there is none."""
+        last = self._dir / _LAST
         return last if last.is_file() else None
 
     def numbered(self) -> list[Path]:
-        """The numbered checkpoints, oldest first by the time they were written."""
+        """Return the numbered checkpoints, from the oldest to the newest by modification time."""
         paths = self._dir.glob("checkpoint_[0-9]*.pth")
         return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which then takes its place in one move.
+    """Yield a temporary path in the same folder, and rename it to `path` at the end.
 
-    Whatever is raised inside leaves `path` as it was.
+    After an exception `path` is unchanged.
 
     Raises:
-        UserError: the file cannot be written, a full disk for example.
+        UserError: The file cannot be written, for example because the disk is full.
     """
-    # A fixed name: what a crash leaves behind is overwritten by the next save.
+    # The temporary name is fixed, so the next save overwrites what a crash has left.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
@@ -136,11 +140,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _write(obj: Any, path: Path) -> None:
+    """Save an object with `torch.save` and sync the file to the disk."""
     with path.open("wb") as file:
         try:
             torch.save(obj, file)
         except RuntimeError as error:
-            # Of a full disk torch only says that its archive is incomplete.
+            # torch hides the OSError of a full disk behind an error about its archive.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
@@ -148,20 +153,20 @@ def _write(obj: Any, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _alias(source: Path, target: Path) -> None:
-    """Gives a file a second name, atomically."""
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, atomically."""
     with replacing(target) as temporary:
         temporary.unlink(missing_ok=True)
         try:
             temporary.hardlink_to(source)
-        except OSError:  # no hard links here; should the copy fail too, that error counts
+        except OSError:  # The file system has no hard links.
             shutil.copyfile(source, temporary)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
 
 
 def _sync_directory(directory: Path) -> None:
-    """Forces the renaming itself to the disk."""
+    """Sync a directory to the disk, so that a renaming in it is not lost."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,15 +1,16 @@
-"""The outermost frame of a command: one line and an exit code for what the user can mend.
+"""The outer frame of a command: one line and an exit code for an error that the user can fix.
 
-| what leaves `main`                      | on stderr                          | exit code      |
+| `main` raises                           | printed on stderr                  | exit code      |
 |-----------------------------------------|------------------------------------|----------------|
 | nothing                                 |                                    | 0              |
 | `UsageError`                            | `error: <sentence>`                | 2              |
-| `UserError`, any type said to be expected | `error: <sentence>`              | 1              |
+| `UserError` or an expected exception    | `error: <sentence>`                | 1              |
 | `engine.signals.Stopped`                |                                    | 143 or 130     |
 | `KeyboardInterrupt`                     | `error: interrupted`               | 130            |
-| anything else                           | its traceback                      | 1              |
+| anything else                           | traceback                          | 1              |
 
-With several processes the line begins with `error [rank 3]:`, in each of those that fail.
+With several processes, each process that fails prints its own line, which begins with its rank, as
+in `error [rank 3]:`.
 """
 
 import sys
@@ -19,26 +20,28 @@ from typing import Any, NoReturn
 from engine.distributed import launched_as, shutdown
 from engine.errors import UserError
 
+__all__ = ["fail", "one_line", "run"]
+
 _WORKER_TRACEBACK = "Original Traceback (most recent call last):"
 
 
 def run(main: Callable[[], Any], *expected: type[Exception]) -> NoReturn:
-    """Runs a command and leaves the process with its exit code.
+    """Run a command and exit the process with its exit code.
 
-    Use it as `if __name__ == "__main__": cli.run(main, DataError)`.
+    Example: `if __name__ == "__main__": cli.run(main, DataError)`.
 
     Args:
-        main: the command; it reads its flags itself, and what it returns is ignored.
-        expected: exceptions of other packages that are the user's to mend, like `UserError`.
+        main: The command. It parses its flags itself; its return value is ignored.
+        *expected: Exceptions of other packages that the user can fix, like `UserError`.
 
     Raises:
-        SystemExit: always, unless an unexpected exception passes through.
+        SystemExit: Always, except when `main` raises an unexpected exception.
     """
     try:
         main()
     except (UserError, *expected) as error:
-        # The process group is left as it is: fellows may be waiting in a collective, and leaving in
-        # good order would wait for them. The launcher ends them when this process has gone.
+        # Do not shut down the process group: it would wait for the other processes, which may wait
+        # for this one in a collective. The launcher ends them after this process has exited.
         fail(error)
     except KeyboardInterrupt:
         fail(_InterruptError("interrupted"))
@@ -50,20 +53,20 @@ def run(main: Callable[[], Any], *expected: type[Exception]) -> NoReturn:
 
 
 def fail(error: Exception) -> NoReturn:
-    """Prints the error as one line on stderr and leaves with its exit code (1 if it has none)."""
+    """Print an error as one line on stderr and exit with its exit code, 1 if it has none."""
     rank, _, world_size = launched_as()
     place = f" [rank {rank}]" if world_size > 1 else ""
-    # One write, so that the lines of several processes do not run into each other.
+    # A single write keeps the lines of several processes separate.
     sys.stderr.write(f"error{place}: {one_line(error)}\n")
     sys.stderr.flush()
     sys.exit(getattr(error, "exit_code", 1))
 
 
 def one_line(error: Exception) -> str:
-    """The error's sentence, freed of line breaks and of a data loader's traceback.
+    """Return the message of an error without line breaks and without a worker's traceback.
 
-    An exception that crosses over from a loader's worker comes with the worker's whole traceback
-    as its text; the sentence stands at the end, after the exception's name.
+    An exception from a data loader's worker has the whole traceback of the worker as its message.
+    The original message is in its last line, after the name of the exception.
     """
     text = str(error).strip()
     if _WORKER_TRACEBACK in text:
@@ -72,4 +75,6 @@ def one_line(error: Exception) -> str:
 
 
 class _InterruptError(UserError):
+    """An interrupt from the keyboard."""
+
     exit_code = 130

@@ -1,10 +1,10 @@
-"""Configuration: a frozen pydantic model that is filled from defaults, a YAML file and flags.
+"""Configuration: a frozen pydantic model with values from defaults, a YAML file and flags.
 
-Every field of a `Config` is a YAML key and a flag of the same name, with `-` or `_` alike; a flag
-beats the file, the file beats the default. Configurations are flat: a big one inherits from several
-small ones, which become the groups of `--help`. Files and flags take one road: both are collected
-as plain values and validated together by pydantic, so both give the same messages, each one line
-that names the option, its value and what is allowed.
+Each field of a `Config` is a YAML key and a flag of the same name, written with `-` or `_`. A flag
+overrides the file, and the file overrides the default. Configurations are flat: a large one
+inherits from several small ones, which are the groups of `--help`. pydantic validates values from
+the file and from flags together, so the errors of both have the same form: one line with the
+option, its value and what is allowed.
 """
 
 import json
@@ -20,14 +20,16 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from engine import cli
 from engine.errors import UsageError
-from engine.flags import NONE_WORDS, FlagParser, arms, dashed, describe, suggest
+from engine.flags import NONE_WORDS, FlagParser, allowed_types, describe, flag_of, suggest
 
-_UNMEANT_BOOL = "unmeant_bool_type"
+__all__ = ["AnyConfig", "Config", "dump", "parse_config"]
+
+_WRONG_BOOL = "wrong_bool_type"
 _BOOLEAN_NOTE = " (YAML reads on, off, yes and no as true and false: put the word in quotes)"
 
 
 class Config(BaseModel):
-    """Base of all configurations: frozen, without unknown keys, documented under each field."""
+    """Base class of configurations. A docstring under each field is the help text of its flag."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -35,19 +37,19 @@ class Config(BaseModel):
         use_attribute_docstrings=True,
         validate_default=True,
         allow_inf_nan=False,
-        protected_namespaces=(),  # `model_ema` and its like are good names here
+        protected_namespaces=(),  # Allow names such as `model_ema`.
     )
 
     @field_validator("*", mode="before")
     @classmethod
     def _read_words(cls, value: Any, info: ValidationInfo) -> Any:
-        """Reads `none` as None where that is allowed, and refuses booleans as numbers."""
-        allowed = arms(cls.model_fields[info.field_name].annotation)
+        """Convert `none` to None where None is allowed; reject a boolean where it is not."""
+        allowed = allowed_types(cls.model_fields[info.field_name].annotation)
         if isinstance(value, str) and value.lower() in NONE_WORDS and NoneType in allowed:
             return None
         if isinstance(value, bool) and bool not in allowed:
-            # Else pydantic would take `epochs: yes` for 1.
-            raise PydanticCustomError(_UNMEANT_BOOL, "must not be a boolean")
+            # pydantic would convert the true of `epochs: yes` to 1.
+            raise PydanticCustomError(_WRONG_BOOL, "must not be a boolean")
         return value
 
 
@@ -57,17 +59,17 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 def parse_config(
     cls: type[AnyConfig], argv: Sequence[str] | None = None, *, prog: str, description: str = ""
 ) -> AnyConfig:
-    """Fills a configuration from flags and, with `--config FILE.yaml`, from a file.
+    """Create a configuration from flags and, with `--config FILE.yaml`, from a file.
 
     Args:
-        cls: the configuration to fill.
-        argv: the flags; None takes those of the process.
-        prog: the command's name for `--help`.
-        description: one paragraph for `--help`.
+        cls: Class of the configuration.
+        argv: Flags; None for those of the process.
+        prog: Name of the command in `--help`.
+        description: Description of the command in `--help`.
 
     Raises:
-        SystemExit: With code 0 after `--help` and `--print-config`; with code 2 after one line on
-            stderr that says what is wrong.
+        SystemExit: With code 0 after `--help` and `--print-config`; with code 2 after an error,
+            which is printed as one line on stderr.
     """
     try:
         return _parse(cls, sys.argv[1:] if argv is None else argv, prog, description)
@@ -76,11 +78,12 @@ def parse_config(
 
 
 def dump(config: Config) -> dict[str, Any]:
-    """The resolved configuration as plain types (tuples as lists), for checkpoints and YAML."""
+    """Return all options as plain types (tuples as lists), for checkpoints and YAML."""
     return config.model_dump(mode="json")
 
 
 def _parse(cls: type[AnyConfig], argv: Sequence[str], prog: str, description: str) -> AnyConfig:
+    """Create a configuration, and raise UsageError for a mistake (see `parse_config`)."""
     parser = FlagParser(cls, prog, description)
     flags = parser.parse(argv)
     files, print_config = flags.pop("config", []), flags.pop("print_config", False)
@@ -88,7 +91,7 @@ def _parse(cls: type[AnyConfig], argv: Sequence[str], prog: str, description: st
         raise UsageError(f"--config must be given once, got {len(files)} files")
     values, places = _read_file(cls, files[0]) if files else ({}, {})
     values.update(flags)
-    places.update((name, dashed(name)) for name in flags)
+    places.update((name, flag_of(name)) for name in flags)
     try:
         config = cls.model_validate(values)
     except ValidationError as error:
@@ -100,7 +103,7 @@ def _parse(cls: type[AnyConfig], argv: Sequence[str], prog: str, description: st
 
 
 def _read_file(cls: type[Config], path: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Reads the values of a YAML file, and for each its place (`file, line 3: key`)."""
+    """Return the values of a YAML file and their places (`file, line 3: key`), both by option."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         loader = yaml.SafeLoader(text)
@@ -108,8 +111,8 @@ def _read_file(cls: type[Config], path: str) -> tuple[dict[str, Any], dict[str, 
         if node is None:
             return {}, {}
         if not isinstance(node, yaml.MappingNode):
-            raise UsageError(f"{path}: must hold `option: value` lines")
-        # Pair by pair: a finished dict has lost the line numbers, and keys that are given twice.
+            raise UsageError(f"{path} must contain `option: value` lines, got a {node.id}")
+        # A dict would not have the line numbers, nor the keys that are given twice.
         pairs = [(key, loader.construct_object(value, deep=True)) for key, value in node.value]
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
@@ -124,7 +127,7 @@ def _read_file(cls: type[Config], path: str) -> tuple[dict[str, Any], dict[str, 
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     for key, value in pairs:
-        name = str(key.value).replace("-", "_")  # a key that is no word is no option either
+        name = str(key.value).replace("-", "_")
         place = f"{path}, line {key.start_mark.line + 1}: {key.value}"
         if name not in cls.model_fields:
             raise UsageError(f"{place} is not an option{suggest(name, cls.model_fields)}")
@@ -137,7 +140,7 @@ def _read_file(cls: type[Config], path: str) -> tuple[dict[str, Any], dict[str, 
 def _explain(
     cls: type[Config], error: ValidationError, values: dict[str, Any], places: dict[str, str]
 ) -> str:
-    """One line for all that pydantic found: the place, the value and what is allowed."""
+    """Return one line for all errors of pydantic: the place, the value and what is allowed."""
     found: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors():
         found.setdefault(str(detail["loc"][0]) if detail["loc"] else "", []).append(detail)
@@ -146,21 +149,24 @@ def _explain(
         if not name:
             sentences.append(_message(details[0]))
         elif name not in values:
-            sentences.append(f"{dashed(name)} is required")
+            sentences.append(f"{flag_of(name)} is required")
         else:
             place, value = places[name], _show(values[name])
             reason = _reason(details, cls.model_fields[name].annotation)
-            rule = f"{place} {reason}, got {value}" if reason.startswith("must ") else ""
-            note = _BOOLEAN_NOTE if details[0]["type"] == _UNMEANT_BOOL else ""
-            sentences.append((rule or f"{place} {value}: {reason}") + note)
+            if reason.startswith("must "):
+                sentence = f"{place} {reason}, got {value}"
+            else:
+                sentence = f"{place} {value}: {reason}"
+            is_wrong_bool = details[0]["type"] == _WRONG_BOOL
+            sentences.append(sentence + (_BOOLEAN_NOTE if is_wrong_bool else ""))
     return "; ".join(sentences)
 
 
 def _reason(details: list[ErrorDetails], annotation: Any) -> str:
-    """What is allowed: the first constraint that was hurt, else the type in words.
+    """Return what is allowed: the first violated constraint, else the type in words.
 
-    A union gives an error for each of its arms, of which only a hurt constraint says more than the
-    type itself.
+    For a union, pydantic reports an error for each type in it. Only violated constraints say more
+    than the types.
     """
     for detail in details:
         kind = detail["type"]
@@ -170,9 +176,11 @@ def _reason(details: list[ErrorDetails], annotation: Any) -> str:
 
 
 def _message(detail: ErrorDetails) -> str:
+    """Return pydantic's message in the form of this package."""
     return detail["msg"].removeprefix("Value error, ").replace("Input should", "must")
 
 
 def _show(value: Any) -> str:
+    """Return a value as it is written in YAML."""
     plain = value is None or isinstance(value, bool)
     return json.dumps(value) if plain else repr(value)

@@ -1,8 +1,9 @@
-"""Process group: one process or many, started by torchrun or by Slurm, with the same calls.
+"""The process group: the same functions for one process and for several.
 
-With a single process there is no process group, and every function below is the identity. With
-several, tensors on a GPU travel by NCCL and those on the CPU by gloo, both in one default group; so
-what only the host has to know (`any_process` of a bool, `barrier`) never waits for the GPU.
+torchrun or Slurm starts several processes. In a single process there is no process group, and each
+collective returns the result for one process. In several processes, tensors on a GPU are sent by
+NCCL and tensors on the CPU by gloo; one default group has both backends. The collectives of Python
+values, such as `any_process(bool)` and `barrier`, therefore do not wait for the GPU.
 """
 
 import os
@@ -15,12 +16,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.errors import UsageError
 
+__all__ = [
+    "launched_as",
+    "init_distributed",
+    "shutdown",
+    "distribute",
+    "rank",
+    "world_size",
+    "is_main",
+    "all_reduce_sum",
+    "max_over_processes",
+    "any_process",
+    "barrier",
+    "broadcast_object",
+    "all_gather_object",
+]
+
 
 def launched_as() -> tuple[int, int, int]:
-    """Reads rank, local rank and number of processes from the launcher's environment.
+    """Return rank, local rank and number of processes from the environment of the launcher.
 
-    torchrun's variables come first, then those of a Slurm step (`srun`; a batch script by itself is
-    not a step, although Slurm sets SLURM_PROCID there too), else this is a single process.
+    The variables of torchrun come first, then those of a Slurm step (`srun`). Without them this is
+    a single process. A Slurm batch script is not a step, although Slurm sets SLURM_PROCID in it.
     """
     env = os.environ
     if _by_torchrun():
@@ -32,14 +49,18 @@ def launched_as() -> tuple[int, int, int]:
 
 
 def init_distributed(device: str = "auto") -> torch.device:
-    """Join the process group, if there is one to join, and choose the device of this process.
+    """Join the process group, if there are several processes, and select the device.
 
     Args:
-        device: `auto` (a GPU where there is one), `cuda` (the GPU of this local rank), `cuda:N`
-            (that GPU; single process only) or `cpu`.
+        device: `auto` (`cuda` if there is a GPU, else `cpu`), `cuda` (the GPU of the local rank),
+            `cuda:N` (that GPU, for a single process) or `cpu`.
+
+    Returns:
+        The device of this process.
 
     Raises:
-        UsageError: the device is unknown or not there, or Slurm left out the master's address.
+        UsageError: The device is unknown or missing, or MASTER_ADDR is not set for several Slurm
+            nodes.
     """
     rank, local_rank, world_size = launched_as()
     chosen = _choose_device(device, local_rank, world_size)
@@ -55,8 +76,14 @@ def init_distributed(device: str = "auto") -> torch.device:
     return chosen
 
 
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def distribute(model: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap a model for training in several processes; return it as it is in a single one."""
+    """Wrap a model in DistributedDataParallel; in a single process return it unchanged."""
     if world_size() == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
@@ -64,65 +91,68 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _by_torchrun() -> bool:
+    """Return whether torchrun has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _choose_device(device: str, local_rank: int, world_size: int) -> torch.device:
+    """Return the device of this process (see `init_distributed`)."""
     kind, _, index = device.partition(":")
     if kind not in ("auto", "cuda", "cpu") or (index and (kind != "cuda" or not index.isdigit())):
-        raise UsageError(f"--device is {device!r} but should be auto, cpu, cuda or cuda:N")
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cpu" or (kind == "auto" and gpus == 0):
         return torch.device("cpu")
     if index and world_size > 1:
         raise UsageError(
-            f"--device {device} names one GPU but there are {world_size} processes: use cuda"
+            f"--device must be auto, cpu or cuda with {world_size} processes, got {device!r}"
         )
     number = int(index) if index else local_rank
     if number >= gpus:
         raise UsageError(
-            f"--device {device}: GPU {number} is wanted but torch sees {gpus}; "
+            f"--device {device} needs GPU {number}, but torch finds {gpus} GPU(s); "
             "start fewer processes or use --device cpu"
         )
     return torch.device("cuda", number)
 
 
 def _slurm_rendezvous() -> str:
+    """Return the URL at which the processes of a Slurm step meet."""
     env = os.environ
     if "MASTER_ADDR" not in env and int(env.get("SLURM_STEP_NUM_NODES", 1)) > 1:
         raise UsageError(
-            "several Slurm nodes need the first one's address: export MASTER_ADDR="
+            "MASTER_ADDR must be set to the first of several Slurm nodes: export MASTER_ADDR="
             "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)"
         )
-    # A port that follows from the job lets two jobs share a node.
+    # The port depends on the job, so that two jobs can share a node.
     port = env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000)
     return f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{port}"
 
 
 def rank() -> int:
-    """The number of this process, 0 to `world_size() - 1`."""
+    """Return the number of this process, from 0 to `world_size() - 1`."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files."""
+    """Return whether this is the main process, which writes the files."""
     return rank() == 0
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Adds a tensor up over all processes, in place, and returns it."""
+    """Add up a tensor over all processes in place, and return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
 
 
 def max_over_processes(value: int) -> int:
-    """The largest of the processes' values; a host-side call that never waits for the GPU."""
+    """Return the largest value of all processes, without waiting for the GPU."""
     if not dist.is_initialized():
         return value
     tensor = torch.tensor(value, dtype=torch.int64)
@@ -131,11 +161,10 @@ def max_over_processes(value: int) -> int:
 
 
 def any_process(flag: bool | torch.Tensor) -> bool:
-    """Whether the flag holds in any process; every process gets the same answer.
+    """Return whether the flag is true in any process; all processes get the same answer.
 
     Args:
-        flag: a bool, or a tensor with one element, which is reduced on its own device and fetched
-            once.
+        flag: A bool, or a tensor with one element, which is reduced on its device.
     """
     if not isinstance(flag, torch.Tensor):
         return max_over_processes(int(flag)) > 0
@@ -146,12 +175,12 @@ def any_process(flag: bool | torch.Tensor) -> bool:
 
 
 def barrier() -> None:
-    """Waits until every process has come here; does not wait for work queued on a GPU."""
+    """Wait until all processes have called this; do not wait for kernels queued on a GPU."""
     max_over_processes(0)
 
 
 def broadcast_object(value: Any) -> Any:
-    """Gives every process the main process's value, which must pickle; theirs is ignored."""
+    """Return the main process's value in every process; it must be picklable."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -160,15 +189,9 @@ def broadcast_object(value: Any) -> Any:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """Gives every process the list of all processes' values, by rank; they must pickle."""
+    """Return the values of all processes, ordered by rank; they must be picklable."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered
-
-
-def shutdown() -> None:
-    """Leaves the process group; harmless where there is none."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -1,20 +1,22 @@
-"""Errors that are the user's to mend: one sentence and an exit code instead of a traceback.
+"""Errors that the user can fix: one sentence and an exit code instead of a traceback.
 
-Anything else that goes wrong is ours to mend and keeps its traceback (see `engine.cli`).
+All other errors keep their traceback (see `engine.cli`).
 """
+
+__all__ = ["UsageError", "UserError"]
 
 
 class UserError(Exception):
-    """A failure that one sentence explains, such as an output directory that cannot be written.
+    """An error that one sentence explains, such as an output folder that cannot be written.
 
     Attributes:
-        exit_code: the code with which the process leaves.
+        exit_code: Exit code of the process.
     """
 
     exit_code = 1
 
 
 class UsageError(UserError):
-    """A flag, a configuration file or a launch that cannot be meant."""
+    """A mistake in a flag, in a configuration file or in how the processes were started."""
 
     exit_code = 2

@@ -1,7 +1,7 @@
-"""Flags: an argparse parser with one option for each field of a configuration.
+"""Flags: an argparse parser with one flag for each field of a configuration.
 
-The parser only sorts words to options. It converts and checks nothing, which is left to pydantic
-(see `engine.config`), and it notes only the flags that were given.
+The parser only assigns the words of the command line to flags. `engine.config` converts and checks
+them with pydantic.
 """
 
 import argparse
@@ -17,20 +17,27 @@ from pydantic.fields import FieldInfo
 
 from engine.errors import UsageError
 
+__all__ = ["NONE_WORDS", "FlagParser", "allowed_types", "describe", "flag_of", "suggest"]
+
 NONE_WORDS = ("none", "null")
 
 _WORDS = {
     bool: "true or false",
     int: "an integer",
     float: "a number",
-    str: "text in quotes",  # flags always are text, so only YAML meets this one
+    str: "text in quotes",  # Only for YAML, since the values of flags are always text.
 }
 
 
 class FlagParser(argparse.ArgumentParser):
-    """One option for each field of a model, grouped by the class that defines it, and `--config`.
+    """A parser with `--config` and one flag for each field, grouped by the class of the field.
 
-    Unlike its base class it raises, instead of printing its usage above every error.
+    It raises UsageError, while its base class prints the usage before every error.
+
+    Args:
+        cls: Class of the configuration.
+        prog: Name of the command in `--help`.
+        description: Description of the command in `--help`.
     """
 
     def __init__(self, cls: type[BaseModel], prog: str, description: str) -> None:
@@ -48,52 +55,52 @@ class FlagParser(argparse.ArgumentParser):
             "--print-config", action="store_true", help="print all options as YAML and exit"
         )
         self._fields = cls.model_fields
-        homes = {name: _defining_class(cls, name) for name in self._fields}
-        for home in cls.__mro__:
-            names = [name for name in self._fields if homes[name] is home]
-            group = self.add_argument_group(_title(home)) if names else None
+        owners = {name: _defining_class(cls, name) for name in self._fields}
+        for owner in cls.__mro__:
+            names = [name for name in self._fields if owners[name] is owner]
+            group = self.add_argument_group(_title(owner)) if names else None
             for name in names:
                 _add_flag(group, name, self._fields[name])
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Sorts the words to the options that are given, by the fields' names.
+        """Return the words of the given flags, by the names of their fields.
 
         Raises:
-            UsageError: a flag is unknown or lacks its value, or a word belongs to no flag.
-            SystemExit: after `--help`.
+            UsageError: A flag is unknown or has no value, or a word belongs to no flag.
+            SystemExit: After `--help`.
         """
         flags = self._option_string_actions
-        given, extras = self.parse_known_args(_spell_alike(argv, flags))
+        given, extras = self.parse_known_args(_with_dashes(argv, flags))
         if not extras:
-            return {name: self._unwrap(name, words) for name, words in vars(given).items()}
+            return {name: self._unpack(name, words) for name, words in vars(given).items()}
         unknown = next((extra for extra in extras if extra.startswith("-")), None)
         if unknown is None:
             raise UsageError(f"unexpected argument {extras[0]!r}: every option starts with --")
         unknown = unknown.partition("=")[0]
         raise UsageError(f"unknown flag {unknown}{suggest(unknown.replace('_', '-'), flags)}")
 
-    def _unwrap(self, name: str, words: Any) -> Any:
-        """One word for an option of several values is itself, if the option allows that."""
+    def _unpack(self, name: str, words: Any) -> Any:
+        """Return a single word instead of a list of one, if the field allows a single value."""
         if name not in self._fields or not isinstance(words, list) or len(words) > 1:
             return words
-        allowed = arms(self._fields[name].annotation)
+        allowed = allowed_types(self._fields[name].annotation)
         is_none = NoneType in allowed and words[0].lower() in NONE_WORDS
-        is_single = any(get_origin(arm) is not tuple for arm in _typed(allowed))
+        is_single = any(get_origin(kind) is not tuple for kind in _described(allowed))
         return words[0] if is_none or is_single else words
 
     def error(self, message: str) -> NoReturn:
-        """Raises what the base class would print."""
+        """Raise an error that the base class would print."""
         raise UsageError(message)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: the nearest known one, or where to look."""
+    """Return the end of an error about an unknown name: the most similar known name, or help."""
     near = difflib.get_close_matches(name, sorted(known), n=1)
     return f": did you mean {near[0]}?" if near else " (--help lists all)"
 
 
-def _spell_alike(argv: Sequence[str], known: Container[str]) -> list[str]:
-    """Spells known flags with `-`, so that `--batch_size=8` and `--batch-size 8` are the same."""
+def _with_dashes(argv: Sequence[str], known: Container[str]) -> list[str]:
+    """Replace `_` by `-` in known flags, so that `--batch_size` and `--batch-size` are the same."""
     words = []
     for word in argv:
         head, equals, tail = word.partition("=")
@@ -102,68 +109,72 @@ def _spell_alike(argv: Sequence[str], known: Container[str]) -> list[str]:
     return words
 
 
-def dashed(name: str) -> str:
-    """The flag of a field: `--batch-size` for `batch_size`."""
+def flag_of(name: str) -> str:
+    """Return the flag of a field: `--batch-size` for `batch_size`."""
     return "--" + name.replace("_", "-")
 
 
-def arms(annotation: Any) -> tuple[Any, ...]:
-    """The types that an annotation allows: `int | None` gives `(int, NoneType)`.
+def allowed_types(annotation: Any) -> tuple[Any, ...]:
+    """Return the types that an annotation allows: `int | None` gives `(int, NoneType)`.
 
-    A generic alias gives its origin beside it, so that `tuple in arms(tuple[int, int])` holds.
+    A generic type is followed by its origin: `tuple[int, int]` gives `(tuple[int, int], tuple)`.
     """
     if get_origin(annotation) is Annotated:
-        return arms(get_args(annotation)[0])
+        return allowed_types(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return tuple(arm for part in get_args(annotation) for arm in arms(part))
+        return tuple(kind for part in get_args(annotation) for kind in allowed_types(part))
     if get_origin(annotation) is None:
         return (annotation,)
     return annotation, get_origin(annotation)
 
 
 def describe(annotation: Any) -> str:
-    """What an annotation allows, in words: `2 values (each a number) or none`."""
-    allowed = arms(annotation)
-    words = [_word(arm) for arm in _typed(allowed)]
+    """Return what an annotation allows, in words: `2 values (each a number) or none`."""
+    allowed = allowed_types(annotation)
+    words = [_describe_type(kind) for kind in _described(allowed)]
     return " or ".join([*words, "none"] if NoneType in allowed else words)
 
 
-def _word(arm: Any) -> str:
-    if get_origin(arm) is Literal:
-        return " or ".join(str(value) for value in get_args(arm))
-    if get_origin(arm) is tuple:
-        parts = get_args(arm)
+def _describe_type(kind: Any) -> str:
+    """Return a type in words: `a number` for float."""
+    if get_origin(kind) is Literal:
+        return " or ".join(str(value) for value in get_args(kind))
+    if get_origin(kind) is tuple:
+        parts = get_args(kind)
         count = "any number of" if parts[-1] is Ellipsis else len(parts)
         return f"{count} values (each {describe(parts[0])})"
-    return _WORDS.get(arm) or getattr(arm, "__name__", str(arm))
+    return _WORDS.get(kind) or getattr(kind, "__name__", str(kind))
 
 
 def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
-    allowed = arms(field.annotation)
+    """Add the flag of a field to a group of the parser."""
+    allowed = allowed_types(field.annotation)
     options: dict[str, Any] = {"dest": name, "help": _help(field)}
     if bool in allowed:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options["metavar"] = "|".join(dict.fromkeys(_metavar(arm) for arm in _typed(allowed)))
+        options["metavar"] = "|".join(dict.fromkeys(_metavar(kind) for kind in _described(allowed)))
         if tuple in allowed:
             options["nargs"] = "+"
-    group.add_argument(dashed(name), **options)
+    group.add_argument(flag_of(name), **options)
 
 
-def _typed(allowed: tuple[Any, ...]) -> list[Any]:
-    """The types among the arms: without None and without the origins of generic aliases."""
-    return [arm for arm in allowed if arm not in (NoneType, tuple, Literal)]
+def _described(allowed: tuple[Any, ...]) -> list[Any]:
+    """Return allowed types without None and without the origins of generic types."""
+    return [kind for kind in allowed if kind not in (NoneType, tuple, Literal)]
 
 
-def _metavar(arm: Any) -> str:
-    if get_origin(arm) is Literal:
-        return "{" + ",".join(str(value) for value in get_args(arm)) + "}"
-    if get_origin(arm) is tuple:
-        return _metavar(get_args(arm)[0])
-    return getattr(arm, "__name__", str(arm)).upper()
+def _metavar(kind: Any) -> str:
+    """Return the name of a value in `--help`: `FLOAT`, or `{a,b}` for the choices a and b."""
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(str(value) for value in get_args(kind)) + "}"
+    if get_origin(kind) is tuple:
+        return _metavar(get_args(kind)[0])
+    return getattr(kind, "__name__", str(kind)).upper()
 
 
 def _help(field: FieldInfo) -> str:
+    """Return the help text of a field: its docstring and its default."""
     if field.is_required():
         note = "required"
     else:
@@ -173,6 +184,7 @@ def _help(field: FieldInfo) -> str:
 
 
 def _plain(value: Any) -> str:
+    """Return a default as it is written in a flag."""
     if isinstance(value, tuple):
         return " ".join(map(_plain, value))
     if isinstance(value, bool) or value is None:
@@ -181,10 +193,11 @@ def _plain(value: Any) -> str:
 
 
 def _defining_class(cls: type[BaseModel], name: str) -> type:
-    """The class that names the field first, so that a changed default stays in its group."""
+    """Return the first class with the field, so that a new default does not change its group."""
     return [base for base in cls.__mro__ if name in inspect.get_annotations(base)][-1]
 
 
 def _title(cls: type) -> str:
+    """Return the title of the group of a class: the first line of its docstring."""
     doc = cls.__dict__.get("__doc__")
     return doc.strip().splitlines()[0].rstrip(".") if doc else cls.__name__
