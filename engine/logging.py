@@ -1,7 +1,7 @@
-"""Logs of a run: readable lines, JSON lines by epoch and TensorBoard curves.
+"""Logs of a run: log lines, one JSON line per epoch and TensorBoard curves.
 
-Handlers are set once, by `setup_logging` in main; modules log through `logging.getLogger(__name__)`
-and print nothing. Files are written by the main process alone.
+`setup_logging` sets the handlers once, at the start of a command. Modules log through
+`logging.getLogger(__name__)` and never print. Only the main process writes files.
 """
 
 import json
@@ -15,12 +15,18 @@ from tqdm import tqdm
 
 from engine.distributed import is_main
 
+__all__ = ["RunLog", "setup_logging"]
+
 
 def setup_logging(output_dir: Path | None = None, rank: int = 0) -> None:
-    """Sends log records to stdout and, from the main process, to `output_dir/run.log`.
+    """Send log records to stdout and, in the main process, to `output_dir/run.log`.
 
-    The main process shows INFO and above, the others only warnings, which name their rank. Calling
-    it again replaces its own handlers and leaves those of others alone.
+    The main process shows INFO and above. The others show only warnings, with their rank. A second
+    call replaces the handlers of the first one and keeps those of other code.
+
+    Args:
+        output_dir: Existing folder for `run.log`; None for none.
+        rank: Number of this process.
     """
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if hasattr(handler, "set_by_engine")]:
@@ -40,23 +46,24 @@ def setup_logging(output_dir: Path | None = None, rank: int = 0) -> None:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to stdout without tearing a progress bar."""
+    """A handler that writes to stdout, above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
 
 
 class RunLog:
-    """Figures of a run: a JSON line per epoch in `log.txt`, and TensorBoard curves.
+    """Metrics of a run: one JSON line per epoch in `log.txt`, and TensorBoard curves.
 
-    A resumed run continues both. An epoch has one line: if it is run again, since the run was
-    resumed from before its end, the new line takes the place of the old one. A new run in a
-    directory that holds an older one's `log.txt` renames it to `log.1.txt`.
+    A resumed run continues both. The log has one line per epoch: if an epoch runs again after a
+    resumption, its new line replaces the old one. A new run renames the `log.txt` of an earlier run
+    in the same folder to `log.1.txt`.
 
     Args:
-        output_dir: an existing directory; None, or any process but the main one, writes nothing.
-        start_step: optimizer steps done so far over all epochs, 0 for a new run. Curves of a
+        output_dir: Existing folder; None writes nothing. Only the main process writes.
+        start_step: Number of optimizer steps done in all epochs, 0 for a new run. The curves of a
             resumed run are cut there.
     """
 
@@ -66,25 +73,30 @@ class RunLog:
         if self._path is None:
             return
         if start_step == 0:
-            _set_aside(self._path)
-        # Imported here: it takes seconds, and only the main process needs it.
+            _rename_old_log(self._path)
+        # This import takes seconds, and only the main process needs it.
         from torch.utils.tensorboard import SummaryWriter
 
         purge = start_step + 1 if start_step else 0
         self._curves = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=purge)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Adds points to the TensorBoard curves of the given names, such as `train/loss`."""
+        """Add points to TensorBoard curves.
+
+        Args:
+            values: Values by the name of their curve, such as `train/loss`.
+            step: Number of optimizer steps done in all epochs.
+        """
         if self._curves is not None:
             for name, value in values.items():
                 self._curves.add_scalar(name, value, step)
 
     def write_epoch(self, record: Mapping[str, Any], step: int) -> None:
-        """Writes an epoch's line, and its `test_*` figures as curves `test/*`.
+        """Write the line of an epoch, and its `test_*` metrics as curves `test/*`.
 
         Args:
-            record: plain values: `epoch`, `n_parameters`, `train_*`, `test_*`.
-            step: optimizer steps done so far over all epochs.
+            record: `epoch`, `n_parameters`, `train_*` and `test_*`, as plain values.
+            step: Number of optimizer steps done in all epochs.
         """
         if self._path is None:
             return
@@ -99,7 +111,7 @@ class RunLog:
         self._curves.flush()
 
     def close(self) -> None:
-        """Writes what is still held back."""
+        """Write the points that are still in memory, and close the curves."""
         if self._curves is not None:
             self._curves.close()
 
@@ -111,16 +123,18 @@ class RunLog:
 
 
 def _epoch_of(line: str) -> int | None:
+    """Return the epoch of a line of `log.txt`, or None for a line in another form."""
     try:
         return json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):  # not one of ours: it stays
+    except (ValueError, KeyError, TypeError):
         return None
 
 
-def _set_aside(path: Path) -> None:
+def _rename_old_log(path: Path) -> None:
+    """Rename `log.txt` to the first free name among `log.1.txt`, `log.2.txt` and so on."""
     if not path.exists():
         return
     number = 1
-    while (aside := path.with_name(f"log.{number}.txt")).exists():
+    while (new := path.with_name(f"log.{number}.txt")).exists():
         number += 1
-    path.rename(aside)
+    path.rename(new)

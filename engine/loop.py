@@ -1,17 +1,18 @@
 """The training loop: one epoch of any model on any data, given a function for one step.
 
-For every step: fetch, seed, forward, check, backward, and after `accumulate` such batches clip and
-update. Then, at the boundary between two steps, a callback for what follows an update (EMA,
-schedule), the figures if it is time to print, a checkpoint if one is due, and the question whether
-to stop. Checkpoints are taken only there.
+An optimizer step uses `accumulate` batches. For each batch the loop seeds the random generators,
+runs the forward pass, checks that the loss is finite and runs the backward pass. Then it clips the
+gradients and steps the optimizer. After each optimizer step it calls `on_step`, prints the metrics
+and saves a checkpoint if they are due, and stops if a signal has asked for it. Checkpoints are
+saved only between two optimizer steps.
 
-Resumption is exact without saving any generator's state: each forward pass is seeded from (seed,
-epoch, batch, rank), so a run that continues at step s draws what the unbroken run drew. The loader
-has to do the same for its samples and to begin with the batch of step s.
+A resumed run equals an uninterrupted one exactly, without saved states of random generators: each
+forward pass is seeded from (seed, epoch, batch, rank). The loader must seed its samples in the same
+way, and must begin with the first batch of the step at which training resumes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,38 +30,52 @@ from engine.seeding import derive_seed, seed_all
 from engine.signals import StopRequest
 from engine.tensors import copy_to, unwrap
 
+__all__ = ["LoopOptions", "StepFn", "TrainState", "train_epoch", "train_step"]
+
 StepFn = Callable[[Any], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """What stays the same from epoch to epoch."""
+    """Options of the loop, the same in all epochs.
+
+    Attributes:
+        device: Device of the model; the loop copies each batch to it.
+        steps: Number of optimizer steps per epoch; each uses `accumulate` batches of the loader.
+        batch_size: Number of images in a batch of one process, to measure images per second.
+        seed: Seed of the run, from which all forward passes are seeded.
+        dtype: Type of mixed precision; float32 for none. float16 needs an enabled scaler.
+        accumulate: Number of batches whose gradients are averaged for one optimizer step.
+        clip_grad: Largest norm of all gradients together; None does not clip.
+        print_freq: Number of optimizer steps between printed metrics.
+        checkpoint_steps: Number of optimizer steps between checkpoints within an epoch; 0 saves
+            none.
+        output_dir: Folder for the report of a loss that is not finite; None for none.
+    """
 
     device: torch.device
     steps: int
-    """Optimizer steps per epoch; each takes `accumulate` batches from the loader."""
     batch_size: int
-    """Images in a batch of one process, to count images/s."""
     seed: int = 0
     dtype: torch.dtype = torch.float32
-    """Autocast's type; float32 is none. float16 wants a scaler that is switched on."""
     accumulate: int = 1
     clip_grad: float | None = None
-    """Largest norm of all gradients together."""
     print_freq: int = 50
-    """Steps between two lines of figures."""
     checkpoint_steps: int = 0
-    """Steps between two checkpoints within an epoch; 0 takes none."""
     output_dir: Path | None = None
-    """Where the report on a loss that is not finite goes."""
 
 
 @dataclass
 class TrainState:
-    """What training changes, and how far it has come.
+    """The objects that training changes, and the position of the run.
 
-    `epoch` is the epoch that is running, `step` the number of optimizer steps done in it, `best`
-    the best figure of an evaluation so far.
+    Attributes:
+        model: The model, which may be compiled or distributed.
+        optimizer: The optimizer of its parameters.
+        scaler: The gradient scaler, disabled unless mixed precision uses float16.
+        epoch: Number of the current epoch, from 0.
+        step: Number of optimizer steps done in the current epoch.
+        best: Best value of the metric that selects the best checkpoint.
     """
 
     model: nn.Module
@@ -71,15 +86,15 @@ class TrainState:
     best: float = float("-inf")
 
     def finish_epoch(self) -> None:
-        """Moves on to the next epoch: call it when this one is trained and evaluated."""
+        """Move to the next epoch, after the current one is trained and evaluated."""
         self.epoch += 1
         self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs of it.
+        """Return the state for a checkpoint.
 
-        As in the originals' checkpoints, `epoch` is the last one that is finished (-1 before);
-        `step` counts the steps done since, in the epoch after it.
+        Its `epoch` is the last finished epoch, as in the checkpoints of DeiT and DETR, and -1 if
+        there is none. Its `step` is the number of optimizer steps done in the epoch after that.
         """
         return {
             "model": unwrap(self.model).state_dict(),
@@ -91,9 +106,9 @@ class TrainState:
         }
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restores all but the model's weights from a checkpoint, the originals' included.
+        """Load everything but the weights from a checkpoint, which may be one of DeiT or DETR.
 
-        Weights are left to the caller, who knows how to explain a mismatch.
+        The caller loads the weights.
         """
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint.get("scaler"):
@@ -114,105 +129,125 @@ def train_epoch(
     on_step: Callable[[], Any] = lambda: None,
     save: Callable[[], Any] = lambda: None,
 ) -> dict[str, float]:
-    """Trains from `state.step` to the end of the epoch; `state` moves along.
+    """Train from step `state.step` to the end of the epoch, and update `state`.
 
     Args:
-        step_fn: takes a batch on the device, its own to change, and returns scalar tensors: `loss`,
-            which is differentiated, and others to be averaged and shown.
-        loader: gives the batches from step `state.step` on, `options.accumulate` for each step.
-        state: what is trained.
-        options: how.
-        stop: asked after every step.
-        log: gets `train/*` curves whenever figures are printed.
-        on_step: called after every optimizer step, with `state.step` counting it.
-        save: writes a checkpoint; called in every process, at boundaries between steps alone.
+        step_fn: Function of a batch on the device that returns scalar tensors: `loss`, which is
+            minimized, and other metrics to average and print. It may change the batch in place.
+        loader: Yields the batches from step `state.step` on, `options.accumulate` for each step.
+        state: Model, optimizer and position.
+        options: Options of the loop.
+        stop: Request to stop, checked after each optimizer step.
+        log: Receives the `train/*` curves when metrics are printed.
+        on_step: Called after each optimizer step; `state.step` already counts it.
+        save: Saves a checkpoint. All processes call it, only between two optimizer steps.
 
     Returns:
-        Averages over all processes and the epoch's steps of what `step_fn` returned, and `lr`,
-        `images_per_s` and `memory_mb`. After a resumption in mid-epoch they cover only the steps
-        done since, and are empty where none was left: the weights are exact, these figures are not.
+        The metrics that `step_fn` returned, averaged over all processes and all steps of the epoch,
+        and `lr`, `images_per_s` and `memory_mb`. If the run was resumed within the epoch, the
+        averages contain only the steps since then. If no step was left, the result is empty.
 
     Raises:
-        Stopped: the run was asked to stop; its checkpoint is written.
-        NonFiniteLossError: the loss is not finite in some process.
-        RuntimeError: the loader ended before the epoch did.
+        Stopped: A signal asked the run to stop; its checkpoint is saved.
+        NonFiniteLossError: The loss is not finite in some process.
+        RuntimeError: The loader ended before the epoch.
     """
-    if state.step >= options.steps:  # trained before, and only not yet evaluated
+    # A run that stopped after the last step of the epoch has only the evaluation left.
+    if state.step >= options.steps:
         return {}
     state.model.train()
     meters, speed = Meters(options.device), Throughput()
-    images_per_step = options.batch_size * options.accumulate * world_size()
+    total_batch_size = options.batch_size * options.accumulate * world_size()
     batches = iter(loader)
     with Progress(f"epoch {state.epoch}", options.steps, state.step) as progress:
         while state.step < options.steps:
             meters.update(train_step(step_fn, batches, state, options))
             state.step += 1
             on_step()
-            speed.add(images_per_step)
+            speed.add(total_batch_size)
             progress.advance()
             if state.step % options.print_freq == 0 or state.step == options.steps:
-                figures = meters.averages(all_processes=True, recent=True)
-                figures |= _conditions(state, options, speed.recent())
-                progress.show(figures)
-                curves = {f"train/{name}": value for name, value in figures.items()}
+                metrics = meters.averages(all_processes=True, recent=True)
+                metrics |= _lr_speed_memory(state, options, speed.recent())
+                progress.show(metrics)
+                curves = {f"train/{name}": value for name, value in metrics.items()}
                 log.scalars(curves, state.epoch * options.steps + state.step)
             if options.checkpoint_steps and state.step % options.checkpoint_steps == 0:
                 save()
             stop.check(save)
-    return meters.averages(all_processes=True) | _conditions(state, options, speed.average())
+    return meters.averages(all_processes=True) | _lr_speed_memory(state, options, speed.average())
 
 
 def train_step(
     step_fn: StepFn, batches: Iterator[Any], state: TrainState, options: LoopOptions
 ) -> dict[str, torch.Tensor]:
-    """Does one optimizer step on the next `accumulate` batches and returns their mean figures."""
+    """Do one optimizer step on the next `options.accumulate` batches.
+
+    Args:
+        step_fn: As in `train_epoch`.
+        batches: Iterator over the batches of the epoch.
+        state: Model, optimizer and position; the caller counts the step.
+        options: Options of the loop.
+
+    Returns:
+        The metrics that `step_fn` returned, averaged over the batches, and `grad_norm`, the norm of
+        the gradients before clipping (only with clipping, and not for float16).
+
+    Raises:
+        NonFiniteLossError: The loss is not finite in some process.
+        RuntimeError: The loader has no batch left.
+    """
 
     def forward(batch: Any) -> dict[str, torch.Tensor]:
         with autocast(options.device, options.dtype):
             return step_fn(copy_to(batch, options.device))
 
-    total: dict[str, torch.Tensor] = {}
-    for micro in range(options.accumulate):
+    averages: dict[str, torch.Tensor] = {}
+    for index in range(options.accumulate):
         batch = next(batches, None)
         if batch is None:
             raise RuntimeError(f"the loader ended at step {state.step} of {options.steps}")
-        number = state.step * options.accumulate + micro
+        number = state.step * options.accumulate + index
         seed = derive_seed(options.seed, state.epoch, number, rank())
         seed_all(seed)
-        with _gradient_sync(state.model, last=micro + 1 == options.accumulate):
-            figures = forward(batch)
-            # Before the backward pass: it keeps a GPU busy while the host, which waits here for the
-            # verdict, catches up. And it must be all processes that turn back, or none.
-            if any_process(~figures["loss"].detach().isfinite()):
+        with _gradient_sync(state.model, is_last=index + 1 == options.accumulate):
+            metrics = forward(batch)
+            # The host waits here for the loss. The check is before the backward pass, whose many
+            # kernels then keep the GPU busy while the host catches up. All processes must agree,
+            # because a distributed backward pass needs all of them.
+            if any_process(~metrics["loss"].detach().isfinite()):
                 report_nonfinite(
                     forward,
                     state.model,
                     batch,
-                    figures,
+                    metrics,
                     seed=seed,
                     epoch=state.epoch,
                     step=state.step,
                     output_dir=options.output_dir,
                 )
-            state.scaler.scale(figures["loss"] / options.accumulate).backward()
-        for name, value in figures.items():
+            state.scaler.scale(metrics["loss"] / options.accumulate).backward()
+        for name, value in metrics.items():
             part = value.detach() / options.accumulate
-            total[name] = total[name] + part if micro else part
+            averages[name] = averages[name] + part if index else part
     norm = optimizer_step(state.optimizer, state.scaler, options.clip_grad)
-    if norm is not None and not state.scaler.is_enabled():  # float16's overflows now and then
-        total["grad_norm"] = norm
-    return total
+    # With float16 the norm is infinite in some steps, and so would be its average.
+    if norm is not None and not state.scaler.is_enabled():
+        averages["grad_norm"] = norm
+    return averages
 
 
-def _gradient_sync(model: nn.Module, last: bool) -> Any:
-    """Lets a distributed model exchange gradients only in the last backward pass of a step."""
-    return nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+def _gradient_sync(model: nn.Module, is_last: bool) -> AbstractContextManager:
+    """Synchronize the gradients of a distributed model only in the last backward pass of a step."""
+    return nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync()
 
 
-def _conditions(state: TrainState, options: LoopOptions, rate: float) -> dict[str, float]:
-    """Figures of the run itself: learning rate (of the first group), speed and memory."""
+def _lr_speed_memory(
+    state: TrainState, options: LoopOptions, images_per_s: float
+) -> dict[str, float]:
+    """Return learning rate (of the first parameter group), images per second and peak memory."""
     return {
         "lr": state.optimizer.param_groups[0]["lr"],
-        "images_per_s": rate,
+        "images_per_s": images_per_s,
         "memory_mb": peak_memory_mb(options.device),
     }

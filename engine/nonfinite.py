@@ -1,7 +1,7 @@
-"""A loss that is not finite: find where it began, save what it takes to see it again, stop.
+"""A loss that is not finite: find its origin, save what reproduces it, and stop the run.
 
-The step is run once more from the same seed with a hook on every module; a module's hook fires when
-it has finished, so the first one with a bad output is where the trouble entered.
+The step runs again from the same seed, with a forward hook on every module. A hook is called when
+its module has finished, so the first module with an output that is not finite is the origin.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,51 +18,55 @@ from engine.errors import UserError
 from engine.seeding import seed_all
 from engine.tensors import is_finite, unwrap
 
+__all__ = ["NonFiniteLossError", "report_nonfinite"]
+
 
 class NonFiniteLossError(UserError):
-    """The loss of a step is infinite or not a number."""
+    """The loss of a step is infinite or NaN."""
 
 
 def report_nonfinite(
     forward: Callable[[Any], dict[str, torch.Tensor]],
     model: nn.Module,
     batch: Any,
-    figures: dict[str, torch.Tensor],
+    metrics: dict[str, torch.Tensor],
     *,
     seed: int,
     epoch: int,
     step: int,
     output_dir: Path | None,
 ) -> NoReturn:
-    """Saves the batch and the weights of a step whose loss is not finite, and says where it began.
+    """Find where a loss stopped being finite, save the batch and the weights, and raise an error.
 
-    All processes call this, also those whose own loss is finite, since running the step again may
-    take collectives. Each of the others saves `nonfinite_rank{r}.pth`: a dict with `epoch`, `step`,
-    `seed`, `batch`, `figures` (what the step returned), `culprit`, `model`.
+    All processes call this, even with a finite loss of their own, because the step runs again and
+    may use collectives. Each process with a loss that is not finite saves `nonfinite_rank{r}.pth`:
+    a dict with `epoch`, `step`, `seed`, `batch`, `metrics` (of the step), `culprit` (the origin, in
+    words) and `model` (the state dict).
 
     Args:
-        forward: runs the step function on a batch of the loader.
-        model: the model it runs; may be wrapped or compiled.
-        batch: the batch as the loader gave it.
-        figures: what the step function returned for it.
-        seed: the seed the step started from.
-        epoch: the epoch's number.
-        step: the optimizer step's number in its epoch.
-        output_dir: where to save; None saves nothing.
+        forward: Runs the step function on a batch of the loader.
+        model: Model that the step function runs; it may be compiled or distributed.
+        batch: Batch of the loader.
+        metrics: Result of the step function for this batch.
+        seed: Seed of the step.
+        epoch: Number of the epoch.
+        step: Number of the optimizer step in the epoch.
+        output_dir: Folder to save to; None saves nothing.
 
     Raises:
-        NonFiniteLossError: always.
+        NonFiniteLossError: Always.
     """
-    figures = {name: value.detach() for name, value in figures.items()}
+    metrics = {name: value.detach() for name, value in metrics.items()}
     culprit = _find_culprit(forward, unwrap(model), batch, seed)
     where = f"at epoch {epoch}, step {step}"
-    if is_finite(figures["loss"]):
-        barrier()  # a launcher ends the processes that remain, so the one that saves must not
+    if is_finite(metrics["loss"]):
+        # Wait for the processes that save: the launcher ends them when this process exits.
+        barrier()
         raise NonFiniteLossError(f"the loss of another process is not finite {where}")
-    report = f"the loss is {float(figures['loss'])} {where}: {culprit}"
+    report = f"the loss is {float(metrics['loss'])} {where}: {culprit}"
     if output_dir is not None:
         path = output_dir / f"nonfinite_rank{rank()}.pth"
-        content = {"epoch": epoch, "step": step, "seed": seed, "batch": batch, "figures": figures}
+        content = {"epoch": epoch, "step": step, "seed": seed, "batch": batch, "metrics": metrics}
         atomic_save(content | {"culprit": culprit, "model": unwrap(model).state_dict()}, path)
         report += f"; batch and weights are in {path}"
     barrier()
@@ -72,28 +76,28 @@ def report_nonfinite(
 def _find_culprit(
     forward: Callable[[Any], dict[str, torch.Tensor]], model: nn.Module, batch: Any, seed: int
 ) -> str:
-    """Runs the step again and names the first thing that is not finite, in a phrase."""
+    """Run the step again and return the first thing that is not finite, in words."""
     bad_weight = next((name for name, p in model.named_parameters() if not is_finite(p)), None)
     seed_all(seed)
-    # Eager, since compiled code calls no hooks; without gradients, so that a distributed model does
-    # not wait for a backward pass.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _bad_outputs(model) as bad:
-        figures = forward(batch)
+    # Compiled code does not call hooks, so run it eagerly. Without gradients, a distributed model
+    # does not wait for a backward pass.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), _bad_modules(model) as bad:
+        metrics = forward(batch)
     if bad_weight:
         return f"parameter {bad_weight} was not finite before the step"
     if not is_finite(batch):
         return "the batch itself is not finite"
     if bad:
         return f"the first output that is not finite is that of module {bad[0]}"
-    names = ", ".join(name for name, value in figures.items() if not is_finite(value))
+    names = ", ".join(name for name, value in metrics.items() if not is_finite(value))
     if names:
-        return f"every module's output is finite, of the figures computed from them not {names}"
-    return "a second run of the same step was finite"
+        return f"the outputs of all modules are finite, but not these metrics: {names}"
+    return "all values were finite when the same step ran again"
 
 
 @contextmanager
-def _bad_outputs(model: nn.Module) -> Iterator[list[str]]:
-    """Collects the names of modules whose outputs are not finite, in order of execution."""
+def _bad_modules(model: nn.Module) -> Iterator[list[str]]:
+    """Collect the names of modules with outputs that are not finite, in order of execution."""
     bad: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:

@@ -1,37 +1,41 @@
-"""Mixed precision and the optimizer's step: what every trainer does alike.
+"""Mixed precision and the optimizer step.
 
-Float16 needs its gradients scaled up to survive the backward pass; bfloat16 and float32 do not, and
-a scaler that is switched off passes everything through, so one code path serves all three.
+Gradients in float16 must be scaled up, or small ones become zero. bfloat16 and float32 need no
+scaling. A disabled scaler changes nothing, so the same code serves all three types.
 """
 
 import torch
+
+__all__ = ["DTYPES", "autocast", "make_scaler", "optimizer_step"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Mixed precision of a forward pass; float32 is none."""
+    """Return the context of mixed precision for a forward pass; float32 disables it."""
     mixed = dtype != torch.float32
     return torch.autocast(device.type, dtype=dtype if mixed else None, enabled=mixed)
 
 
 def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
-    """The gradient scaler for a precision: at work for float16 alone."""
+    """Create a gradient scaler, which is enabled only for float16."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def optimizer_step(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_grad: float | None
 ) -> torch.Tensor | None:
-    """Clips the gradients, steps and clears them. The scaler skips a step that overflowed.
+    """Clip the gradients, step the optimizer and clear the gradients.
+
+    The scaler skips a step whose gradients overflowed.
 
     Args:
-        optimizer: steps with the gradients its parameters hold.
-        scaler: the one whose `scale(loss)` was differentiated.
-        clip_grad: largest norm of all gradients together; None leaves them alone.
+        optimizer: Optimizer whose parameters have their gradients.
+        scaler: Scaler of the loss that was differentiated.
+        clip_grad: Largest norm of all gradients together; None does not clip.
 
     Returns:
-        The norm before clipping, on the device; None without clipping.
+        The norm before clipping, as a scalar tensor on the device; None without clipping.
     """
     norm = None
     if clip_grad is not None:

@@ -1,4 +1,4 @@
-"""Progress within an epoch: a bar on a terminal, plain log lines anywhere else."""
+"""Progress within an epoch: a progress bar on a terminal, log lines anywhere else."""
 
 import logging
 import sys
@@ -8,16 +8,18 @@ from tqdm import tqdm
 
 from engine.distributed import is_main
 
+__all__ = ["Progress"]
+
 logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Shows the steps of an epoch; in processes other than the main one, nothing.
+    """Context manager that shows the steps of an epoch, in the main process only.
 
     Args:
-        title: what is counted, such as `epoch 3`.
-        total: number of steps.
-        done: steps that were done before, by the run that is resumed.
+        title: Title of the bar or the lines, such as `epoch 3`.
+        total: Number of steps.
+        done: Number of steps done before, if the run is resumed.
     """
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
@@ -29,14 +31,14 @@ class Progress:
             )
 
     def advance(self) -> None:
-        """Counts a step."""
+        """Count one step."""
         self._done += 1
         if self._bar is not None:
             self._bar.update()
 
-    def show(self, figures: Mapping[str, float]) -> None:
-        """Shows figures beside the bar, or logs them as a line."""
-        text = "  ".join(f"{name} {_short(value)}" for name, value in figures.items())
+    def show(self, metrics: Mapping[str, float]) -> None:
+        """Show metrics in the bar, or log them as one line."""
+        text = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
         if self._bar is not None:
             self._bar.set_postfix_str(text)
         elif is_main():
@@ -51,4 +53,5 @@ class Progress:
 
 
 def _short(value: float) -> str:
+    """Format a number: from 1000 on without decimals, else with four significant digits."""
     return f"{value:.0f}" if 1000 <= value < 1e9 else f"{value:.4g}"

@@ -1,8 +1,9 @@
-"""A recipe, and the two things a session does with one: train it and evaluate it.
+"""The recipe of a trainer, and the functions that train and evaluate in a session.
 
 A trainer builds the parts of its recipe (model, batches, step, optimizer, schedule, evaluation).
-Everything that is the same for all trainers is here: compiling and distributing the model,
-resuming, the epochs, the EMA, checkpoints, logs and `eval.json`.
+This module does the rest, which is the same for all trainers: it compiles and distributes the
+model, resumes, trains and evaluates the epochs, updates the EMA, and writes checkpoints, logs and
+`eval.json`.
 """
 
 import json
@@ -41,26 +42,28 @@ Evaluate = Callable[[Mapping[str, nn.Module]], dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a trainer decides.
+    """The parts of a training that each trainer chooses.
 
     Attributes:
-        model: The model with its starting weights, on the session's device.
-        batches: The training batches; `batches.sampler.set_epoch(epoch, start)` selects the epoch
-            and the first sample of this process.
-        step: Maps the model and a batch to scalar tensors: `loss`, which is minimized, and others
-            to average and print. The batch may be changed in place.
-        optimizer: The optimizer of the model's parameters.
-        scheduler: A scheduler of torch, or one of timm, whose `step` gets the finished epoch and
-            the best metric.
-        schedule_per_step: Move the schedule after each optimizer step instead of each epoch.
-        evaluate: Maps models by their prefix, `""` for the weights and `"ema_"` for their EMA, to
-            metrics. All processes call it and get the same metrics.
-        best_by: The metric to maximize, which selects the best checkpoint.
-        ema: The EMA of the weights; None for none.
-        dtype: The type of mixed precision; float32 for none.
-        clip_grad: The largest norm of all gradients together; None does not clip.
-        checkpoint_extras: More entries for every checkpoint, such as the class names.
-        versions: More entries for the `provenance` in every checkpoint.
+        model: Model with its initial weights, on the session's device.
+        batches: Loader of the training batches. Its sampler has `set_epoch(epoch, start)`, which
+            sets the epoch and the first sample of this process.
+        step: Function of the model and a batch on the device that returns scalar tensors: `loss`,
+            which is minimized, and other metrics to average and print. It may change the batch in
+            place.
+        optimizer: Optimizer of the model's parameters.
+        scheduler: Scheduler of torch, or of timm, whose `step` gets the finished epoch and the best
+            metric.
+        schedule_per_step: Step the scheduler after each optimizer step instead of each epoch.
+        evaluate: Function that returns the metrics of models. It gets a dict with the model under
+            `""` and its EMA, if there is one, under `"ema_"`; these keys are the prefixes of the
+            names of their metrics. All processes call it, and it must return the same in all.
+        best_by: Name of the metric to maximize, which selects the best checkpoint.
+        ema: EMA of the weights; None for none.
+        dtype: Type of mixed precision; float32 for none.
+        clip_grad: Largest norm of all gradients together; None does not clip.
+        checkpoint_extras: Further entries for every checkpoint, such as the class names.
+        versions: Further entries for the `provenance` in every checkpoint.
     """
 
     model: nn.Module
@@ -78,23 +81,27 @@ class Recipe:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def one_line(metrics: Mapping[str, float]) -> str:
+def format_metrics(metrics: Mapping[str, float]) -> str:
     """Format metrics in one line."""
     return "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
 
 
 def run_training(session: Session, recipe: Recipe) -> dict[str, Any]:
-    """Train from the start, or from where the session's checkpoint ended.
+    """Train a recipe from the start, or from the session's checkpoint.
 
-    Every epoch is trained and, if it is due, evaluated; then it is logged and saved. The session's
-    checkpoint restores optimizer, schedule and position. The trainer has already loaded its weights
-    into the model and the EMA.
+    Each epoch is trained, evaluated if that is due, logged and saved. The session's checkpoint
+    restores optimizer, schedule and position; the trainer must already have loaded its weights into
+    the model and the EMA.
+
+    Args:
+        session: Session of the run.
+        recipe: Parts of the training.
 
     Returns:
         The content of the last checkpoint.
 
     Raises:
-        UserError: The checkpoint does not belong to this recipe.
+        UserError: The checkpoint does not fit this recipe.
         Stopped: A signal asked the run to stop; its checkpoint is saved.
         NonFiniteLossError: The loss is not finite in some process.
     """
@@ -110,38 +117,38 @@ def run_evaluation(
     *,
     ema: ModelEmaV3 | None,
     num_images: int,
-    describe: Callable[[Mapping[str, float]], str] = one_line,
+    describe: Callable[[Mapping[str, float]], str] = format_metrics,
 ) -> None:
     """Evaluate a model once; log its metrics and write them to `eval.json`.
 
     Args:
-        session: The session.
-        model: The model with its weights, on the session's device.
-        evaluate: As in `Recipe`.
-        ema: The EMA of the weights; None for none.
+        session: Session of the run.
+        model: Model with its weights, on the session's device.
+        evaluate: Function that returns the metrics, as in `Recipe`.
+        ema: EMA of the weights; None for none.
         num_images: Number of images in the validation set.
-        describe: Formats the metrics for the log.
+        describe: Function that formats the metrics for the log.
     """
     if session.config.compile:
         model.compile()
     start = time.perf_counter()
     metrics = _evaluate(evaluate, model, ema, session.device)
-    speed = num_images / (time.perf_counter() - start)
-    logger.info("%d images, %.4g images/s\n%s", num_images, speed, describe(metrics))
+    images_per_s = num_images / (time.perf_counter() - start)
+    logger.info("%d images, %.4g images/s\n%s", num_images, images_per_s, describe(metrics))
     if session.output_dir is not None and is_main():
         record = {f"test_{name}": value for name, value in metrics.items()}
-        record |= {"images": num_images, "images_per_s": speed}
+        record |= {"images": num_images, "images_per_s": images_per_s}
         (session.output_dir / "eval.json").write_text(json.dumps(record) + "\n")
 
 
 class _Training:
-    """The state of a training, and its epochs."""
+    """One training of a recipe in a session."""
 
     def __init__(self, session: Session, recipe: Recipe) -> None:
         self.session, self.recipe, self.config = session, recipe, session.config
-        parameters = [p.numel() for p in recipe.model.parameters() if p.requires_grad]
-        self.num_parameters = sum(parameters)
-        logger.info("%d parameters are trained", self.num_parameters)
+        trainable = [p.numel() for p in recipe.model.parameters() if p.requires_grad]
+        self.num_parameters = sum(trainable)
+        logger.info("%d trainable parameters", self.num_parameters)
         if self.config.compile:
             recipe.model.compile()
         self.model = distribute(recipe.model, session.device)
@@ -163,28 +170,28 @@ class _Training:
             output_dir=session.output_dir,
         )
         folder, keep = session.output_dir, self.config.keep_checkpoints
-        self.files = CheckpointDir(folder, keep) if folder is not None and is_main() else None
+        self.checkpoints = CheckpointDir(folder, keep) if folder is not None and is_main() else None
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Load optimizer, schedule and position from a checkpoint."""
         before = checkpoint.get("images_per_step", self.total_batch_size)
         if checkpoint.get("step") and before != self.total_batch_size:
             raise UserError(
-                "the total batch size must stay the same within an epoch: the checkpoint is from "
-                f"the middle of one at {before}, got {self.total_batch_size}; resume with the same "
-                "batch size and number of processes"
+                f"the total batch size must be {before}, as in the checkpoint, which is from the "
+                f"middle of an epoch, got {self.total_batch_size}; resume with the same batch size "
+                "and number of processes"
             )
         try:
             self.state.load_state_dict(checkpoint)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"the checkpoint has another optimizer: {error}") from error
+            raise UserError(f"the checkpoint is of another optimizer: {error}") from error
         self.recipe.scheduler.load_state_dict(checkpoint["lr_scheduler"])
 
     def run(self) -> None:
-        """Train all epochs that remain."""
+        """Train all remaining epochs."""
         state, options = self.state, self.options
-        done = state.epoch * options.steps + state.step
-        with StopRequest() as stop, RunLog(options.output_dir, start_step=done) as log:
+        start_step = state.epoch * options.steps + state.step
+        with StopRequest() as stop, RunLog(options.output_dir, start_step=start_step) as log:
             while state.epoch < self.config.epochs:
                 self.run_epoch(stop, log)
                 stop.check(self.save)
@@ -211,7 +218,7 @@ class _Training:
         best = tested.get(recipe.best_by, state.best)
         is_best, state.best = best > state.best, max(state.best, best)
         if not recipe.schedule_per_step:
-            self.move_schedule(epoch)
+            self.step_scheduler(epoch)
         state.finish_epoch()
         record = {"epoch": epoch, "n_parameters": self.num_parameters}
         record |= {f"train_{name}": value for name, value in trained.items()}
@@ -219,18 +226,18 @@ class _Training:
         log.write_epoch(record, state.epoch * options.steps)
         self.save(is_best=is_best, epoch=epoch)
         if tested:
-            text = one_line(tested)
+            text = format_metrics(tested)
             logger.info("epoch %d: %s  (best %s %.6g)", epoch, text, recipe.best_by, state.best)
 
     def after_step(self) -> None:
-        """Move the schedule and the EMA after an optimizer step."""
+        """Update the schedule and the EMA after an optimizer step."""
         if self.recipe.schedule_per_step:
-            self.move_schedule(self.state.epoch)
+            self.step_scheduler(self.state.epoch)
         if self.recipe.ema is not None:
             self.recipe.ema.update(unwrap(self.model))
 
-    def move_schedule(self, epoch: int) -> None:
-        """Step the scheduler; timm's needs the finished epoch and the best metric."""
+    def step_scheduler(self, epoch: int) -> None:
+        """Step the scheduler; those of timm need the epoch and the best metric."""
         scheduler = self.recipe.scheduler
         if isinstance(scheduler, LRScheduler):
             scheduler.step()
@@ -238,9 +245,9 @@ class _Training:
             scheduler.step(epoch, self.state.best)
 
     def save(self, *, is_best: bool = False, epoch: int | None = None) -> None:
-        """Save a checkpoint, in the main process alone."""
-        if self.files is not None:
-            self.files.save(self.content(), is_best=is_best, epoch=epoch)
+        """Save a checkpoint, only in the main process."""
+        if self.checkpoints is not None:
+            self.checkpoints.save(self.content(), is_best=is_best, epoch=epoch)
 
     def content(self) -> dict[str, Any]:
         """Return the content of a checkpoint."""
@@ -260,7 +267,7 @@ class _Training:
 def _evaluate(
     evaluate: Evaluate, model: nn.Module, ema: ModelEmaV3 | None, device: torch.device
 ) -> dict[str, float]:
-    """Return the metrics of a model and its EMA; an EMA on the CPU is on the device meanwhile."""
+    """Return the metrics of a model and its EMA, which is moved to the device for this time."""
     models = {"": model}
     if ema is not None:
         models["ema_"] = ema.module.to(device)

@@ -19,17 +19,17 @@ class RunConfig(Config):
     """Run."""
 
     batch_size: int = Field(1, ge=1)
-    """Input batch size per process."""
+    """Input batch size for training, per process."""
     num_workers: int = Field(4, ge=0)
     """Number of data loading processes per training process."""
     accumulate_steps: int = Field(1, ge=1)
-    """Number of batches whose gradients are added up for one optimizer step."""
+    """Number of batches to accumulate gradients over, per optimizer step."""
     epochs: int = Field(300, ge=1)
     """Number of epochs to train."""
     eval_interval: int = Field(1, ge=1)
-    """Evaluate every so many epochs; the last epoch is always evaluated."""
+    """Number of epochs between evaluations; the last epoch is always evaluated."""
     start_epoch: int = Field(0, ge=0)
-    """Epoch to start from; --resume sets it."""
+    """Epoch to start from; a resumed checkpoint overrides it."""
     output_dir: str = ""
     """Folder for checkpoints and logs; empty writes no files."""
     resume: str = ""
@@ -43,22 +43,23 @@ class RunConfig(Config):
     device: str = "auto"
     """Device to run on: auto, cuda, cuda:N or cpu."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of automatic mixed precision; auto is that of the published recipe."""
+    """Data type of mixed precision; auto selects that of the published recipe."""
     compile: bool = False
     """Compile the model with torch.compile."""
     checkpoint_steps: int | None = Field(None, ge=1)
-    """Also save a checkpoint every so many optimizer steps; none saves after each epoch only."""
+    """Number of optimizer steps between checkpoints within an epoch; none disables them."""
     keep_checkpoints: int = Field(1, ge=0)
-    """Number of checkpoint_<epoch>.pth files to keep in addition to the last and the best."""
+    """Number of checkpoint_<epoch>.pth files to keep, in addition to the last and the best."""
     print_freq: int = Field(10, ge=1)
-    """Print the metrics every so many optimizer steps."""
+    """Number of optimizer steps between printed metrics."""
     world_size: int = Field(1, ge=1)
-    """Number of processes, set by torchrun; a larger value must equal what torchrun started."""
+    """Number of processes; torchrun sets it, and any value above 1 must equal that of torchrun."""
     dist_url: Literal["env://"] = "env://"
-    """Rendezvous of the processes: the environment variables that the launcher sets."""
+    """URL used to set up distributed training; env:// reads the variables of the launcher."""
 
     @model_validator(mode="after")
-    def _auto_resume_has_a_folder(self) -> "RunConfig":
+    def _check_auto_resume(self) -> "RunConfig":
+        """Check that there is a folder to resume from."""
         if self.auto_resume and not self.output_dir:
             raise ValueError("auto_resume needs output_dir, the folder of the checkpoints")
         return self

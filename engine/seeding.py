@@ -1,8 +1,8 @@
-"""Seeds: every random number is a function of where the run stands, not of what ran before.
+"""Seeds that depend only on the position in the run.
 
-All randomness of a training step follows from (seed, epoch, step, rank), all randomness of a sample
-from (seed, epoch, position). So no generator's state is ever saved, and a run that is resumed at
-any step draws the very numbers that the unbroken run would have drawn.
+The random numbers of a training step depend only on (seed, epoch, step, rank), those of a sample
+only on (seed, epoch, position). Therefore no state of a random generator is saved, and a run that
+is resumed at any step draws the same numbers as an uninterrupted one.
 """
 
 import hashlib
@@ -11,15 +11,17 @@ import random
 import numpy as np
 import torch
 
+__all__ = ["derive_seed", "seed_all"]
+
 
 def derive_seed(*parts: int) -> int:
-    """Hashes integers to a seed: `derive_seed(seed, epoch, step, rank)`.
+    """Hash integers to a seed, as in `derive_seed(seed, epoch, step, rank)`.
 
-    Different tuples give unrelated seeds, also where they differ only in order or length. The
-    result depends on nothing else: not on the machine, the process or the Python version.
+    Different tuples give unrelated seeds, even if they differ only in order or length. The result
+    is the same on every machine and with every version of Python.
 
     Args:
-        parts: any number of integers of any size and sign.
+        *parts: Integers of any size and sign.
 
     Returns:
         An integer in [0, 2**63).
@@ -30,10 +32,10 @@ def derive_seed(*parts: int) -> int:
 
 
 def seed_all(seed: int) -> None:
-    """Seeds the global generators of python, numpy and torch (every device).
+    """Seed the global random generators of Python, NumPy and torch (on all devices).
 
     Args:
-        seed: an integer in [0, 2**63); numpy gets its lower 32 bits.
+        seed: Integer in [0, 2**63); NumPy gets its lower 32 bits.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -1,6 +1,6 @@
 """The session of a run: its configuration, device, output folder and checkpoint to resume.
 
-`start_session` does what every trainer does first. `engine.recipe` trains and evaluates in it.
+Every trainer begins with `start_session`. `engine.recipe` then trains or evaluates in the session.
 """
 
 import json
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Session:
-    """What is fixed for the whole run, in one of its processes.
+    """What one process uses from the start to the end of a run.
 
     Attributes:
-        config: The options.
-        device: The device of this process.
-        output_dir: The folder for checkpoints and logs, which exists; None for none.
-        checkpoint: The checkpoint to resume or to evaluate; None for none.
+        config: Options of the run.
+        device: Device of this process.
+        output_dir: Existing folder for checkpoints and logs; None for none.
+        checkpoint: Content of the checkpoint to resume or to evaluate; None for none.
     """
 
     config: RunConfig
@@ -46,18 +46,18 @@ class Session:
 def start_session(
     config: RunConfig, load: Callable[[str], Mapping[str, Any]], **versions: str
 ) -> Session:
-    """Join the processes, create the output folder, start logging and load the checkpoint.
+    """Join the process group, create the output folder, start logging and load the checkpoint.
 
-    A training writes its resolved configuration to `config.yaml` in the output folder.
+    A training writes all its options to `config.yaml` in the output folder.
 
     Args:
-        config: The options.
-        load: Reads a checkpoint from a path or URL.
-        **versions: Versions to record in addition to those of Python and torch.
+        config: Options of the run.
+        load: Function that reads a checkpoint from a path or URL.
+        **versions: Versions to record, in addition to those of Python and torch.
 
     Raises:
         UserError: The output folder cannot be written, or the checkpoint cannot resume a training.
-        UsageError: A device or a number of processes that does not exist.
+        UsageError: The device does not exist, or the number of processes is wrong.
     """
     device = init_distributed(config.device)
     output_dir = check_writable(config.output_dir) if config.output_dir else None
@@ -65,7 +65,7 @@ def start_session(
     if config.world_size not in (1, world_size()):
         raise UsageError(
             f"--world_size must be the number of started processes, {world_size()}, "
-            f"got {config.world_size}: leave it to torchrun"
+            f"got {config.world_size}; omit it, since torchrun sets it"
         )
     origin = provenance() | versions
     logger.info("%s, %d process(es), %s", device, world_size(), origin)
@@ -80,7 +80,7 @@ def start_session(
 
 
 def _checkpoint_to_resume(config: RunConfig) -> str | None:
-    """Return `resume`, else with `auto_resume` the last checkpoint in the output folder."""
+    """Return `resume`; if it is empty and `auto_resume` is set, the last checkpoint's path."""
     source = config.resume or None
     if config.auto_resume and not source:
         last = CheckpointDir(config.output_dir).latest()
@@ -91,7 +91,7 @@ def _checkpoint_to_resume(config: RunConfig) -> str | None:
 
 
 def _check_resumable(checkpoint: Mapping[str, Any]) -> None:
-    """Raise UserError for a checkpoint of weights alone, before data and model are built."""
+    """Raise UserError for a checkpoint with weights only, before data and model are built."""
     missing = [name for name in ("optimizer", "lr_scheduler", "epoch") if name not in checkpoint]
     if missing:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Stopping in good order: SIGTERM and SIGINT end the run at the next step, after a checkpoint.
+"""A clean stop: after SIGTERM or SIGINT the run saves a checkpoint and exits.
 
-A signal only raises a flag. The loop asks at every boundary between two steps, where all processes
-agree, save and leave together with the code that shells and schedulers expect: 143 or 130.
+A signal only sets a flag. Between two optimizer steps, all processes check it together. If it is
+set in one of them, all save and exit with the code that shells and schedulers expect: 143 or 130.
 """
 
 import logging
@@ -13,62 +13,67 @@ from typing import Any
 
 from engine.distributed import barrier, is_main, max_over_processes
 
+__all__ = ["StopRequest", "Stopped", "shield_worker"]
+
 logger = logging.getLogger(__name__)
+
+_MESSAGE = b"stopping after the current step or evaluation; press Ctrl-C to stop at once\n"
 
 
 class Stopped(SystemExit):
-    """The run ends because it was asked to; the exit code is 128 plus the signal's number."""
+    """The run stops after a signal; the exit code is 128 plus the number of the signal."""
 
 
 class StopRequest:
     """Context manager that turns SIGTERM and SIGINT into a request to stop.
 
-    A SIGINT after a first request raises KeyboardInterrupt at once, for people in a hurry; further
-    SIGTERMs change nothing. Outside of the context signals do what they did before; a `StopRequest`
-    that is never entered is never requested.
+    A SIGINT after the first signal raises KeyboardInterrupt and so stops at once; further SIGTERMs
+    have no effect. At the end of the context the old signal handlers are restored.
     """
 
     def __init__(self) -> None:
         self._signal = 0
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
+            self._handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Store the first signal, or interrupt the run at a later SIGINT."""
         if number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt
         self._signal = self._signal or number
-        # Not through logging: a handler may run while a log record is being written.
+        # Logging is not safe here: the signal may have interrupted it.
         if is_main():
-            os.write(2, b"stopping at the next checkpoint; Ctrl-C leaves at once\n")
+            os.write(2, _MESSAGE)
 
     @property
     def requested(self) -> bool:
-        """Whether this process was asked to stop; other processes may not know yet."""
+        """Whether this process has received a signal."""
         return self._signal != 0
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop; all processes call this and get one answer."""
+        """Return whether any process has received a signal; all processes must call this."""
         self._signal = max_over_processes(self._signal)
         return self.requested
 
     def check(self, save: Callable[[], Any]) -> None:
-        """At a boundary where a checkpoint can be taken: leaves if any process was asked to.
+        """Save a checkpoint and stop, if any process has received a signal.
 
-        All processes call this. They leave together, since a launcher ends those that remain.
+        All processes must call this, between two optimizer steps. They exit together, since a
+        launcher ends the others when one exits.
 
         Args:
-            save: writes the checkpoint; called in every process.
+            save: Saves the checkpoint; all processes call it.
 
         Raises:
-            Stopped: the run was asked to stop, and its checkpoint is written.
+            Stopped: A signal was received, and the checkpoint is saved.
         """
         if self.agreed():
             save()
@@ -78,10 +83,13 @@ class StopRequest:
 
 
 def shield_worker(worker_id: int) -> None:
-    """Keeps signals to the run's process group from a data loader's worker.
+    """Move a worker of a data loader to its own process group, away from the run's signals.
 
-    Give it as `worker_init_fn`. Ctrl-C and torchrun signal the whole group; a worker that dies of
-    it would take the main process along before its checkpoint is written. The worker still ends
-    when its loader or its parent does.
+    Use it as `worker_init_fn`. Ctrl-C and torchrun send signals to the whole process group. A
+    worker that dies from one would end the main process before it has saved its checkpoint. The
+    worker still exits with its loader or its parent.
+
+    Args:
+        worker_id: Number of the worker; not used.
     """
     os.setpgid(0, 0)

@@ -1,4 +1,4 @@
-"""Tensors in nested containers, as data loaders and models give them."""
+"""Tensors in nested containers, such as batches of data loaders and outputs of models."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -6,11 +6,15 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+__all__ = ["copy_to", "is_finite", "iter_tensors", "map_tensors", "unwrap"]
+
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
-    """Applies a function to every tensor in mappings, lists, tuples and named tuples.
+    """Apply a function to every tensor in mappings, lists, tuples and named tuples.
 
-    The containers are rebuilt; mappings become dicts. Anything else is passed on as it is.
+    Returns:
+        New containers of the same types, except that mappings become dicts. Other objects are the
+        same.
     """
     if isinstance(tree, torch.Tensor):
         return function(tree)
@@ -24,23 +28,22 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> 
 
 
 def iter_tensors(tree: Any) -> Iterator[torch.Tensor]:
-    """Yields every tensor that `map_tensors` would reach."""
+    """Yield every tensor that `map_tensors` finds."""
     found: list[torch.Tensor] = []
     map_tensors(lambda tensor: found.append(tensor) or tensor, tree)
     yield from found
 
 
 def copy_to(tree: Any, device: torch.device) -> Any:
-    """Copies every tensor to a device, also one that is there already.
+    """Copy every tensor to a device, even if it is there already.
 
-    So whoever gets the copy may change it in place, as mixup does, and the original can be shown or
-    used again.
+    The copy may then be changed in place, for example by mixup, while the original is unchanged.
     """
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True, copy=True), tree)
 
 
 def is_finite(tree: Any) -> bool:
-    """Whether all floating-point numbers in the tree are finite; fetches from the device."""
+    """Return whether all floating-point numbers are finite; this waits for the device."""
     return all(
         bool(tensor.isfinite().all())
         for tensor in iter_tensors(tree)
@@ -49,7 +52,10 @@ def is_finite(tree: Any) -> bool:
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside DistributedDataParallel and torch.compile, whose names carry no prefix."""
+    """Return the model inside DistributedDataParallel and torch.compile.
+
+    The names in its state dict have no prefix.
+    """
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
