@@ -1,4 +1,4 @@
-"""What the tests of engine share: a run in two processes, made once."""
+"""Fixture of a run in two processes, which several tests share."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from tests.engine.launch import start_pair
 
 
 class PairRun(NamedTuple):
-    """Answers, output and exit code of two processes, by rank."""
+    """Results, output and exit codes of two processes, by rank, and their output folder."""
 
-    answers: list[dict[str, Any]]
+    results: list[dict[str, Any]]
     stdout: list[str]
     stderr: list[str]
     codes: list[int]
@@ -21,12 +21,12 @@ class PairRun(NamedTuple):
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> PairRun:
-    """The run of `tests.engine.pair`."""
+    """Run `tests.engine.pair` in two processes."""
     folder = tmp_path_factory.mktemp("pair")
     processes = start_pair("tests.engine.pair", str(folder))
     outputs = [process.communicate(timeout=120) for process in processes]
     for rank in range(2):
         assert (folder / f"rank{rank}.json").exists(), outputs[rank][1]
-    answers = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    results = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     stdout, stderr = zip(*outputs, strict=True)
-    return PairRun(answers, stdout, stderr, [process.returncode for process in processes], folder)
+    return PairRun(results, stdout, stderr, [process.returncode for process in processes], folder)

@@ -1,4 +1,4 @@
-"""Starts modules of the tests in processes of their own, as a launcher would."""
+"""Start modules in processes of their own, as a launcher does."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(module: str, *flags: str, **env: str) -> subprocess.Popen:
-    """Starts `python -m module`, in a process group of its own as torchrun does."""
+    """Start `python -m module` in a new process group, as torchrun does."""
     return subprocess.Popen(
         [sys.executable, "-m", module, *flags],
         cwd=ROOT,
@@ -23,7 +23,7 @@ def start(module: str, *flags: str, **env: str) -> subprocess.Popen:
 
 
 def start_pair(module: str, *flags: str) -> list[subprocess.Popen]:
-    """Starts two processes of one group, with torchrun's environment."""
+    """Start two processes of one distributed run, with the environment of torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

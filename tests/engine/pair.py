@@ -1,6 +1,6 @@
-"""What two processes see: does everything once and leaves each rank's answers as JSON.
+"""Everything that the tests need from two processes; each writes its results to a JSON file.
 
-One launch for all tests of several processes, since starting torch is what takes the time.
+All tests share one run, because importing torch takes most of the time.
 """
 
 import json
@@ -18,14 +18,14 @@ from tests.engine.toy import SIGTERM, ToyConfig, equal, train
 
 
 def collectives(rank: int) -> dict[str, Any]:
-    """Every collective once, and meters of which one process has nothing to add."""
+    """Return the results of every collective, and of meters with updates in one process only."""
     summed = distributed.all_reduce_sum(torch.tensor([1.0, rank]))
     cpu = torch.device("cpu")
     meters = engine.Meters(cpu)
     meters.update({"loss": torch.tensor(float(rank)), "acc": torch.tensor(0.5)}, n=1 + 2 * rank)
-    empty = engine.Meters(cpu, names=["correct"])
+    updated_by_main = engine.Meters(cpu, names=["correct"])
     if rank == 0:
-        empty.add_sums({"correct": torch.tensor(3)}, n=4)
+        updated_by_main.add_sums({"correct": torch.tensor(3)}, n=4)
     return {
         "place": [distributed.rank(), distributed.world_size(), distributed.is_main()],
         "sum": summed.tolist(),
@@ -35,30 +35,31 @@ def collectives(rank: int) -> dict[str, Any]:
         "objects": distributed.all_gather_object({"from": rank}),
         "own": meters.averages(),
         "all": meters.averages(all_processes=True),
-        "empty": empty.averages(all_processes=True),
+        "updated_by_main": updated_by_main.averages(all_processes=True),
     }
 
 
 def resumption(rank: int, folder: Path) -> dict[str, Any]:
-    """An unbroken run, and one that rank 1 alone is asked to stop, resumed."""
+    """Compare an uninterrupted run with one that is resumed after a signal to rank 1 only."""
     options = {"samples": 90, "accumulate_steps": 2}
-    unbroken = train(ToyConfig(**options))
-    place = str(folder / "stopped")
+    uninterrupted = train(ToyConfig(**options))
+    output_dir = str(folder / "stopped")
     code = None
     try:
         kill_at = (SIGTERM, 1, 2) if rank == 1 else None
-        train(ToyConfig(**options, output_dir=place, kill_at=kill_at))
+        train(ToyConfig(**options, output_dir=output_dir, kill_at=kill_at))
     except engine.Stopped as stopped:
         code = stopped.code
     halfway = torch.load(folder / "stopped" / "checkpoint.pth", weights_only=True)
-    resumed = train(ToyConfig(**options, output_dir=place), resume=True)
+    resumed = train(ToyConfig(**options, output_dir=output_dir), resume=True)
+    names = uninterrupted.keys() - {"args"}
     return {
         "code": code,
         "halfway": [halfway["epoch"], halfway["step"]],
-        "equal": all(equal(unbroken[name], resumed[name]) for name in unbroken if name != "args"),
+        "equal": all(equal(uninterrupted[name], resumed[name]) for name in names),
         "moved": not equal(halfway["model"], resumed["model"]),
         "weights": {
-            # Running means are a process's own until the next step, where the main one's count.
+            # Processes have different running means of batch norm until the next forward pass.
             name: value.double().sum().item()
             for name, value in resumed["model"].items()
             if name.endswith(("weight", "bias"))
@@ -66,30 +67,30 @@ def resumption(rank: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def poison(folder: Path) -> str:
-    """The error of a run of which one process meets a sample that is not a number."""
+def nonfinite(folder: Path) -> str:
+    """Return the error of a run in which one process has a sample with NaN."""
     try:
-        train(ToyConfig(output_dir=str(folder / "poisoned"), poison_at=17))
+        train(ToyConfig(output_dir=str(folder / "nonfinite"), nan_at=17))
     except engine.NonFiniteLossError as error:
         return str(error)
     return ""
 
 
 def main() -> None:
-    """Writes `rank{r}.json` into the folder given as the only argument."""
+    """Write `rank{r}.json` to the folder that is the only argument, then fail."""
     folder = Path(sys.argv[1])
     engine.init_distributed("cpu")
     rank = distributed.rank()
-    answers = {
+    results = {
         "collectives": collectives(rank),
         "resumption": resumption(rank, folder),
-        "poison": poison(folder),
+        "nonfinite": nonfinite(folder),
     }
     engine.setup_logging(folder, rank)
-    logging.getLogger("engine.test").info("said by %d", rank)
-    logging.getLogger("engine.test").warning("warned by %d", rank)
-    (folder / f"rank{rank}.json").write_text(json.dumps(answers))
-    raise engine.UserError("both\nleave")
+    logging.getLogger("engine.test").info("info of rank %d", rank)
+    logging.getLogger("engine.test").warning("warning of rank %d", rank)
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))
+    raise engine.UserError("both\nfail")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, the right ones kept, failures said in one sentence."""
+"""Checkpoints: written atomically, the right ones kept, errors in one sentence."""
 
 import errno
 import os
@@ -21,14 +21,14 @@ def names(folder: Path) -> list[str]:
 
 
 class Crash(BaseException):
-    """Stands for whatever kills a process."""
+    """An error that nothing catches."""
 
 
 def crash(*args: object, **options: object) -> None:
     raise Crash
 
 
-def test_a_saved_object_comes_back_and_leaves_no_temporary_file(tmp_path):
+def test_a_saved_object_can_be_loaded_and_leaves_no_temporary_file(tmp_path):
     atomic_save({"n": 1, "w": torch.arange(5)}, tmp_path / "a.pth")
     assert torch.equal(torch.load(tmp_path / "a.pth", weights_only=True)["w"], torch.arange(5))
     assert names(tmp_path) == ["a.pth"]
@@ -37,7 +37,7 @@ def test_a_saved_object_comes_back_and_leaves_no_temporary_file(tmp_path):
 @pytest.mark.parametrize(
     ("owner", "where"), [(os, "fsync"), (Path, "replace")], ids=["fsync", "replace"]
 )
-def test_a_crash_before_the_renaming_leaves_the_old_file_whole(tmp_path, monkeypatch, owner, where):
+def test_a_crash_before_the_renaming_keeps_the_old_file(tmp_path, monkeypatch, owner, where):
     atomic_save({"n": 1}, tmp_path / "a.pth")
     monkeypatch.setattr(owner, where, crash)
     with pytest.raises(Crash):
@@ -45,18 +45,18 @@ def test_a_crash_before_the_renaming_leaves_the_old_file_whole(tmp_path, monkeyp
     assert read(tmp_path / "a.pth") == 1
 
 
-def test_a_process_killed_while_writing_leaves_the_old_file_whole(tmp_path):
+def test_a_process_killed_while_writing_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.pth"
     atomic_save({"n": 1}, path)
     child = os.fork()
-    if child == 0:  # dies with half of the new file on the disk
+    if child == 0:  # The child is killed before it renames the new file.
         real = os.fsync
         os.fsync = lambda number: (real(number), os.kill(os.getpid(), signal.SIGKILL))
         atomic_save({"n": 2, "w": torch.zeros(1000)}, path)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert read(path) == 1
-    assert len(names(tmp_path)) == 2  # what it left behind
+    assert len(names(tmp_path)) == 2  # The temporary file is left.
     atomic_save({"n": 3}, path)
     assert read(path) == 3
     assert names(tmp_path) == ["a.pth"]
@@ -71,7 +71,7 @@ def test_the_file_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
     assert calls == ["fsync", "replace", "fsync"]
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_the_old_file(tmp_path):
+def test_a_full_disk_is_an_error_in_one_sentence_and_keeps_the_old_file(tmp_path):
     atomic_save({"n": 1}, tmp_path / "a.pth")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -86,11 +86,11 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_old_file(tmp_path):
     assert names(tmp_path) == ["a.pth"]
 
 
-def test_last_best_and_the_newest_few_are_kept(tmp_path):
+def test_the_last_the_best_and_the_newest_numbered_checkpoints_are_kept(tmp_path):
     checkpoints = CheckpointDir(tmp_path, keep=2)
     for epoch in range(5):
         checkpoints.save({"n": epoch}, is_best=epoch == 1, epoch=epoch)
-    checkpoints.save({"n": 99})  # in mid-epoch: no number
+    checkpoints.save({"n": 99})  # Within an epoch: not numbered.
     assert names(tmp_path) == [
         "best_checkpoint.pth", "checkpoint.pth", "checkpoint_0003.pth", "checkpoint_0004.pth",
     ]  # fmt: skip
@@ -100,7 +100,7 @@ def test_last_best_and_the_newest_few_are_kept(tmp_path):
     assert checkpoints.latest() == tmp_path / "checkpoint.pth"
 
 
-def test_a_new_run_in_an_old_directory_keeps_its_own_checkpoints(tmp_path):
+def test_a_new_run_in_an_old_folder_keeps_its_own_checkpoints(tmp_path):
     for epoch in (298, 299):
         path = tmp_path / f"checkpoint_0{epoch}.pth"
         path.touch()
@@ -111,12 +111,12 @@ def test_a_new_run_in_an_old_directory_keeps_its_own_checkpoints(tmp_path):
     ]  # fmt: skip
 
 
-def test_no_number_is_written_when_none_is_kept(tmp_path):
+def test_no_numbered_checkpoint_is_written_if_none_is_kept(tmp_path):
     CheckpointDir(tmp_path, keep=0).save({"n": 1}, epoch=0)
     assert names(tmp_path) == ["checkpoint.pth"]
 
 
-def test_the_state_is_serialised_once_for_all_names(tmp_path, monkeypatch):
+def test_the_state_is_serialized_once_for_all_names(tmp_path, monkeypatch):
     saves = []
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda *args: (saves.append(1), save(*args)))
@@ -126,7 +126,7 @@ def test_the_state_is_serialised_once_for_all_names(tmp_path, monkeypatch):
     assert len(names(tmp_path)) == 3
 
 
-def test_files_are_copied_where_there_are_no_hard_links(tmp_path, monkeypatch):
+def test_files_are_copied_on_file_systems_without_hard_links(tmp_path, monkeypatch):
     def refuse(*args: object, **options: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -136,7 +136,7 @@ def test_files_are_copied_where_there_are_no_hard_links(tmp_path, monkeypatch):
     assert len({path.stat().st_ino for path in tmp_path.iterdir()}) == 3
 
 
-def test_a_crash_between_best_and_last_leaves_no_last_that_misses_its_best(tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_renamed_before_the_last_one(tmp_path, monkeypatch):
     checkpoints = CheckpointDir(tmp_path)
     checkpoints.save({"n": 1}, is_best=True)
     replace = Path.replace
@@ -153,22 +153,22 @@ def test_a_crash_between_best_and_last_leaves_no_last_that_misses_its_best(tmp_p
     assert read(tmp_path / "best_checkpoint.pth") == 2
 
 
-def test_there_is_no_latest_checkpoint_before_the_first(tmp_path):
+def test_latest_is_none_before_the_first_checkpoint(tmp_path):
     assert CheckpointDir(tmp_path).latest() is None
 
 
-def test_a_negative_number_to_keep_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="keep is -1"):
+def test_a_negative_number_of_checkpoints_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="keep must be at least 0, got -1"):
         CheckpointDir(tmp_path, keep=-1)
 
 
-def test_a_missing_directory_is_made(tmp_path):
+def test_a_missing_folder_is_created(tmp_path):
     assert check_writable(tmp_path / "a" / "b").is_dir()
     assert names(tmp_path / "a" / "b") == []
 
 
-def test_a_file_in_place_of_the_directory_is_one_sentence(tmp_path):
-    (tmp_path / "out").write_text("I was here first")
+def test_a_file_at_the_path_of_the_folder_is_an_error_in_one_sentence(tmp_path):
+    (tmp_path / "out").write_text("some text")
     with pytest.raises(UserError, match=r"cannot write to .*out: File exists"):
         check_writable(tmp_path / "out")
     with pytest.raises(UserError, match=r"cannot write to .*deeper: Not a directory"):
@@ -177,11 +177,11 @@ def test_a_file_in_place_of_the_directory_is_one_sentence(tmp_path):
         CheckpointDir(tmp_path / "out").save({"n": 1})
 
 
-def test_a_read_only_directory_is_one_sentence(tmp_path, monkeypatch):
+def test_a_read_only_folder_is_an_error_in_one_sentence(tmp_path, monkeypatch):
     def refuse(*args: object, **options: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(os, "open", refuse)  # permissions do not hold root back
+    monkeypatch.setattr(os, "open", refuse)  # File permissions do not apply to root.
     with pytest.raises(UserError, match=r"cannot write to .*: Read-only file system") as caught:
         check_writable(tmp_path)
     assert caught.value.exit_code == 1

@@ -1,4 +1,4 @@
-"""The frame of a command: one line and the right exit code for what is the user's to mend."""
+"""The frame of a command: one line and the right exit code for errors that the user can fix."""
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
@@ -8,7 +8,7 @@ from tests.engine.launch import start
 
 
 class BrokenDataError(Exception):
-    """An error of a package that does not know engine."""
+    """An error of a package that does not import engine."""
 
 
 class Broken(Dataset):
@@ -19,7 +19,7 @@ class Broken(Dataset):
         raise BrokenDataError(f"image {index}: cannot be read")
 
 
-def leave(error: BaseException | None, *expected: type[Exception]) -> int:
+def exit_code_of(error: BaseException | None, *expected: type[Exception]) -> int:
     def main() -> None:
         if error is not None:
             raise error
@@ -41,10 +41,10 @@ def leave(error: BaseException | None, *expected: type[Exception]) -> int:
         (Stopped(143), 143, ""),
         (SystemExit(2), 2, ""),
     ],
-    ids=["none", "user", "usage", "expected", "wordless", "interrupt", "stopped", "exit"],
+    ids=["none", "user", "usage", "expected", "no message", "interrupt", "stopped", "exit"],
 )
-def test_what_leaves_main_becomes_one_line_and_a_code(capsys, error, code, line):
-    assert leave(error, BrokenDataError) == code
+def test_an_error_becomes_one_line_and_an_exit_code(capsys, error, code, line):
+    assert exit_code_of(error, BrokenDataError) == code
     assert capsys.readouterr().err == line
 
 
@@ -55,11 +55,11 @@ def test_an_unexpected_error_keeps_its_traceback():
         cli.run(lambda: next(iter(Broken())))
 
 
-def test_an_error_of_a_loader_worker_is_its_sentence_alone(capsys):
+def test_an_error_of_a_loader_worker_has_no_traceback(capsys):
     batches = iter(DataLoader(Broken(), num_workers=1))
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: next(batches), BrokenDataError)
-    batches._shutdown_workers()  # left to the garbage collector, torch waits five seconds for them
+    batches._shutdown_workers()  # Without this call torch waits five seconds for them.
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error: image 0: cannot be read\n"
 
@@ -68,11 +68,11 @@ def test_an_error_of_a_loader_worker_is_its_sentence_alone(capsys):
     ("flags", "code", "line"),
     [
         (["--batch-sise", "3"], 2, "error: unknown flag --batch-sise: did you mean --batch-size?"),
-        (["--poison-at", "17"], 1, "error: the loss is nan at epoch 0, step 6: the batch itself"),
+        (["--nan-at", "17"], 1, "error: the loss is nan at epoch 0, step 6: the batch itself"),
     ],
     ids=["usage", "failure"],
 )
-def test_a_command_ends_with_exactly_one_line_on_stderr(flags, code, line):
+def test_a_failing_command_prints_one_line_on_stderr(flags, code, line):
     run = start("tests.engine.toy", *flags)
     _, err = run.communicate(timeout=60)
     assert run.returncode == code
@@ -80,9 +80,9 @@ def test_a_command_ends_with_exactly_one_line_on_stderr(flags, code, line):
     assert err.startswith(line)
 
 
-def test_an_error_in_two_processes_is_a_line_of_each(pair):
+def test_each_of_two_processes_prints_its_error(pair):
     assert pair.codes == [1, 1]
     for rank in range(2):
         last = pair.stderr[rank].splitlines()[-1]
-        assert last == f"error [rank {rank}]: both leave"
+        assert last == f"error [rank {rank}]: both fail"
         assert "Traceback" not in pair.stderr[rank]

@@ -1,4 +1,4 @@
-"""Configuration: what is read, what beats what, and one line for every mistake."""
+"""Configuration: the values from file and flags, their precedence, and errors in one line."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,37 +13,37 @@ class Data(Config):
     """Data."""
 
     data_path: str = ""
-    """Where the images lie: 100% of them."""
+    """Path of the data set: 100% of it."""
     input_size: Annotated[int, Field(gt=0)] | tuple[int, int] = 224
-    """Side, or height and width."""
+    """Side of the images, or height and width."""
 
 
-class Optimisation(Config):
-    """Optimisation."""
+class Optimization(Config):
+    """Optimization."""
 
     lr: float = Field(5e-4, gt=0)
     """Learning rate."""
     opt_betas: tuple[float, float] | None = None
     """Betas."""
     clip_grad: float | None = None
-    """Largest norm."""
+    """Largest norm of the gradients."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision."""
+    """Data type."""
     model_ema: bool = True
-    """Whether to average weights."""
+    """Track an EMA of the weights."""
     scales: tuple[int, ...] = (1, 2)
-    """Any number of scales."""
+    """Sizes of the images."""
     batch_size: int = Field(64, gt=0)
-    """Images per process."""
+    """Input batch size."""
 
 
-class Run(Data, Optimisation):
+class Run(Data, Optimization):
     """Run."""
 
     batch_size: int = Field(32, gt=0)
-    """Images, fewer."""
+    """Smaller input batch size."""
     seed: int = 0
-    """Seed."""
+    """Random seed."""
 
     @model_validator(mode="after")
     def _check(self) -> "Run":
@@ -67,8 +67,8 @@ def write(tmp_path: Path):
 
 
 @pytest.fixture
-def complaint(capsys: pytest.CaptureFixture[str]):
-    def complaint(*argv: str) -> str:
+def error_of(capsys: pytest.CaptureFixture[str]):
+    def error_of(*argv: str) -> str:
         with pytest.raises(SystemExit) as stop:
             parse(*argv)
         out, err = capsys.readouterr()
@@ -79,43 +79,43 @@ def complaint(capsys: pytest.CaptureFixture[str]):
         assert err.startswith("error: ")
         return err
 
-    return complaint
+    return error_of
 
 
-def test_flag_beats_file_beats_default(write):
+def test_a_flag_overrides_the_file_and_the_file_overrides_the_default(write):
     path = write("lr: 0.25\nbatch_size: 7\n")
     config = parse("--config", path, "--batch-size", "9")
     assert (config.lr, config.batch_size, config.seed) == (0.25, 9, 0)
 
 
-def test_a_flag_that_repeats_the_default_still_beats_the_file(write):
+def test_a_flag_equal_to_the_default_overrides_the_file(write):
     assert parse("--config", write("batch_size: 7"), "--batch-size", "32").batch_size == 32
 
 
 @pytest.mark.parametrize("flag", ["--batch-size", "--batch_size"], ids=["dash", "underscore"])
 @pytest.mark.parametrize("equals", [True, False], ids=["equals", "space"])
-def test_dash_and_underscore_are_alike_in_flags(flag, equals):
+def test_flags_accept_dashes_and_underscores(flag, equals):
     assert parse(*([f"{flag}=5"] if equals else [flag, "5"])).batch_size == 5
 
 
 @pytest.mark.parametrize("key", ["batch-size", "batch_size"], ids=["dash", "underscore"])
-def test_dash_and_underscore_are_alike_in_files(write, key):
+def test_files_accept_dashes_and_underscores(write, key):
     assert parse("--config", write(f"{key}: 5")).batch_size == 5
 
 
 @pytest.mark.parametrize("flag", ["--no-model-ema", "--no_model_ema"], ids=["dash", "underscore"])
-def test_a_boolean_is_switched_off_by_its_no_flag(flag):
+def test_a_no_flag_disables_a_boolean(flag):
     assert parse().model_ema
     assert not parse(flag).model_ema
 
 
-def test_a_boolean_flag_beats_a_boolean_in_the_file(write):
+def test_a_boolean_flag_overrides_the_file(write):
     assert not parse("--config", write("model_ema: off")).model_ema
     assert parse("--config", write("model_ema: off"), "--model-ema").model_ema
 
 
 @pytest.mark.parametrize("word", ["none", "None", "null"])
-def test_none_means_none_for_optional_fields(write, word):
+def test_the_word_none_is_none_for_optional_fields(write, word):
     path = write(f"clip_grad: {word}\nopt_betas: {word}")
     config = parse("--config", path)
     assert (config.clip_grad, config.opt_betas) == (None, None)
@@ -124,31 +124,31 @@ def test_none_means_none_for_optional_fields(write, word):
     assert parse("--config", path, "--opt-betas", word).opt_betas is None
 
 
-def test_tuples_take_several_values(write):
+def test_tuples_accept_several_values(write):
     assert parse("--opt-betas", "0.9", "0.95").opt_betas == (0.9, 0.95)
     assert parse("--config", write("opt_betas: [0.9, 0.95]")).opt_betas == (0.9, 0.95)
     assert parse("--scales", "4").scales == (4,)
     assert parse("--scales", "4", "5", "6", "--seed", "1").scales == (4, 5, 6)
 
 
-def test_a_value_or_a_tuple_is_told_by_the_number_of_words():
+def test_one_word_is_a_value_and_several_are_a_tuple():
     assert parse("--input-size", "96").input_size == 96
     assert parse("--input-size", "96", "160").input_size == (96, 160)
 
 
 @pytest.mark.parametrize("source", ["file", "flag"])
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001"])
-def test_every_spelling_of_a_number_is_read(write, source, text):
+def test_a_number_may_be_written_in_several_ways(write, source, text):
     argv = ["--lr", text] if source == "flag" else ["--config", write(f"lr: {text}")]
     assert parse(*argv).lr == 1e-4
 
 
 @pytest.mark.parametrize("text", ["", "# only a header\n"], ids=["nothing", "comment"])
-def test_a_file_without_differences_is_the_default(write, text):
+def test_an_empty_file_gives_the_defaults(write, text):
     assert parse("--config", write(text)) == Run()
 
 
-def test_dump_is_plain_and_fills_the_same_configuration_again():
+def test_a_dump_has_plain_types_and_gives_the_same_configuration():
     config = parse("--opt-betas", "0.9", "0.95", "--input-size", "96", "160")
     plain = dump(config)
     assert plain["opt_betas"] == [0.9, 0.95]
@@ -157,7 +157,7 @@ def test_dump_is_plain_and_fills_the_same_configuration_again():
 
 
 @pytest.mark.parametrize("flag", ["--print-config", "--print_config"])
-def test_the_printed_configuration_is_a_file_that_gives_the_same_one(write, capsys, flag):
+def test_the_printed_configuration_is_a_file_that_gives_the_same_configuration(write, capsys, flag):
     path = write("batch_size: 7\nopt_betas: [0.9, 0.95]")
     with pytest.raises(SystemExit) as stop:
         parse("--config", path, "--lr", "3e-4", flag)
@@ -175,25 +175,25 @@ def test_configurations_are_frozen():
         parse().seed = 3
 
 
-def test_help_lists_every_field_once_by_group_with_docstring_and_default(capsys):
+def test_help_lists_every_field_by_group_with_docstring_and_default(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--help")
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    positions = [text.index(title) for title in ("Run:", "Data:", "Optimisation:")]
+    positions = [text.index(title) for title in ("Run:", "Data:", "Optimization:")]
     assert positions == sorted(positions)
     for name in Run.model_fields:
         flag = "--" + name.replace("_", "-")
         assert text.count(f"  {flag}") == 1
         assert "_" not in flag
-    assert "Where the images lie: 100% of them. (default: empty)" in text
-    assert "Images, fewer. (default: 32)" in text
-    assert text.index("--batch-size") > positions[2]  # where it was defined first
+    assert "Path of the data set: 100% of it. (default: empty)" in text
+    assert "Smaller input batch size. (default: 32)" in text
+    assert text.index("--batch-size") > positions[2]  # In the group that defines it first.
     assert "{float32,bfloat16}" in text
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "words"),
     [
         (["--batch-sise", "3"], "unknown flag --batch-sise: did you mean --batch-size?"),
         (["--batch_sise=3"], "unknown flag --batch_sise: did you mean --batch-size?"),
@@ -224,12 +224,12 @@ def test_help_lists_every_field_once_by_group_with_docstring_and_default(capsys)
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_bad_flag_is_one_line_that_says_what_is_allowed(complaint, argv, said):
-    assert said in complaint(*argv)
+def test_an_error_in_a_flag_is_one_line_that_says_what_is_allowed(error_of, argv, words):
+    assert words in error_of(*argv)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "words"),
     [
         ("lr: 1\nbatch_sise: 3", "some.yaml, line 2: batch_sise is not an option: did you mean"),
         ("optim: {lr: 1}", "line 1: optim is not an option"),
@@ -241,7 +241,7 @@ def test_a_bad_flag_is_one_line_that_says_what_is_allowed(complaint, argv, said)
         ("data_path: off", "data_path must be text in quotes, got false (YAML reads on, off"),
         ("dtype: on", "dtype must be float32 or bfloat16, got true (YAML reads on, off"),
         ("data_path: 5", "data_path must be text in quotes, got 5"),
-        ("- lr\n- seed", "some.yaml: must hold `option: value` lines"),
+        ("- lr\n- seed", "some.yaml must contain `option: value` lines, got a sequence"),
         ("lr: 1\nlr: 2", "some.yaml, line 2: lr is given twice"),
         ("batch-size: 1\nbatch_size: 1", "some.yaml, line 2: batch_size is given twice"),
         ("lr: [1\nseed: 2", "some.yaml, line 2: not valid YAML"),
@@ -249,16 +249,16 @@ def test_a_bad_flag_is_one_line_that_says_what_is_allowed(complaint, argv, said)
         (b"\xff\xfe\x00lr", "some.yaml: not a text file"),
     ],
     ids=[
-        "unknown key", "nested group", "key is no word", "out of range", "bad value", "empty value",
+        "unknown key", "nested group", "key is a list", "out of range", "bad value", "empty value",
         "boolean as integer", "boolean as text", "boolean as choice", "number as text",
         "not a mapping", "twice", "twice in two spellings", "syntax", "python tag", "binary",
     ],
 )  # fmt: skip
-def test_a_bad_file_is_one_line_that_names_file_key_and_value(complaint, write, text, said):
-    assert said in complaint("--config", write(text))
+def test_an_error_in_a_file_is_one_line_that_names_file_key_and_value(error_of, write, text, words):
+    assert words in error_of("--config", write(text))
 
 
-def test_a_mistake_in_several_processes_names_the_rank(monkeypatch, capsys):
+def test_an_error_in_several_processes_names_the_rank(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(SystemExit):
@@ -266,10 +266,10 @@ def test_a_mistake_in_several_processes_names_the_rank(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error [rank 3]: --lr must be a number")
 
 
-def test_a_required_field_is_asked_for(capsys):
+def test_a_missing_required_field_is_an_error(capsys):
     class Strict(Config):
         weights: str
-        """What to load."""
+        """Path of the weights."""
 
     with pytest.raises(SystemExit):
         parse_config(Strict, [], prog="strict")

@@ -1,4 +1,4 @@
-"""Processes: found in the launcher's environment, one device each, collectives that agree."""
+"""Processes: the environment of their launcher, their devices and their collectives."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ SLURM = {"SLURM_PROCID": 5, "SLURM_LOCALID": 1, "SLURM_STEP_NUM_TASKS": 8}
 
 
 @pytest.mark.parametrize(
-    ("values", "place"),
+    ("values", "expected"),
     [
         ({}, (0, 0, 1)),
         ({"RANK": 9, "LOCAL_RANK": 1, "WORLD_SIZE": 16}, (9, 1, 16)),
@@ -45,14 +45,14 @@ SLURM = {"SLURM_PROCID": 5, "SLURM_LOCALID": 1, "SLURM_STEP_NUM_TASKS": 8}
         (SLURM | {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2}, (0, 0, 2)),
         ({"SLURM_PROCID": 0, "SLURM_NTASKS": 8}, (0, 0, 1)),
     ],
-    ids=["nothing", "torchrun", "srun", "torchrun within srun", "batch script that is no step"],
+    ids=["nothing", "torchrun", "srun", "torchrun in srun", "batch script"],
 )
-def test_the_launcher_is_recognised(environment, values, place):
+def test_the_launcher_is_recognized(environment, values, expected):
     environment(**values)
-    assert launched_as() == place
+    assert launched_as() == expected
 
 
-def test_a_single_process_has_no_group_and_every_collective_is_the_identity(environment):
+def test_a_single_process_has_no_group_and_its_collectives_return_its_value(environment):
     device = init_distributed("cpu")
     assert device == torch.device("cpu")
     assert not torch.distributed.is_initialized()
@@ -67,20 +67,20 @@ def test_a_single_process_has_no_group_and_every_collective_is_the_identity(envi
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu:0", "cuda:x", "mps", ""])
-def test_an_unknown_device_is_one_sentence(environment, gpus, device):
+def test_an_unknown_device_is_an_error(environment, gpus, device):
     gpus(2)
-    with pytest.raises(UsageError, match=r"should be auto, cpu, cuda or cuda:N"):
+    with pytest.raises(UsageError, match=f"must be auto, cpu, cuda or cuda:N, got '{device}'"):
         init_distributed(device)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
-def test_cuda_without_a_gpu_is_one_sentence(environment, gpus, device):
+def test_cuda_without_a_gpu_is_an_error(environment, gpus, device):
     gpus(0)
-    with pytest.raises(UsageError, match=r"GPU 0 is wanted but torch sees 0; .*--device cpu"):
+    with pytest.raises(UsageError, match=r"needs GPU 0, but torch finds 0 .*--device cpu"):
         init_distributed(device)
 
 
-def test_auto_takes_what_is_there(environment, gpus, monkeypatch):
+def test_auto_selects_a_gpu_if_there_is_one(environment, gpus, monkeypatch):
     gpus(0)
     assert init_distributed("auto").type == "cpu"
     gpus(2)
@@ -91,45 +91,45 @@ def test_auto_takes_what_is_there(environment, gpus, monkeypatch):
     assert chosen == [torch.device("cuda", 0), torch.device("cuda", 1)]
 
 
-def test_more_processes_than_gpus_are_one_sentence(environment, gpus):
+def test_more_processes_than_gpus_are_an_error(environment, gpus):
     gpus(2)
     environment(RANK=2, LOCAL_RANK=2, WORLD_SIZE=4)
-    with pytest.raises(UsageError, match="GPU 2 is wanted but torch sees 2"):
+    with pytest.raises(UsageError, match="needs GPU 2, but torch finds 2"):
         init_distributed("cuda")
 
 
-def test_one_gpu_for_several_processes_is_one_sentence(environment, gpus):
+def test_one_gpu_for_several_processes_is_an_error(environment, gpus):
     gpus(2)
     environment(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2)
-    with pytest.raises(UsageError, match="cuda:1 names one GPU but there are 2 processes"):
+    with pytest.raises(UsageError, match=r"must be .* cuda with 2 processes, got 'cuda:1'"):
         init_distributed("cuda:1")
 
 
 @pytest.mark.parametrize(
-    ("values", "address"),
+    ("values", "url"),
     [
         ({"SLURM_JOB_ID": 123456}, "tcp://127.0.0.1:23456"),
         ({"MASTER_ADDR": "node1", "MASTER_PORT": 77, "SLURM_STEP_NUM_NODES": 2}, "tcp://node1:77"),
     ],
     ids=["one node", "two nodes"],
 )
-def test_slurm_processes_meet_at_the_master(environment, monkeypatch, values, address):
+def test_slurm_processes_connect_to_the_first_node(environment, monkeypatch, values, url):
     environment(**SLURM, **values)
-    asked = {}
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **o: asked.update(o))
+    options = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **o: options.update(o))
     init_distributed("cpu")
-    assert asked == {"backend": "gloo", "init_method": address, "rank": 5, "world_size": 8}
+    assert options == {"backend": "gloo", "init_method": url, "rank": 5, "world_size": 8}
 
 
-def test_slurm_nodes_without_a_master_are_one_sentence(environment):
+def test_several_slurm_nodes_without_master_addr_are_an_error(environment):
     environment(**SLURM, SLURM_STEP_NUM_NODES=2)
-    with pytest.raises(UsageError, match="export MASTER_ADDR"):
+    with pytest.raises(UsageError, match=r"MASTER_ADDR must be set .*: export MASTER_ADDR"):
         init_distributed("cpu")
 
 
-def test_collectives_agree_in_both_processes(pair):
-    for rank, answers in enumerate(pair.answers):
-        got = answers["collectives"]
+def test_collectives_return_the_same_in_both_processes(pair):
+    for rank, results in enumerate(pair.results):
+        got = results["collectives"]
         assert got["place"] == [rank, 2, rank == 0]
         assert got["sum"] == [2.0, 1.0]
         assert got["max"] == 10

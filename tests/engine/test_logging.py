@@ -1,4 +1,4 @@
-"""Logs: handlers once, the main process alone writes, an epoch has one line whatever happens."""
+"""Logs: handlers are set once, only the main process writes, each epoch has one line."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def curve(folder, tag):
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def test_setting_up_twice_says_everything_once(restored, tmp_path, capsys):
+def test_a_second_setup_does_not_repeat_log_lines(restored, tmp_path, capsys):
     others = list(restored.handlers)
     setup_logging(tmp_path)
     setup_logging(tmp_path)
@@ -39,32 +39,32 @@ def test_setting_up_twice_says_everything_once(restored, tmp_path, capsys):
     assert [handler for handler in restored.handlers if handler in others] == others
 
 
-def test_another_process_only_warns_and_names_its_rank(restored, tmp_path, capsys):
+def test_other_processes_only_show_warnings_with_their_rank(restored, tmp_path, capsys):
     setup_logging(tmp_path, rank=3)
-    logging.getLogger("engine.somewhere").info("chatter")
-    logging.getLogger("engine.somewhere").warning("trouble")
+    logging.getLogger("engine.somewhere").info("some info")
+    logging.getLogger("engine.somewhere").warning("some warning")
     out = capsys.readouterr().out
-    assert "chatter" not in out
-    assert "[rank 3] trouble" in out
+    assert "some info" not in out
+    assert "[rank 3] some warning" in out
     assert not (tmp_path / "run.log").exists()
 
 
-def test_of_two_processes_only_the_main_one_speaks_and_writes(pair):
+def test_only_the_main_process_of_two_logs_and_writes(pair):
     main, other = pair.stdout
-    assert "said by 0" in main
-    assert "warned by 0" in main
-    assert "said by 1" not in other
-    assert "[rank 1] warned by 1" in other
+    assert "info of rank 0" in main
+    assert "warning of rank 0" in main
+    assert "info of rank 1" not in other
+    assert "[rank 1] warning of rank 1" in other
     assert "step" in main
     assert "step" not in other
     events = list((pair.folder / "stopped" / "tensorboard").iterdir())
-    assert len(events) == 2  # of the main process, before the stop and after
+    assert len(events) == 2  # The main process wrote one before the stop and one after it.
     text = (pair.folder / "run.log").read_text()
-    assert "said by 0" in text
-    assert "by 1" not in text
+    assert "info of rank 0" in text
+    assert "of rank 1" not in text
 
 
-def test_an_epoch_is_a_json_line_and_its_test_figures_are_curves(tmp_path):
+def test_an_epoch_is_a_json_line_and_its_test_metrics_are_curves(tmp_path):
     with RunLog(tmp_path) as log:
         log.scalars({"train/loss": 3.0}, 5)
         log.scalars({"train/loss": 2.0}, 10)
@@ -76,11 +76,11 @@ def test_an_epoch_is_a_json_line_and_its_test_figures_are_curves(tmp_path):
     assert curve(tmp_path, "test/acc1") == [(10, 50.0)]
 
 
-def test_a_resumed_run_keeps_old_lines_and_never_doubles_an_epoch(tmp_path):
+def test_a_resumed_run_keeps_old_lines_and_replaces_those_of_repeated_epochs(tmp_path):
     with RunLog(tmp_path) as log:
         for epoch in range(3):
             log.write_epoch({"epoch": epoch, "test_acc1": epoch}, 10 * epoch + 10)
-    with RunLog(tmp_path, start_step=20) as log:  # from the checkpoint after epoch 1
+    with RunLog(tmp_path, start_step=20) as log:  # Resume after epoch 1.
         log.write_epoch({"epoch": 2, "test_acc1": 9}, 30)
         log.write_epoch({"epoch": 3, "test_acc1": 3}, 40)
     assert [line["epoch"] for line in lines(tmp_path)] == [0, 1, 2, 3]
@@ -88,14 +88,14 @@ def test_a_resumed_run_keeps_old_lines_and_never_doubles_an_epoch(tmp_path):
     assert curve(tmp_path, "test/acc1") == [(10, 0.0), (20, 1.0), (30, 9.0), (40, 3.0)]
 
 
-def test_a_line_cut_by_a_crash_hurts_no_other(tmp_path):
+def test_an_incomplete_line_after_a_crash_does_not_affect_others(tmp_path):
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"epo')
     with RunLog(tmp_path, start_step=10) as log:
         log.write_epoch({"epoch": 1}, 20)
     assert (tmp_path / "log.txt").read_text() == '{"epoch": 0}\n{"epo\n{"epoch": 1}\n'
 
 
-def test_a_new_run_sets_the_log_of_an_older_one_aside(tmp_path):
+def test_a_new_run_renames_the_log_of_an_earlier_one(tmp_path):
     for run in range(3):
         with RunLog(tmp_path) as log:
             log.write_epoch({"epoch": 0, "run": run}, 10)
@@ -104,7 +104,7 @@ def test_a_new_run_sets_the_log_of_an_older_one_aside(tmp_path):
     assert lines(tmp_path, "log.2.txt") == [{"epoch": 0, "run": 1}]
 
 
-def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with RunLog(None) as log:
         log.scalars({"train/loss": 3.0}, 5)

@@ -1,4 +1,4 @@
-"""The loop: exact resumption at any step, and every option doing what it says."""
+"""The training loop: exact resumption at any step, and the effect of every option."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -36,53 +36,53 @@ def assert_same_run(left: dict[str, Any], right: dict[str, Any]) -> None:
     ids=["plain", "workers", "accumulation", "bfloat16", "float16", "no clipping"],
 )
 @pytest.mark.parametrize("place", [(0, 1), (1, 2)], ids=["first epoch", "second epoch"])
-def test_a_run_stopped_in_mid_epoch_and_resumed_equals_an_unbroken_one(tmp_path, options, place):
-    unbroken = train(ToyConfig(**options))
+def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one(tmp_path, options, place):
+    uninterrupted = train(ToyConfig(**options))
     with pytest.raises(engine.Stopped):
         train(ToyConfig(**options, output_dir=str(tmp_path), kill_at=(SIGTERM, *place)))
     halfway = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert (halfway["epoch"], halfway["step"]) == (place[0] - 1, place[1])
-    assert not equal(halfway["model"], unbroken["model"])
+    assert not equal(halfway["model"], uninterrupted["model"])
     resumed = train(ToyConfig(**options, output_dir=str(tmp_path)), resume=True)
-    assert_same_run(unbroken, resumed)
+    assert_same_run(uninterrupted, resumed)
 
 
-def test_equality_of_runs_is_no_accident():
+def test_runs_are_equal_for_the_same_seed_only():
     assert_same_run(train(ToyConfig()), train(ToyConfig()))
     assert not equal(train(ToyConfig())["model"], train(ToyConfig(seed=1))["model"])
 
 
 def test_a_stop_at_the_last_step_of_an_epoch_resumes_after_it(tmp_path):
-    unbroken = train(ToyConfig())
+    uninterrupted = train(ToyConfig())
     with pytest.raises(engine.Stopped):
         train(ToyConfig(output_dir=str(tmp_path), kill_at=(SIGTERM, 0, 11)))
     resumed = train(ToyConfig(output_dir=str(tmp_path)), resume=True)
-    assert_same_run(unbroken, resumed)
+    assert_same_run(uninterrupted, resumed)
 
 
-def test_a_run_killed_outright_resumes_from_its_periodic_checkpoint(tmp_path):
-    flags = {"output_dir": str(tmp_path), "checkpoint_steps": 2}
-    words = [f"--{name}={value}" for name, value in flags.items()]
-    run = start("tests.engine.toy", *words, "--kill-at", str(SIGKILL), "1", "5")
+def test_a_killed_run_resumes_from_its_checkpoint_within_the_epoch(tmp_path):
+    options = {"output_dir": str(tmp_path), "checkpoint_steps": 2}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    run = start("tests.engine.toy", *flags, "--kill-at", str(SIGKILL), "1", "5")
     run.communicate(timeout=60)
     assert run.returncode == -SIGKILL
     halfway = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert (halfway["epoch"], halfway["step"]) == (0, 4)
-    assert_same_run(train(ToyConfig()), train(ToyConfig(**flags), resume=True))
+    assert_same_run(train(ToyConfig()), train(ToyConfig(**options), resume=True))
 
 
 def test_two_processes_stop_together_and_resume_exactly(pair):
-    for answers in pair.answers:
-        got = answers["resumption"]
+    for results in pair.results:
+        got = results["resumption"]
         assert got["code"] == 143
         assert got["halfway"] == [0, 2]
         assert got["equal"]
         assert got["moved"]
-    assert pair.answers[0]["resumption"]["weights"] == pair.answers[1]["resumption"]["weights"]
+    assert pair.results[0]["resumption"]["weights"] == pair.results[1]["resumption"]["weights"]
 
 
-class Setting:
-    """A linear model without any randomness, and what `train_epoch` wants beside it."""
+class LinearRun:
+    """A linear model, and the other arguments of `train_epoch`; nothing in it is random."""
 
     def __init__(self, **options: Any) -> None:
         torch.manual_seed(0)
@@ -94,7 +94,7 @@ class Setting:
     def step(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"loss": self.state.model(batch).square().mean()}
 
-    def run(self, loader: Any, step: Callable[..., Any] | None = None, **others: Any) -> Any:
+    def train(self, loader: Any, step: Callable[..., Any] | None = None, **others: Any) -> Any:
         keywords = {"stop": StopRequest(), "log": RunLog(None)} | others
         return train_epoch(step or self.step, loader, self.state, self.options, **keywords)
 
@@ -106,146 +106,146 @@ def batches(count: int, size: int) -> list[torch.Tensor]:
 
 
 def test_accumulation_equals_the_large_batch():
-    large, small = Setting(), Setting(accumulate=3, batch_size=2)
-    figures = large.run(batches(4, 6))
-    others = small.run(batches(12, 2))
+    large, small = LinearRun(), LinearRun(accumulate=3, batch_size=2)
+    expected = large.train(batches(4, 6))
+    metrics = small.train(batches(12, 2))
     torch.testing.assert_close(small.model.weight, large.model.weight, rtol=0, atol=1e-14)
-    assert others["loss"] == pytest.approx(figures["loss"], rel=1e-12)
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-12)
 
 
-def test_gradients_are_exchanged_only_in_the_last_backward_pass_of_a_step():
-    setting = Setting(accumulate=3, steps=2)
+def test_gradients_are_synchronized_only_in_the_last_backward_pass_of_a_step():
+    run = LinearRun(accumulate=3, steps=2)
     backward_passes = []
-    held_back = [False]
+    without_sync = [False]
 
     class Distributed(nn.Linear):
         @contextmanager
         def no_sync(self):
-            held_back[0] = True
+            without_sync[0] = True
             yield
-            held_back[0] = False
+            without_sync[0] = False
 
     model = Distributed(5, 3).double()
-    model.weight.register_hook(lambda gradient: backward_passes.append(held_back[0]))
-    setting.state.model = model
-    setting.run(batches(6, 2))
+    model.weight.register_hook(lambda gradient: backward_passes.append(without_sync[0]))
+    run.state.model = model
+    run.train(batches(6, 2))
     assert backward_passes == [True, True, False, True, True, False]
 
 
-@pytest.mark.parametrize("clip", [1e-3, 1e3], ids=["tight", "loose"])
+@pytest.mark.parametrize("clip", [1e-3, 1e3], ids=["small", "large"])
 def test_clipping_bounds_the_norm_of_the_update(clip):
-    setting = Setting(steps=1, clip_grad=clip)
-    before = parameters_to_vector(setting.model.parameters()).detach().clone()
-    figures = setting.run(batches(1, 6))
-    after = parameters_to_vector(setting.model.parameters()).detach()
+    run = LinearRun(steps=1, clip_grad=clip)
+    before = parameters_to_vector(run.model.parameters()).detach().clone()
+    metrics = run.train(batches(1, 6))
+    after = parameters_to_vector(run.model.parameters()).detach()
     norm = float((after - before).norm() / 0.1)
-    assert norm == pytest.approx(min(clip, figures["grad_norm"]), rel=1e-4)
-    assert 1e-3 < figures["grad_norm"] < 1e3
+    assert norm == pytest.approx(min(clip, metrics["grad_norm"]), rel=1e-4)
+    assert 1e-3 < metrics["grad_norm"] < 1e3
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_the_forward_pass_computes_in_the_chosen_type(name):
     dtype = engine.DTYPES[name]
-    setting = Setting(dtype=dtype, steps=2)
-    setting.state.model = setting.model.float()
-    setting.state.scaler = make_scaler(CPU, dtype)
+    run = LinearRun(dtype=dtype, steps=2)
+    run.state.model = run.model.float()
+    run.state.scaler = make_scaler(CPU, dtype)
     seen = set()
 
     def step(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        output = setting.model(batch.float())
+        output = run.model(batch.float())
         seen.add(output.dtype)
         return {"loss": output.float().square().mean()}
 
-    before = setting.model.weight.detach().clone()
-    setting.run(batches(2, 6), step)
+    before = run.model.weight.detach().clone()
+    run.train(batches(2, 6), step)
     assert seen == {dtype}
-    assert not torch.equal(setting.model.weight, before)
-    assert setting.state.scaler.is_enabled() == (name == "float16")
+    assert not torch.equal(run.model.weight, before)
+    assert run.state.scaler.is_enabled() == (name == "float16")
 
 
-def test_every_forward_pass_has_a_seed_of_its_own_that_ignores_what_was_drawn_before():
+def test_every_forward_pass_has_its_own_seed_whatever_was_drawn_before():
     draws: dict[int, list[float]] = {}
     for noise in (0, 5):
-        setting = Setting(accumulate=2)
-        setting.state.epoch = 3
+        run = LinearRun(accumulate=2)
+        run.state.epoch = 3
         drawn = draws.setdefault(noise, [])
 
-        def step(batch: Any, setting=setting, drawn=drawn, noise=noise) -> Any:
+        def step(batch: Any, run=run, drawn=drawn, noise=noise) -> Any:
             drawn.append(float(torch.rand(())))
             torch.rand(noise)
-            return setting.step(batch)
+            return run.step(batch)
 
-        setting.run(batches(8, 2), step)
+        run.train(batches(8, 2), step)
     assert draws[0] == draws[5]
     assert len(set(draws[0])) == 8
     torch.manual_seed(engine.derive_seed(0, 3, 5, 0))
     assert draws[0][5] == float(torch.rand(()))
 
 
-def test_callbacks_come_after_each_step_and_every_few():
-    setting = Setting(steps=7, checkpoint_steps=3)
+def test_on_step_is_called_after_each_step_and_save_when_due():
+    run = LinearRun(steps=7, checkpoint_steps=3)
     calls: list[tuple[str, int]] = []
-    setting.run(
+    run.train(
         batches(7, 6),
-        on_step=lambda: calls.append(("step", setting.state.step)),
-        save=lambda: calls.append(("save", setting.state.step)),
+        on_step=lambda: calls.append(("step", run.state.step)),
+        save=lambda: calls.append(("save", run.state.step)),
     )
     assert [step for name, step in calls if name == "step"] == [1, 2, 3, 4, 5, 6, 7]
     assert [step for name, step in calls if name == "save"] == [3, 6]
     assert calls.index(("save", 3)) == calls.index(("step", 3)) + 1
 
 
-def test_batches_beyond_the_last_whole_step_are_left_over():
-    setting = Setting(steps=2, accumulate=2)
-    setting.run(batches(5, 6))
-    assert setting.state.step == 2
+def test_batches_after_the_last_full_step_are_not_used():
+    run = LinearRun(steps=2, accumulate=2)
+    run.train(batches(5, 6))
+    assert run.state.step == 2
 
 
 def test_a_loader_that_ends_early_is_an_error():
     with pytest.raises(RuntimeError, match="the loader ended at step 3 of 4"):
-        Setting().run(batches(3, 6))
+        LinearRun().train(batches(3, 6))
 
 
-def test_an_epoch_that_is_trained_already_touches_no_data():
-    setting = Setting()
-    setting.state.step = 4
-    assert setting.run(None) == {}
+def test_a_trained_epoch_reads_no_data():
+    run = LinearRun()
+    run.state.step = 4
+    assert run.train(None) == {}
 
 
-def test_a_step_may_change_its_batch_and_leaves_the_loader_s_alone():
+def test_a_step_may_change_its_batch_but_not_that_of_the_loader():
     data = batches(4, 6)
     before = [batch.clone() for batch in data]
-    setting = Setting()
-    setting.run(data, lambda batch: setting.step(batch.mul_(0)))
+    run = LinearRun()
+    run.train(data, lambda batch: run.step(batch.mul_(0)))
     assert equal(data, before)
 
 
-def test_figures_are_averages_fetched_only_when_printed(monkeypatch):
+def test_metrics_are_averages_fetched_only_when_printed(monkeypatch):
     fetched = []
     averages = engine.Meters.averages
     monkeypatch.setattr(
         engine.Meters,
         "averages",
-        lambda self, **options: fetched.append(setting.state.step) or averages(self, **options),
+        lambda self, **options: fetched.append(run.state.step) or averages(self, **options),
     )
-    setting = Setting(steps=7, print_freq=3)
+    run = LinearRun(steps=7, print_freq=3)
     losses = []
 
     def step(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        figures = setting.step(batch)
-        losses.append(float(figures["loss"].detach()))
-        return figures | {"seen": torch.tensor(len(losses))}
+        metrics = run.step(batch)
+        losses.append(float(metrics["loss"].detach()))
+        return metrics | {"seen": torch.tensor(len(losses))}
 
-    figures = setting.run(batches(7, 6), step)
+    metrics = run.train(batches(7, 6), step)
     assert fetched == [3, 6, 7, 7]
-    assert figures["loss"] == pytest.approx(sum(losses) / 7)
-    assert figures["seen"] == 4
-    assert figures["lr"] == 0.1
-    assert figures["images_per_s"] > 0
-    assert figures["memory_mb"] > 0
+    assert metrics["loss"] == pytest.approx(sum(losses) / 7)
+    assert metrics["seen"] == 4
+    assert metrics["lr"] == 0.1
+    assert metrics["images_per_s"] > 0
+    assert metrics["memory_mb"] > 0
 
 
-def test_curves_hold_the_figures_since_the_line_before():
+def test_curves_are_averages_since_the_last_point():
     points: list[tuple[int, float]] = []
 
     class Log(RunLog):
@@ -253,60 +253,59 @@ def test_curves_hold_the_figures_since_the_line_before():
             assert values.keys() >= {"train/loss", "train/lr", "train/images_per_s"}
             points.append((step, values["train/seen"]))
 
-    setting = Setting(steps=5, print_freq=2)
-    setting.state.epoch = 2
+    run = LinearRun(steps=5, print_freq=2)
+    run.state.epoch = 2
     count = iter(range(1, 6))
-    setting.run(
+    run.train(
         batches(5, 6),
-        lambda batch: setting.step(batch) | {"seen": torch.tensor(next(count))},
+        lambda batch: run.step(batch) | {"seen": torch.tensor(next(count))},
         log=Log(None),
     )
     assert points == [(12, 1.5), (14, 3.5), (15, 5.0)]
 
 
-def test_the_model_is_set_to_training():
-    setting = Setting()
-    setting.model.eval()
-    setting.run(batches(4, 6))
-    assert setting.model.training
+def test_the_model_is_in_training_mode():
+    run = LinearRun()
+    run.model.eval()
+    run.train(batches(4, 6))
+    assert run.model.training
 
 
-def test_the_state_of_the_originals_is_understood():
-    setting = Setting()
-    setting.state.load_state_dict({"optimizer": setting.state.optimizer.state_dict(), "epoch": 4})
-    assert (setting.state.epoch, setting.state.step) == (5, 0)
+def test_the_state_of_deit_and_detr_checkpoints_is_loaded():
+    run = LinearRun()
+    run.state.load_state_dict({"optimizer": run.state.optimizer.state_dict(), "epoch": 4})
+    assert (run.state.epoch, run.state.step) == (5, 0)
 
 
-def test_a_compiled_or_distributed_model_is_saved_under_its_own_names():
-    setting = Setting()
-    setting.state.model = torch.compile(setting.model, backend="eager")
-    assert set(setting.state.state_dict()["model"]) == {"weight", "bias"}
+def test_a_compiled_model_is_saved_without_prefixes():
+    run = LinearRun()
+    run.state.model = torch.compile(run.model, backend="eager")
+    assert set(run.state.state_dict()["model"]) == {"weight", "bias"}
 
 
-def test_a_terminal_shows_a_bar_and_anything_else_lines(monkeypatch, capsys, caplog):
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys, caplog):
     caplog.set_level("INFO")
-    Setting(print_freq=2).run(batches(4, 6))
+    LinearRun(print_freq=2).train(batches(4, 6))
     assert [record.getMessage().split("  ")[:2] for record in caplog.records] == [
         ["epoch 0", "step 2/4"],
         ["epoch 0", "step 4/4"],
     ]
     caplog.clear()
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    Setting(print_freq=2).run(batches(4, 6))
+    LinearRun(print_freq=2).train(batches(4, 6))
     assert caplog.records == []
     assert "4/4" in capsys.readouterr().out
 
 
-def test_cross_entropy_of_mixed_batches_reaches_the_step_as_given():
-    # Containers of every kind arrive with their tensors copied and all else untouched.
-    setting = Setting(steps=1)
+def test_a_step_gets_batches_of_nested_containers():
+    run = LinearRun(steps=1)
     seen = []
 
     def step(batch: Any) -> dict[str, torch.Tensor]:
         seen.append(batch)
-        return {"loss": F.mse_loss(setting.model(batch["x"]), torch.zeros(6, 3).double())}
+        return {"loss": F.mse_loss(run.model(batch["x"]), torch.zeros(6, 3).double())}
 
     given = {"x": batches(1, 6)[0], "targets": [{"boxes": torch.ones(2, 4)}, "name", None]}
-    setting.run([given], step)
+    run.train([given], step)
     assert equal(seen[0], given)
     assert seen[0]["targets"][0]["boxes"] is not given["targets"][0]["boxes"]

@@ -1,4 +1,4 @@
-"""Meters: exact averages, one fetch, and the same figure in every process."""
+"""Meters: exact averages, fetched on demand, and the same in every process."""
 
 import time
 
@@ -17,7 +17,7 @@ def test_averages_are_weighted_by_the_number_of_items():
     assert meters.averages() == {"loss": 2.0, "acc": 0.25}
 
 
-def test_recent_averages_cover_what_came_since_the_last_call():
+def test_recent_averages_contain_the_updates_since_the_last_call():
     meters = Meters(CPU)
     for value in (1.0, 3.0):
         meters.update({"loss": torch.tensor(value)})
@@ -35,17 +35,17 @@ def test_sums_of_counts_stay_exact():
     assert meters.averages() == {"correct": 3 / 9}
 
 
-def test_a_million_small_updates_do_not_drift():
+def test_small_updates_are_not_lost_in_a_large_sum():
     meters = Meters(CPU)
     meters.add_sums({"loss": torch.tensor(2.0**25)}, n=0)
     for _ in range(64):
         meters.update({"loss": torch.tensor(1.0)})
     meters.add_sums({"loss": torch.tensor(-(2.0**25))}, n=0)
-    assert meters.averages() == {"loss": 1.0}  # float32 sums would have lost every one of them
+    assert meters.averages() == {"loss": 1.0}  # A float32 sum would lose all of them.
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64], ids=str)
-def test_any_type_is_summed_beside_float32(dtype):
+def test_any_type_is_summed_together_with_float32(dtype):
     meters = Meters(CPU)
     meters.update({"a": torch.tensor(3, dtype=dtype), "b": torch.tensor([0.5])})
     assert meters.averages() == {"a": 3.0, "b": 0.5}
@@ -58,7 +58,7 @@ def test_values_are_detached():
     assert not meters._sums.requires_grad
 
 
-def test_nothing_is_fetched_before_it_is_asked_for(monkeypatch):
+def test_an_update_does_not_fetch_from_the_device(monkeypatch):
     meters = Meters(CPU)
     monkeypatch.setattr(torch.Tensor, "item", None)
     monkeypatch.setattr(torch.Tensor, "tolist", None)
@@ -66,23 +66,23 @@ def test_nothing_is_fetched_before_it_is_asked_for(monkeypatch):
     meters.update({"loss": torch.tensor(1.0)})
 
 
-def test_other_names_than_before_are_refused():
+def test_other_names_than_before_are_an_error():
     meters = Meters(CPU)
     meters.update({"loss": torch.tensor(1.0)})
-    with pytest.raises(ValueError, match=r"\['acc'\] but should have \['loss'\]"):
+    with pytest.raises(ValueError, match=r"names of values must be \['loss'\], got \['acc'\]"):
         meters.update({"acc": torch.tensor(1.0)})
 
 
 def test_averages_are_over_both_processes(pair):
-    for rank, answers in enumerate(pair.answers):
-        got = answers["collectives"]
+    for rank, results in enumerate(pair.results):
+        got = results["collectives"]
         assert got["own"] == {"loss": rank, "acc": 0.5}
         assert got["all"] == {"loss": 0.75, "acc": 0.5}
 
 
-def test_a_process_without_any_update_takes_part(pair):
-    for answers in pair.answers:
-        assert answers["collectives"]["empty"] == {"correct": 0.75}
+def test_averages_include_processes_without_updates(pair):
+    for results in pair.results:
+        assert results["collectives"]["updated_by_main"] == {"correct": 0.75}
 
 
 def test_throughput_counts_images_per_second(monkeypatch):
@@ -98,5 +98,5 @@ def test_throughput_counts_images_per_second(monkeypatch):
     assert speed.average() == 40.0
 
 
-def test_peak_memory_is_that_of_a_process_with_torch_in_it():
+def test_peak_memory_on_the_cpu_is_that_of_the_process():
     assert 50 < peak_memory_mb(CPU) < 100_000

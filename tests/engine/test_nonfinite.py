@@ -1,4 +1,4 @@
-"""A loss that is not finite: the right culprit, everything needed to see it again, then the end."""
+"""A loss that is not finite: its origin is found, the step is saved, and the run stops."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 class Inverse(nn.Module):
-    """Divides by a number that somebody may set to zero."""
+    """A division by `scale`, which a test sets to zero."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Inverse(nn.Module):
 
 
 class Net(nn.Module):
-    """Defines its modules in another order than it runs them."""
+    """A model that runs its modules in another order than it defines them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,8 +36,8 @@ class Net(nn.Module):
         return self.head(self.body(x))
 
 
-class Trouble:
-    """A run on which something goes wrong at step 2 of epoch 3."""
+class FailingRun:
+    """A run that gets a loss that is not finite at step 2 of epoch 3, by some change before it."""
 
     def __init__(self, tmp_path: Any, compiled: bool = False) -> None:
         torch.manual_seed(0)
@@ -49,18 +49,18 @@ class Trouble:
         self.batches = list(torch.randn(5, 6, 5))
         self.saved_model: dict[str, torch.Tensor] = {}
 
-    def run(self, step: Any = None, at_step_2: Any = lambda: None) -> str:
+    def train(self, step: Any = None, before_step_2: Any = lambda: None) -> str:
         def on_step() -> None:
             if self.state.step == 2:
-                at_step_2()
+                before_step_2()
                 self.saved_model = {k: v.clone() for k, v in self.net.state_dict().items()}
 
-        def plain(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        def plain_step(batch: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"loss": self.state.model(batch).square().mean()}
 
         with pytest.raises(NonFiniteLossError) as caught:
             engine.train_epoch(
-                step or plain,
+                step or plain_step,
                 self.batches,
                 self.state,
                 self.options,
@@ -75,92 +75,92 @@ class Trouble:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_first_module_in_order_of_execution_is_named(tmp_path, compiled):
-    trouble = Trouble(tmp_path, compiled)
-    said = trouble.run(at_step_2=lambda: setattr(trouble.net.body[2], "scale", 0.0))
-    assert "at epoch 3, step 2: the first output that is not finite is that of module " in said
-    assert "of module body.2; batch and weights are in" in said
-    assert str(tmp_path / "nonfinite_rank0.pth") in said
+    run = FailingRun(tmp_path, compiled)
+    message = run.train(before_step_2=lambda: setattr(run.net.body[2], "scale", 0.0))
+    assert "at epoch 3, step 2: the first output that is not finite is that of module " in message
+    assert "of module body.2; batch and weights are in" in message
+    assert str(tmp_path / "nonfinite_rank0.pth") in message
 
 
-def test_everything_is_saved_as_it_was_before_the_step(tmp_path):
-    trouble = Trouble(tmp_path)
-    trouble.run(at_step_2=lambda: setattr(trouble.net.body[2], "scale", 0.0))
+def test_the_report_has_the_state_before_the_step(tmp_path):
+    run = FailingRun(tmp_path)
+    run.train(before_step_2=lambda: setattr(run.net.body[2], "scale", 0.0))
     report = torch.load(tmp_path / "nonfinite_rank0.pth", weights_only=True)
     assert (report["epoch"], report["step"]) == (3, 2)
     assert report["seed"] == engine.derive_seed(0, 3, 2, 0)
-    assert torch.equal(report["batch"], trouble.batches[2])
-    assert equal(report["model"], trouble.saved_model)
-    assert equal(dict(trouble.net.state_dict()), trouble.saved_model)
-    assert not report["figures"]["loss"].isfinite()
+    assert torch.equal(report["batch"], run.batches[2])
+    assert equal(report["model"], run.saved_model)
+    assert equal(dict(run.net.state_dict()), run.saved_model)
+    assert not report["metrics"]["loss"].isfinite()
     assert "body.2" in report["culprit"]
 
 
-def test_a_spoiled_parameter_is_named(tmp_path):
-    trouble = Trouble(tmp_path)
-    said = trouble.run(at_step_2=lambda: trouble.net.body[0].bias.data.fill_(torch.inf))
-    assert "parameter body.0.bias was not finite before the step" in said
+def test_a_parameter_that_is_not_finite_is_named(tmp_path):
+    run = FailingRun(tmp_path)
+    message = run.train(before_step_2=lambda: run.net.body[0].bias.data.fill_(torch.inf))
+    assert "parameter body.0.bias was not finite before the step" in message
 
 
-def test_a_spoiled_batch_is_named(tmp_path):
-    trouble = Trouble(tmp_path)
-    trouble.batches[2][1, 3] = torch.nan
-    assert "the loss is nan at epoch 3, step 2: the batch itself is not finite" in trouble.run()
+def test_a_batch_that_is_not_finite_is_reported(tmp_path):
+    run = FailingRun(tmp_path)
+    run.batches[2][1, 3] = torch.nan
+    assert "the loss is nan at epoch 3, step 2: the batch itself is not finite" in run.train()
 
 
-def test_a_loss_that_fails_by_itself_is_named(tmp_path):
-    trouble = Trouble(tmp_path)
+def test_the_metrics_that_are_not_finite_are_named(tmp_path):
+    run = FailingRun(tmp_path)
 
     def step(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        output = trouble.net(batch).square().mean()
-        fine, bad = output, output / (0.0 if trouble.state.step == 2 else 1.0)
+        output = run.net(batch).square().mean()
+        fine, bad = output, output / (0.0 if run.state.step == 2 else 1.0)
         return {"loss": fine + bad, "loss_fine": fine, "loss_bad": bad}
 
-    said = trouble.run(step)
-    assert "every module's output is finite" in said
-    assert "of the figures computed from them not loss, loss_bad;" in said
+    message = run.train(step)
+    assert "the outputs of all modules are finite" in message
+    assert "but not these metrics: loss, loss_bad;" in message
 
 
-def test_a_failure_that_does_not_come_again_is_admitted(tmp_path):
-    trouble = Trouble(tmp_path)
+def test_a_failure_that_does_not_repeat_is_reported(tmp_path):
+    run = FailingRun(tmp_path)
     calls = []
 
     def step(batch: torch.Tensor) -> dict[str, torch.Tensor]:
         calls.append(1)
-        return {"loss": trouble.net(batch).sum() * (torch.nan if len(calls) == 3 else 1.0)}
+        return {"loss": run.net(batch).sum() * (torch.nan if len(calls) == 3 else 1.0)}
 
-    assert "a second run of the same step was finite" in trouble.run(step)
+    assert "all values were finite when the same step ran again" in run.train(step)
 
 
 def test_the_second_run_draws_the_same_random_numbers(tmp_path):
-    trouble = Trouble(tmp_path)
+    run = FailingRun(tmp_path)
     draws = []
 
     def step(batch: torch.Tensor) -> dict[str, torch.Tensor]:
         draws.append(float(torch.rand(())))
-        bad = torch.nan if trouble.state.step == 2 else 1.0
-        return {"loss": trouble.net(batch.mul_(2)).sum() * bad}
+        bad = torch.nan if run.state.step == 2 else 1.0
+        return {"loss": run.net(batch.mul_(2)).sum() * bad}
 
-    trouble.run(step)
+    run.train(step)
     assert len(draws) == 4
     assert draws[3] == draws[2] != draws[1]
 
 
-def test_nothing_is_saved_without_a_directory():
-    trouble = Trouble(None)
-    trouble.batches[2][1, 3] = torch.nan
-    assert trouble.run().endswith("the batch itself is not finite")
+def test_nothing_is_saved_without_a_folder():
+    run = FailingRun(None)
+    run.batches[2][1, 3] = torch.nan
+    assert run.train().endswith("the batch itself is not finite")
 
 
-def test_hooks_are_gone_afterwards(tmp_path):
-    trouble = Trouble(tmp_path)
-    trouble.batches[2][1, 3] = torch.nan
-    trouble.run()
-    assert not any(module._forward_hooks for module in trouble.net.modules())
+def test_hooks_are_removed(tmp_path):
+    run = FailingRun(tmp_path)
+    run.batches[2][1, 3] = torch.nan
+    run.train()
+    assert not any(module._forward_hooks for module in run.net.modules())
 
 
-def test_two_processes_stop_together_and_the_right_one_reports(pair):
-    said = [answers["poison"] for answers in pair.answers]
-    bad = next(rank for rank in range(2) if "the batch itself is not finite" in said[rank])
-    assert "the loss of another process is not finite at epoch 0" in said[1 - bad]
-    reports = sorted(path.name for path in (pair.folder / "poisoned").glob("nonfinite*"))
+def test_two_processes_stop_together_and_the_one_with_nan_saves_a_report(pair):
+    messages = [results["nonfinite"] for results in pair.results]
+    bad = next(rank for rank in range(2) if "the batch itself is not finite" in messages[rank])
+    assert "the loss of another process is not finite at epoch 0" in messages[1 - bad]
+    reports = sorted(path.name for path in (pair.folder / "nonfinite").glob("nonfinite*"))
     assert reports == [f"nonfinite_rank{bad}.pth"]

@@ -1,4 +1,4 @@
-"""The optimizer's step: the same update with and without gradient scaling, overflows skipped."""
+"""The optimizer step: the same update with and without gradient scaling; overflows are skipped."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def update(dtype: torch.dtype, clip: float | None, factor: float = 1.0) -> torch.Tensor:
-    """Weights after one step on the same gradients, scaled as the precision wants."""
+    """Return the weights after one step on the same gradients, scaled if the type needs it."""
     torch.manual_seed(0)
     model = nn.Linear(5, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -24,7 +24,7 @@ def update(dtype: torch.dtype, clip: float | None, factor: float = 1.0) -> torch
     return parameters_to_vector(model.parameters()).detach()
 
 
-@pytest.mark.parametrize("clip", [None, 1e-2, 1e3], ids=["none", "tight", "loose"])
+@pytest.mark.parametrize("clip", [None, 1e-2, 1e3], ids=["none", "small", "large"])
 def test_scaling_changes_neither_clipping_nor_update(clip):
     start = update(torch.float32, None, factor=0.0)
     plain = update(torch.float32, clip)
@@ -34,27 +34,27 @@ def test_scaling_changes_neither_clipping_nor_update(clip):
 
 
 @pytest.mark.parametrize("clip", [None, 1.0], ids=["no clipping", "clipping"])
-def test_a_step_that_overflowed_is_skipped(clip):
+def test_a_step_with_an_overflow_is_skipped(clip):
     start = update(torch.float32, None, factor=0.0)
     assert torch.equal(update(torch.float16, clip, factor=torch.inf), start)
 
 
-def test_scaler_and_optimizer_come_back_from_a_checkpoint():
-    def fresh() -> TrainState:
+def test_a_checkpoint_restores_scaler_and_optimizer():
+    def create_state() -> TrainState:
         model = nn.Linear(2, 2)
         return TrainState(model, torch.optim.AdamW(model.parameters()), scaler())
 
     def scaler() -> torch.amp.GradScaler:
         return make_scaler(CPU, torch.float16)
 
-    state = fresh()
+    state = create_state()
     state.scaler.scale(state.model(torch.ones(1, 2)).sum() * torch.inf).backward()
     optimizer_step(state.optimizer, state.scaler, None)
     state.scaler.scale(state.model(torch.ones(1, 2)).sum()).backward()
     optimizer_step(state.optimizer, state.scaler, None)
     state.finish_epoch()
     state.step, state.best = 7, 81.5
-    other = fresh()
+    other = create_state()
     assert other.scaler.get_scale() != state.scaler.get_scale()
     other.load_state_dict(state.state_dict())
     assert equal(other.scaler.state_dict(), state.scaler.state_dict())

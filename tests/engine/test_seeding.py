@@ -1,4 +1,4 @@
-"""Seeds: stable, unrelated, and enough to repeat every draw."""
+"""Seeds: the same in every version, unrelated, and sufficient to repeat all random numbers."""
 
 import itertools
 import random
@@ -15,12 +15,12 @@ def draw() -> tuple[float, float, float]:
 
 
 def test_a_seed_never_changes_between_versions():
-    # The numbers themselves: were they to change, every old checkpoint would resume differently.
+    # With other seeds, a resumed run would differ from an uninterrupted one of an older version.
     assert derive_seed(0) == 4246866556266386882
     assert derive_seed(42, 3, 1001, 7) == 7336303043205318045
 
 
-def test_seeds_fit_63_bits_and_never_meet():
+def test_seeds_fit_in_63_bits_and_do_not_collide():
     seeds = [derive_seed(*parts) for parts in itertools.product(range(9), range(9), range(99))]
     assert len(set(seeds)) == len(seeds)
     assert min(seeds) >= 0
@@ -33,7 +33,7 @@ def test_seeds_fit_63_bits_and_never_meet():
     [((1, 2), (2, 1)), ((1,), (1, 0)), ((1, 23), (12, 3)), ((2**32,), (0, 1)), ((1,), (-1,))],
     ids=["order", "length", "digits", "words", "sign"],
 )
-def test_parts_are_told_apart(one, other):
+def test_different_parts_give_different_seeds(one, other):
     assert derive_seed(*one) != derive_seed(*other)
 
 
@@ -42,7 +42,7 @@ def test_integers_of_other_types_give_the_same_seed():
 
 
 @pytest.mark.parametrize("seed", [0, 2**32, 2**63 - 1], ids=["zero", "33 bits", "63 bits"])
-def test_all_generators_repeat_after_seeding(seed):
+def test_all_generators_repeat_their_numbers_after_seeding(seed):
     seed_all(seed)
     first = draw()
     draw()

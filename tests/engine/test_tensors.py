@@ -1,4 +1,4 @@
-"""Nested tensors: every kind of container, copies that are copies, models without wrappers."""
+"""Nested tensors: all types of containers, copies, values that are not finite, wrapped models."""
 
 from collections import namedtuple
 
@@ -23,7 +23,7 @@ def tree() -> dict:
     }
 
 
-def test_containers_keep_their_kind_and_everything_else_is_passed_on():
+def test_containers_keep_their_type_and_other_objects_are_the_same():
     given, got = tree(), copy_to(tree(), CPU)
     assert isinstance(got["pair"], tuple)
     assert isinstance(got["pair"][1], list)
@@ -42,14 +42,14 @@ def test_a_copy_shares_no_memory():
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
-def test_one_bad_number_anywhere_is_found(value):
+def test_a_single_number_that_is_not_finite_is_found(value):
     bad = tree()
     assert is_finite(bad)
     bad["boxes"].corners[0, 3] = value
     assert not is_finite(bad)
 
 
-def test_an_average_model_is_not_taken_for_a_wrapper():
+def test_only_compiled_and_distributed_models_are_unwrapped():
     model = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 2))
     assert unwrap(model) is model
     assert unwrap(torch.compile(model, backend="eager")) is model

@@ -1,6 +1,8 @@
-"""A third trainer in miniature, for the tests to interrupt: all of engine on random data.
+"""A small trainer on `engine.Recipe`, which the tests interrupt and resume.
 
-It also runs by itself: `python -m tests.engine.toy --output-dir OUT --epochs 2`.
+It trains a classifier of random vectors with all features of `engine`. Samples, dropout and the
+step draw random numbers, batch norm has buffers, and there are an EMA and a schedule, so an error
+in resuming changes the weights. As a command: `python -m tests.engine.toy --output-dir OUT`.
 """
 
 import os
@@ -16,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import engine
 from engine import cli
+
+SIGTERM, SIGKILL = int(signal.SIGTERM), int(signal.SIGKILL)
 
 
 class ToyConfig(engine.RunConfig):
@@ -29,29 +33,29 @@ class ToyConfig(engine.RunConfig):
     samples: int = Field(44, gt=0)
     """Number of samples."""
     batch_size: int = Field(4, gt=0)
-    """Samples per batch and process."""
+    """Input batch size per process."""
     num_workers: int = Field(0, ge=0)
     """Number of data loading processes."""
     epochs: int = Field(2, gt=0)
-    """Number of epochs."""
+    """Number of epochs to train."""
     lr: float = Field(0.05, gt=0)
     """Learning rate."""
     clip_grad: float | None = 1.0
     """Largest norm of the gradients."""
-    kill_at: tuple[int, int, int] | None = None
-    """Signal, epoch and step: the run sends itself the signal during that step."""
-    poison_at: int | None = None
-    """Index of a sample that is not finite."""
-    pause: float = Field(0, ge=0)
-    """Seconds to wait in every step."""
     device: str = "cpu"
-    """Device."""
+    """Device to run on."""
     print_freq: int = 3
-    """Steps between two lines of output."""
+    """Number of optimizer steps between printed metrics."""
+    kill_at: tuple[int, int, int] | None = None
+    """Signal, epoch and step: the process sends itself the signal during that step."""
+    nan_at: int | None = None
+    """Index of a sample that contains NaN."""
+    pause: float = Field(0, ge=0)
+    """Seconds to wait before each forward pass."""
 
 
-class Positions:
-    """A sampler of (index, seed) for every sample of this process, from a position on."""
+class ToySampler:
+    """A sampler of (index, seed) pairs for the samples of this process."""
 
     def __init__(self, config: ToyConfig) -> None:
         self.config = config
@@ -59,63 +63,71 @@ class Positions:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Set the epoch and its first sample."""
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = torch.randperm(
-            self.config.samples, generator=torch.Generator().manual_seed(self.epoch)
-        )
-        mine = order[engine.rank() :: engine.world_size()][: self.length].tolist()
-        for position in range(self.start, self.length):
-            place = position * engine.world_size() + engine.rank()
-            yield mine[position], engine.derive_seed(self.config.seed, self.epoch, place)
+        generator = torch.Generator().manual_seed(self.epoch)
+        order = torch.randperm(self.config.samples, generator=generator).tolist()
+        for number in range(self.start, self.length):
+            position = number * engine.world_size() + engine.rank()
+            yield order[position], engine.derive_seed(self.config.seed, self.epoch, position)
 
 
-class Noise(Dataset):
-    """Samples whose every number comes from their own seed."""
+class ToyDataset(Dataset):
+    """Random vectors around one of three class means, drawn from the seed of the sample."""
 
     def __init__(self, config: ToyConfig) -> None:
         self.config = config
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
         index, seed = item
-        generator = torch.Generator().manual_seed(seed)
-        image = torch.randn(7, generator=generator) + index % 3
-        if index == self.config.poison_at:
-            image[3] = torch.nan
-        return image, torch.tensor(index % 3)
+        label = index % 3
+        vector = torch.randn(7, generator=torch.Generator().manual_seed(seed)) + label
+        if index == self.config.nan_at:
+            vector[3] = torch.nan
+        return vector, torch.tensor(label)
 
 
-def build_model(seed: int) -> nn.Module:
-    """Dropout draws random numbers in every step, batch norm keeps buffers."""
+class Killer:
+    """The signal that this process sends itself during a step, as `kill_at` says."""
+
+    def __init__(self, config: ToyConfig, sampler: ToySampler) -> None:
+        self.config, self.sampler = config, sampler
+        self.epoch, self.batches = -1, 0
+
+    def count_batch(self) -> None:
+        """Count a batch, and send the signal if it is the last one of the step."""
+        if self.epoch != self.sampler.epoch:
+            self.epoch = self.sampler.epoch
+            self.batches = self.sampler.start // self.config.batch_size
+        self.batches += 1
+        step, rest = divmod(self.batches, self.config.accumulate_steps)
+        if self.config.kill_at and rest == 0 and self.config.kill_at[1:] == (self.epoch, step):
+            os.kill(os.getpid(), self.config.kill_at[0])
+
+
+def create_model(seed: int) -> nn.Module:
+    """Create a model with dropout and batch norm."""
     engine.seed_all(seed)
     return nn.Sequential(
         nn.Linear(7, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.4), nn.Linear(16, 3)
     )
 
 
-def create_step(config: ToyConfig, positions: Positions) -> Callable[..., dict[str, torch.Tensor]]:
-    """Return the training step, which may also send the process a signal."""
-    calls = {"epoch": -1, "count": 0}
+def create_step(config: ToyConfig, killer: Killer) -> Callable[..., dict[str, Tensor]]:
+    """Return the function for one training step."""
 
-    def kill_if_due() -> None:
-        if calls["epoch"] != positions.epoch:
-            calls.update(epoch=positions.epoch, count=positions.start // config.batch_size)
-        calls["count"] += 1
-        step, rest = divmod(calls["count"], config.accumulate_steps)
-        if config.kill_at and rest == 0 and config.kill_at[1:] == (positions.epoch, step):
-            os.kill(os.getpid(), config.kill_at[0])
-
-    def step(model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-        kill_if_due()
-        images, labels = batch
+    def step(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        killer.count_batch()
         time.sleep(config.pause)
-        # A draw from each generator, as augmentation in the step makes it; in place, as mixup does.
-        images.mul_(1 + 0.1 * random.random()).add_(0.1 * float(np.random.rand()))
-        logits = model(images)
+        vectors, labels = batch
+        # Augment in place with random numbers of Python and NumPy, as mixup does.
+        vectors.mul_(1 + 0.1 * random.random()).add_(0.1 * float(np.random.rand()))
+        logits = model(vectors)
         loss = F.cross_entropy(logits.float(), labels)
         return {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
 
@@ -123,7 +135,7 @@ def create_step(config: ToyConfig, positions: Positions) -> Callable[..., dict[s
 
 
 def evaluate(models: Mapping[str, nn.Module]) -> dict[str, float]:
-    """Return a number that all processes share; their running means of batch norm differ."""
+    """Return the mean of some weights, which is the same in all processes."""
     return {f"{prefix}mean": model[-1].weight.mean().item() for prefix, model in models.items()}
 
 
@@ -131,16 +143,16 @@ def train(config: ToyConfig, *, resume: bool = False) -> dict[str, Any]:
     """Train, and return the content of the last checkpoint."""
     config = config.model_copy(update={"auto_resume": resume})
     session = engine.start_session(config, lambda path: torch.load(path, weights_only=True))
-    positions = Positions(config)
+    sampler = ToySampler(config)
     loader = DataLoader(
-        Noise(config),
+        ToyDataset(config),
         batch_size=config.batch_size,
-        sampler=positions,
+        sampler=sampler,
         drop_last=True,
         num_workers=config.num_workers,
         worker_init_fn=engine.shield_worker,
     )
-    model = build_model(config.seed)
+    model = create_model(config.seed)
     ema = ModelEmaV3(model, decay=0.9, exclude_buffers=True)
     if session.checkpoint is not None:
         model.load_state_dict(session.checkpoint["model"])
@@ -150,7 +162,7 @@ def train(config: ToyConfig, *, resume: bool = False) -> dict[str, Any]:
         model=model,
         ema=ema,
         batches=loader,
-        step=create_step(config, positions),
+        step=create_step(config, Killer(config, sampler)),
         optimizer=optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
         schedule_per_step=True,
@@ -163,15 +175,15 @@ def train(config: ToyConfig, *, resume: bool = False) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train once, with flags."""
+    """Train as a command; resume if the output folder has a checkpoint."""
     config = engine.parse_config(ToyConfig, argv, prog="toy", description="A toy.")
     last = Path(config.output_dir) / "checkpoint.pth"
     train(config, resume=bool(config.output_dir) and last.exists())
 
 
 def equal(left: Any, right: Any) -> bool:
-    """Whether two nested states hold the same bits."""
-    if isinstance(left, torch.Tensor):
+    """Return whether two nested states are equal in every bit."""
+    if isinstance(left, Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(equal(left[k], right[k]) for k in left)
@@ -179,8 +191,6 @@ def equal(left: Any, right: Any) -> bool:
         return len(left) == len(right) and all(map(equal, left, right))
     return left == right
 
-
-SIGTERM, SIGKILL = int(signal.SIGTERM), int(signal.SIGKILL)
 
 if __name__ == "__main__":
     cli.run(main)
