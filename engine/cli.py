@@ -13,11 +13,13 @@ With several processes, each process that fails prints its own line, which begin
 in `error [rank 3]:`.
 """
 
+import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from engine.distributed import launched_as, shutdown
+from engine.distributed import in_process_group, launched_as, shutdown
 from engine.errors import UserError
 
 __all__ = ["fail", "one_line", "run"]
@@ -59,7 +61,14 @@ def fail(error: Exception) -> NoReturn:
     # A single write keeps the lines of several processes separate.
     sys.stderr.write(f"error{place}: {one_line(error)}\n")
     sys.stderr.flush()
-    sys.exit(getattr(error, "exit_code", 1))
+    code = getattr(error, "exit_code", 1)
+    if in_process_group():
+        # Threads of the process group still run. The interpreter's own exit could abort on them,
+        # and the exit code would be lost.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def one_line(error: Exception) -> str:

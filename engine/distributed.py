@@ -18,6 +18,7 @@ from engine.errors import UsageError
 
 __all__ = [
     "launched_as",
+    "in_process_group",
     "init_distributed",
     "shutdown",
     "distribute",
@@ -127,6 +128,11 @@ def _slurm_rendezvous() -> str:
     # The port depends on the job, so that two jobs can share a node.
     port = env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000)
     return f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{port}"
+
+
+def in_process_group() -> bool:
+    """Return whether this process has joined a process group."""
+    return dist.is_initialized()
 
 
 def rank() -> int:
