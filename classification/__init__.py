@@ -1,4 +1,4 @@
-"""DeiT with iRPE: models, trainer, evaluation. Importing it registers the models in timm."""
+"""DeiT with iRPE: models, trainer, evaluation. The import registers the models in timm."""
 
 from classification.config import ClassificationConfig, parse_args
 from classification.evaluate import evaluate

@@ -1,4 +1,4 @@
-"""Builders: the parts of a recipe, from the configuration of a run."""
+"""Functions that build the parts of a training recipe from the configuration."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -34,17 +34,17 @@ __all__ = [
 def create_model(
     config: ClassificationConfig, num_classes: int, checkpoint: Mapping | None = None
 ) -> nn.Module:
-    """Build the model with the weights that it starts from.
+    """Build the model with its initial weights.
 
-    A training resumes only from a checkpoint that fits exactly. Fine-tuning and evaluation also
+    Training resumes only from a checkpoint that fits exactly. Fine-tuning and evaluation also
     accept weights of the same model without iRPE: the tables then keep their initial value, zero,
     which is logged.
 
     Args:
         config: The configuration.
-        num_classes: Width of the head.
-        checkpoint: The checkpoint to resume or to evaluate; None for `pretrained`, `finetune` or
-            new weights.
+        num_classes: Number of classes.
+        checkpoint: Checkpoint to resume or to evaluate; None uses `pretrained`, `finetune` or
+            random weights.
 
     Raises:
         UsageError: The options do not fit the model.
@@ -87,7 +87,7 @@ def create_model(
 
 
 def _image_size(checkpoint: dict, source: str) -> tuple[int, int] | None:
-    """Return height and width in pixels that a checkpoint was trained at, None if unknown."""
+    """Return height and width of the training images of a checkpoint, or None if unknown."""
     size = (checkpoint.get("args") or {}).get("input_size")
     if size is None:
         return None
@@ -103,9 +103,10 @@ def _image_size(checkpoint: dict, source: str) -> tuple[int, int] | None:
 def create_ema(
     config: ClassificationConfig, model: nn.Module, checkpoint: Mapping | None
 ) -> ModelEmaV3 | None:
-    """Create the EMA of the weights, with the checkpoint's if it has one.
+    """Create the EMA of the weights, with the values of the checkpoint if it has an EMA.
 
-    An evaluation has no EMA if its checkpoint has none.
+    Returns:
+        The EMA. None without `model_ema`, and for the evaluation of a checkpoint without EMA.
     """
     weights = (checkpoint or {}).get("model_ema")
     if not config.model_ema or (config.eval and weights is None):
@@ -118,20 +119,23 @@ def create_ema(
 
 
 def autocast_dtype(config: ClassificationConfig, device: torch.device) -> torch.dtype:
-    """Return the type of mixed precision; DeiT was trained in float16 on GPUs."""
+    """Return the data type of mixed precision; DeiT was trained in float16 on GPUs."""
     auto = torch.float16 if device.type == "cuda" else torch.float32
     return resolve_dtype(config.dtype, auto=auto)
 
 
 def scaled_lr(config: ClassificationConfig, total_batch_size: int) -> float:
-    """Return the learning rate for a total batch size; `lr` is for 512 images."""
+    """Return the learning rate for a total batch size; `lr` is for 512."""
     return config.lr * total_batch_size / 512 if config.scale_lr else config.lr
 
 
 def create_optimizer(
     config: ClassificationConfig, model: nn.Module, total_batch_size: int
 ) -> torch.optim.Optimizer:
-    """Create timm's optimizer; biases, norms, position embedding and tokens are not decayed."""
+    """Create the optimizer of timm.
+
+    Weight decay does not apply to biases, norms, position embedding and tokens.
+    """
     options = optimizer_kwargs(config) | {"lr": scaled_lr(config, total_batch_size)}
     if config.opt in ("adam", "adamw"):
         options["fused"] = True
@@ -141,7 +145,7 @@ def create_optimizer(
 def create_evaluation(
     config: ClassificationConfig, data: ResilientDataset, device: torch.device
 ) -> Evaluate:
-    """Create the evaluation of several models on a validation set."""
+    """Create the function that evaluates several models on a validation set."""
     return partial(
         evaluate,
         loader=eval_loader(data, config, device),
@@ -154,7 +158,7 @@ def create_evaluation(
 def create_step(
     config: ClassificationConfig, num_classes: int, device: torch.device
 ) -> Callable[[nn.Module, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Create the training step: mix the batch, forward, loss."""
+    """Create the training step: mixup or cutmix, forward pass, loss."""
     mixup = None
     if config.mixes:
         mixup = Mixup(
@@ -188,7 +192,7 @@ def create_step(
 def _create_teacher(
     config: ClassificationConfig, num_classes: int, device: torch.device
 ) -> nn.Module | None:
-    """Create the teacher of a distillation, frozen."""
+    """Create the frozen teacher of a distillation; None without distillation."""
     if config.distillation_type == "none":
         return None
     teacher = timm.create_model(config.teacher_model, num_classes=num_classes)

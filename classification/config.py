@@ -1,7 +1,7 @@
-"""Every option of the classification trainer: one name for YAML key, flag and attribute.
+"""The options of the classification trainer. Each is a YAML key, a flag and an attribute.
 
-Names and defaults are DeiT's, so commands for it keep working. What differs: no data path is
-built in, and `device` is found by looking, because the default must also run without a GPU.
+Names and defaults are those of DeiT, so commands for DeiT keep working. Two defaults differ:
+`data_path` is empty, and `device` is a GPU only if there is one.
 """
 
 from typing import Literal
@@ -20,61 +20,65 @@ class ModelConfig(Config):
     """Model."""
 
     model: str = "deit_base_patch16_224"
-    """Name in timm's registry; the nine DeiT-iRPE models are in it."""
+    """Model name in timm's registry, which includes the DeiT-iRPE models."""
     rpe: str = ""
-    """iRPE to add, such as rpe-1.9-product-ctx-1-k; empty for the model as its name says."""
+    """iRPE to add to every block, such as rpe-1.9-product-ctx-1-k; empty adds none."""
     rpe_implementation: Literal["auto", "cuda", "triton", "cpp", "reference"] = "auto"
-    """Of iRPE's operators: auto takes the fastest that runs; `python -m rpe_ops` lists them."""
+    """Implementation of iRPE's operators; auto is the fastest that runs (see python -m rpe_ops)."""
     abs_pos_embed: bool = True
     """Keep the learned absolute position embedding."""
     distillation_token: bool = False
-    """Add DeiT's distillation token and head."""
+    """Add the distillation token and head of DeiT."""
     input_size: int | tuple[int, int] = 224
-    """Side of the images in pixels, or height and width."""
+    """Image size in pixels: one side, or height and width."""
     drop: float = Field(0.0, ge=0, lt=1)
-    """Dropout of the projections and the head."""
+    """Dropout probability of the projections and the head."""
     drop_path: float = Field(0.1, ge=0, lt=1)
-    """Stochastic depth of the last block; earlier ones have less."""
+    """Stochastic depth probability of the last block; it rises linearly from 0 in the first."""
     patch_size: int | None = Field(None, ge=1)
-    """Side of a patch in pixels; none as the model's name says."""
+    """Side of a patch in pixels; none uses that of the model."""
     embed_dim: int | None = Field(None, ge=1)
-    """Channels of a token; none as the model's name says."""
+    """Number of channels of a token; none uses that of the model."""
     depth: int | None = Field(None, ge=1)
-    """Number of blocks; none as the model's name says."""
+    """Number of blocks; none uses that of the model."""
     num_heads: int | None = Field(None, ge=1)
-    """Attention heads; none as the model's name says."""
+    """Number of attention heads; none uses that of the model."""
     mlp_ratio: float | None = Field(None, gt=0)
-    """Hidden width of the MLP over embed_dim; none as the model's name says."""
+    """Ratio of the hidden channels of the MLP to embed_dim; none uses that of the model."""
     pretrained: bool = False
-    """Start from (with --eval: evaluate) the published weights."""
+    """Start from the published weights, or evaluate them with --eval."""
     finetune: str = ""
-    """Checkpoint to start from at another image size or number of classes, or without iRPE."""
+    """Path or URL of a checkpoint to fine-tune, also of another image size, with other classes or
+    without iRPE."""
 
     @field_validator("model")
     @classmethod
-    def _known_model(cls, name: str) -> str:
+    def _check_model(cls, name: str) -> str:
+        """Refuse a name that is not in timm's registry."""
         import classification.models  # noqa: F401  (registers the published models)
 
         if not timm.is_model(name):
-            raise ValueError("unknown model; see timm.list_models() and the table in README.md")
+            raise ValueError("must be a model name of timm.list_models()")
         return name
 
     @field_validator("rpe")
     @classmethod
-    def _well_formed_spec(cls, spec: str) -> str:
+    def _check_spec(cls, spec: str) -> str:
+        """Refuse a malformed spec."""
         parse_rpe_spec(spec)
         return spec
 
     @field_validator("input_size")
     @classmethod
-    def _positive_size(cls, size: int | tuple[int, int]) -> int | tuple[int, int]:
+    def _check_size(cls, size: int | tuple[int, int]) -> int | tuple[int, int]:
+        """Refuse sides below 1."""
         if min((size,) if isinstance(size, int) else size) < 1:
-            raise ValueError("sides must be at least 1 pixel")
+            raise ValueError("must be at least 1 pixel per side")
         return size
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """`(height, width)` of the images in pixels."""
+        """Height and width of the images in pixels."""
         size = self.input_size
         return (size, size) if isinstance(size, int) else size
 
@@ -83,69 +87,70 @@ class DataConfig(Config):
     """Data."""
 
     data_path: str = ""
-    """Folder with train/ and val/, or with train.tar and val.tar."""
+    """Folder of the data, with train/ and val/, or with train.tar and val.tar."""
     data_set: Literal["IMNET", "CIFAR", "INAT", "INAT19", "DIGITS"] = "IMNET"
-    """ImageNet's layout, CIFAR-100, iNaturalist 2018 or 2019, or the embedded digits."""
+    """Data set: ImageNet's layout, CIFAR-100, iNaturalist 2018 or 2019, or built-in digits."""
     inat_category: Literal[
         "kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"
     ] = "name"
-    """Level of iNaturalist's labels."""
+    """Taxonomic rank of the classes of iNaturalist."""
     load_tar: bool = False
-    """Read train.tar and val.tar in place instead of folders."""
+    """Read the images from train.tar and val.tar without unpacking them."""
     pin_mem: bool = True
-    """Pin loaded batches for faster copies to a GPU."""
+    """Pin the memory of loaded batches for faster transfer to a GPU."""
     repeated_aug: bool = True
-    """Show an image three times a step, each augmented anew, and a third of the images an epoch."""
+    """Repeated augmentation: three copies of an image per step, a third of the images per epoch."""
     dist_eval: bool = True
-    """Share the validation set among the processes; the figures are the same either way."""
+    """Divide the validation set among the processes; the metrics do not change."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Share of unreadable training images above which the run stops."""
+    """Maximum fraction of unreadable images; above it the run stops."""
 
 
 class AugmentConfig(Config):
     """Augmentation."""
 
     augment: Literal["recipe", "affine", "none"] = "recipe"
-    """DeiT's recipe, random affine maps only (for digits), or nothing."""
+    """Augmentation of training images: the recipe of DeiT, affine transforms only, or none."""
     color_jitter: float | None = Field(0.4, ge=0)
-    """Strength of color jitter; used only where aa is none."""
+    """Strength of color jitter; used only if aa is none."""
     aa: str | None = "rand-m9-mstd0.5-inc1"
-    """AutoAugment or RandAugment policy in timm's notation."""
+    """AutoAugment or RandAugment policy in timm's notation; none disables it."""
     train_interpolation: Literal["random", "bilinear", "bicubic"] = "bicubic"
-    """Resampling of training images."""
+    """Interpolation for resizing training images."""
     smoothing: float = Field(0.1, ge=0, lt=1)
     """Label smoothing."""
     reprob: float = Field(0.25, ge=0, le=1)
     """Probability of random erasing."""
     remode: Literal["const", "rand", "pixel"] = "pixel"
-    """What an erased region is filled with."""
+    """Fill of erased regions: the mean color, one random color or random pixels."""
     recount: int = Field(1, ge=1)
-    """Number of erased regions."""
+    """Maximum number of erased regions per image."""
     resplit: bool = False
-    """Kept for DeiT's sake, whose trainer never reads it; only false is possible."""
+    """Accepted for compatibility with DeiT, which ignores it; must be false."""
     mixup: float = Field(0.8, ge=0)
-    """Alpha of mixup; 0 is off."""
+    """Alpha of mixup; 0 disables it."""
     cutmix: float = Field(1.0, ge=0)
-    """Alpha of cutmix; 0 is off."""
+    """Alpha of cutmix; 0 disables it."""
     cutmix_minmax: tuple[float, float] | None = None
-    """Smallest and largest side of the cut, relative; replaces cutmix's alpha."""
+    """Minimum and maximum relative side of the cutmix region; enables cutmix without alpha."""
     mixup_prob: float = Field(1.0, ge=0, le=1)
-    """Probability of mixing a batch at all."""
+    """Probability of applying mixup or cutmix."""
     mixup_switch_prob: float = Field(0.5, ge=0, le=1)
-    """Probability of cutmix where both are on."""
+    """Probability of cutmix instead of mixup if both are enabled."""
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
-    """Mix with one, pairwise, or elementwise parameters."""
+    """Scope of the random mixing parameters: the batch, a pair of images or one image."""
 
     @field_validator("resplit")
     @classmethod
-    def _no_resplit(cls, resplit: bool) -> bool:
+    def _check_resplit(cls, resplit: bool) -> bool:
+        """Refuse true, instead of ignoring it as DeiT does."""
         if resplit:
-            raise ValueError("only false is possible: there are no augmentation splits")
+            raise ValueError("must be false (there are no augmentation splits)")
         return resplit
 
     @property
     def mixes(self) -> bool:
-        """Whether mixup or cutmix is on."""
+        """True if mixup or cutmix is enabled."""
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
 
@@ -153,55 +158,56 @@ class OptimConfig(Config):
     """Optimizer and schedule."""
 
     opt: str = "adamw"
-    """Optimizer in timm's notation."""
+    """Optimizer name in timm's registry."""
     opt_eps: float = Field(1e-8, gt=0)
     """Epsilon of the optimizer."""
     opt_betas: tuple[float, float] | None = None
-    """Betas of the optimizer; none for its own."""
+    """Betas of the optimizer; none uses its default."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of SGD-like optimizers."""
+    """Momentum of the optimizer, if it has one."""
     weight_decay: float = Field(0.05, ge=0)
-    """Weight decay; none on biases, norms, position embedding and class token."""
+    """Weight decay, except for biases, norms, position embedding and tokens."""
     clip_grad: float | None = Field(None, gt=0)
-    """Largest norm of the gradient; none does not clip."""
+    """Maximum norm of the gradient; none disables clipping."""
     lr: float = Field(5e-4, gt=0)
-    """Learning rate for 512 images a step, or for any number with --no-scale-lr."""
+    """Learning rate for a total batch size of 512, or for any with --no-scale-lr."""
     scale_lr: bool = True
-    """Scale lr in proportion to the images of a step; warmup_lr and min_lr stay as they are."""
+    """Scale lr in proportion to the total batch size; warmup_lr and min_lr are not scaled."""
     sched: Literal["cosine", "tanh", "step", "multistep", "poly", "plateau"] = "cosine"
-    """Schedule of the learning rate, in timm's notation."""
+    """Learning rate schedule, one of timm's."""
     warmup_lr: float = Field(1e-6, ge=0)
-    """Learning rate of the first epoch of the warm-up."""
+    """Learning rate at the start of the warm-up."""
     min_lr: float = Field(1e-5, ge=0)
-    """Learning rate at the end."""
+    """Minimum learning rate, reached at the end of the schedule."""
     warmup_epochs: int = Field(5, ge=0)
-    """Epochs of linear warm-up."""
+    """Number of epochs of linear warm-up."""
     cooldown_epochs: int = Field(10, ge=0)
-    """Part of timm's schedule after the last cycle; DeiT's training ends before it."""
+    """Accepted for compatibility with DeiT; no effect, because training ends after epochs."""
     decay_epochs: float = Field(30, gt=0)
-    """Epochs between the steps of the step schedule."""
+    """Number of epochs between drops of the learning rate in the step schedule."""
     decay_rate: float = Field(0.1, gt=0)
-    """Factor of the step and plateau schedules."""
+    """Factor of each drop in the step, multistep and plateau schedules."""
     patience_epochs: int = Field(10, ge=0)
-    """Epochs without progress before plateau lowers the rate."""
+    """Number of epochs without improvement before a drop in the plateau schedule."""
     lr_noise: tuple[float, ...] | None = None
-    """Where in the schedule noise is on, as fractions."""
+    """Start, or start and end, of learning rate noise, as fractions of epochs; none disables it."""
     lr_noise_pct: float = Field(0.67, ge=0)
-    """Limit of the noise, relative."""
+    """Maximum learning rate noise, relative to the learning rate."""
     lr_noise_std: float = Field(1.0, ge=0)
-    """Standard deviation of the noise."""
+    """Standard deviation of the learning rate noise."""
     model_ema: bool = True
-    """Keep an exponential moving average of the weights, and evaluate it too."""
+    """Keep an EMA (exponential moving average) of the weights, and evaluate it too."""
     model_ema_decay: float = Field(0.99996, ge=0, lt=1)
-    """Decay of the average per optimizer step."""
+    """Decay of the EMA per optimizer step."""
     model_ema_force_cpu: bool = False
-    """Keep the average on the CPU."""
+    """Keep the EMA on the CPU."""
 
     @field_validator("opt")
     @classmethod
-    def _known_optimizer(cls, name: str) -> str:
+    def _check_optimizer(cls, name: str) -> str:
+        """Refuse a name that is not in timm's registry."""
         if name not in list_optimizers():
-            raise ValueError("unknown optimizer; see timm.optim.list_optimizers()")
+            raise ValueError("must be an optimizer name of timm.optim.list_optimizers()")
         return name
 
 
@@ -209,13 +215,13 @@ class DistillConfig(Config):
     """Distillation."""
 
     distillation_type: Literal["none", "soft", "hard"] = "none"
-    """How to learn from a teacher."""
+    """Distillation from a teacher: none, its probabilities (soft) or its labels (hard)."""
     teacher_model: str = "regnety_160"
-    """Teacher's name in timm's registry."""
+    """Model name of the teacher in timm's registry."""
     teacher_path: str = ""
-    """Teacher's checkpoint, a path or an address."""
+    """Path or URL of the checkpoint of the teacher."""
     distillation_alpha: float = Field(0.5, ge=0, le=1)
-    """Share of the teacher in the loss."""
+    """Weight of the distillation loss, from 0 to 1; the loss on the labels has the rest."""
     distillation_tau: float = Field(1.0, gt=0)
     """Temperature of soft distillation."""
 
@@ -223,38 +229,41 @@ class DistillConfig(Config):
 class ClassificationConfig(
     ModelConfig, DataConfig, AugmentConfig, OptimConfig, DistillConfig, RunConfig
 ):
-    """DeiT with iRPE: training and evaluation."""
+    """Training and evaluation of DeiT with iRPE."""
 
     batch_size: int = Field(64, ge=1)
-    """Images per process and step."""
+    """Input batch size per process."""
     num_workers: int = Field(10, ge=0)
-    """Loading processes per training process."""
+    """Number of data loading processes per training process."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of autocast; auto is float16 with loss scaling on a GPU, as in DeiT, float32 elsewhere."""
+    """Data type of automatic mixed precision; auto is float16 on a GPU as in DeiT, else float32."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "ClassificationConfig":
+    def _check_combination(self) -> "ClassificationConfig":
+        """Refuse options that contradict each other."""
         if self.resume and self.pretrained:
-            raise ValueError("resume and pretrained exclude each other: both give the weights")
+            raise ValueError("resume and pretrained exclude each other: both set the weights")
         if self.finetune and self.pretrained:
-            raise ValueError("finetune and pretrained exclude each other: both give the weights")
+            raise ValueError("finetune and pretrained exclude each other: both set the weights")
         if self.distillation_type != "none":
             if not self.teacher_path:
                 raise ValueError("distillation_type needs teacher_path, the teacher's checkpoint")
             if not self.distillation_token and "_distilled_" not in self.model:
-                raise ValueError("distillation_type needs distillation_token, whose head learns it")
+                raise ValueError(
+                    "distillation_type needs distillation_token: its head learns from the teacher"
+                )
         if self.mixes and self.batch_size % 2 and not self.eval:
             raise ValueError(f"batch_size must be even with mixup or cutmix, got {self.batch_size}")
         return self
 
 
 def parse_args(argv: list[str] | None = None) -> ClassificationConfig:
-    """Turn flags, and a YAML file given with `--config`, into the configuration.
+    """Parse flags, and the YAML file of `--config` if it is given.
 
-    A mistake ends the program with one line on stderr and exit code 2.
+    An error ends the program with one line on stderr and exit code 2.
 
     Args:
-        argv: Flags; None for those of the program.
+        argv: Flags; None for those of the process.
     """
     return parse_config(
         ClassificationConfig,

@@ -1,4 +1,4 @@
-"""Data sets and loaders of a run, from its configuration."""
+"""The data sets and loaders of the trainer, built from its configuration."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,12 @@ __all__ = ["build_split", "train_loader", "eval_loader"]
 def build_split(
     config: ClassificationConfig, split: str, classes: Sequence[str] | None = None
 ) -> ResilientDataset:
-    """Open `train` or `val` with its transform; `classes` are those of training, for `val`.
+    """Open one split of the data set with its transform.
+
+    Args:
+        config: The configuration.
+        split: `train` or `val`.
+        classes: Class names of the training split, for `val`; None reads them from the split.
 
     Raises:
         DataError: The data is missing, empty or damaged, or has a class that training lacks.
@@ -54,46 +59,51 @@ def build_split(
 def train_loader(
     dataset: ResilientDataset, config: ClassificationConfig, device: torch.device
 ) -> DataLoader:
-    """Batches of this process; `loader.sampler.set_epoch(epoch, start)` chooses the epoch.
+    """Return the training batches of this process.
+
+    `loader.sampler.set_epoch(epoch, start)` sets the epoch and the first sample.
 
     Raises:
-        UsageError: The data does not fill one batch of every process.
+        UsageError: The data does not fill one optimizer step.
     """
     kind = RepeatedAugSampler if config.repeated_aug else DistributedShuffleSampler
     sampler = kind(len(dataset), rank=rank(), world_size=world_size(), seed=config.seed)
     if len(sampler) < config.batch_size * config.accumulate_steps:
         raise UsageError(
-            f"batch_size {config.batch_size} x accumulate_steps {config.accumulate_steps} is more "
-            f"than the {len(sampler)} images that each of {world_size()} processes has "
-            f"in an epoch"
+            f"batch_size x accumulate_steps must be at most {len(sampler)}, the number of images "
+            f"per epoch in each of {world_size()} process(es), "
+            f"got {config.batch_size} x {config.accumulate_steps}"
         )
     return DataLoader(
         SeededDataset(dataset),
         batch_size=config.batch_size,
         sampler=sampler,
         drop_last=True,
-        **_workers(config, device),
+        **_loader_options(config, device),
     )
 
 
 def eval_loader(
     dataset: ResilientDataset, config: ClassificationConfig, device: torch.device
 ) -> DataLoader:
-    """Batches of this process, without padding; all of them without `dist_eval`."""
-    place, processes = (rank(), world_size()) if config.dist_eval else (0, 1)
+    """Return the evaluation batches of this process, or all batches without `dist_eval`.
+
+    No image is repeated to fill a batch.
+    """
+    process, processes = (rank(), world_size()) if config.dist_eval else (0, 1)
     sampler = EvalSampler(
-        len(dataset), batch_size=config.batch_size, rank=place, world_size=processes
+        len(dataset), batch_size=config.batch_size, rank=process, world_size=processes
     )
     return DataLoader(
         SeededDataset(dataset),
         batch_size=config.batch_size,
         sampler=sampler,
-        **_workers(config, device),
+        **_loader_options(config, device),
     )
 
 
-def _workers(config: ClassificationConfig, device: torch.device) -> dict:
-    """How batches are loaded, for training and evaluation alike."""
+def _loader_options(config: ClassificationConfig, device: torch.device) -> dict:
+    """Return the DataLoader options that training and evaluation share."""
     return {
         "num_workers": config.num_workers,
         "pin_memory": config.pin_mem and device.type == "cuda",

@@ -1,7 +1,7 @@
-"""Top-1, top-5 and loss over a validation set, exact for any number of processes.
+"""Top-1 accuracy, top-5 accuracy and loss over a validation set.
 
-Whole batches are dealt out to the processes and their sums added up in the order of the data, so
-that every number is the same, to the last digit, however many processes take part.
+The metrics are bitwise equal for any number of processes: the processes evaluate whole batches in
+turn, and the sums of the batches are added up in the order of the data.
 """
 
 import torch
@@ -23,19 +23,19 @@ def evaluate(
     *,
     shared: bool = True,
 ) -> dict[str, float]:
-    """Evaluate classifiers, all in one pass over the data.
+    """Evaluate classifiers in one pass over the data.
 
     Args:
-        models: What to put before the names of the figures → a model that gives logits `(B, C)`;
-            left in the mode it was in.
-        loader: Batches `(images (B, 3, H, W), targets (B,))` of this process, which hold batch
+        models: Prefix of the names of the metrics → model that returns logits `(B, C)`. The mode
+            of each model is restored.
+        loader: Batches `(images (B, 3, H, W), targets (B,))` of this process, which are batches
             `rank`, `rank + world size`, … of the data.
-        device: Where the models are.
-        dtype: Of autocast; float32 for none.
-        shared: Whether the processes share the data, or each has all of it.
+        device: Device of the models.
+        dtype: Data type of automatic mixed precision; float32 disables it.
+        shared: Whether the data is divided among the processes; else each process has all of it.
 
     Returns:
-        For every model `acc1` and `acc5` in percent, `loss` the mean cross-entropy.
+        For every model `acc1` and `acc5` in percent, and the mean cross-entropy `loss`.
     """
     were_training = {prefix: model.training for prefix, model in models.items()}
     for model in models.values():
@@ -47,15 +47,26 @@ def evaluate(
             with autocast(device, dtype):
                 logits = model(images)
             sums[prefix].append(_batch_sums(logits.float(), targets))
-    figures = {}
+    metrics = {}
     for prefix, model in models.items():
         model.train(were_training[prefix])
         for name, value in _means(sums[prefix], shared).items():
-            figures[f"{prefix}{name}"] = value
-    return figures
+            metrics[f"{prefix}{name}"] = value
+    return metrics
+
+
+def _batch_sums(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the sums of a batch, `(4,)` float64: top-1 hits, top-5 hits, losses and images."""
+    top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+    correct = top == targets[:, None]
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    count = logits.new_tensor(len(targets))
+    sums = (correct[:, 0].sum(), correct.sum(), loss, count)
+    return torch.stack([value.double() for value in sums])
 
 
 def _means(sums: list[Tensor], shared: bool) -> dict[str, float]:
+    """Return the metrics of one model from the sums of its batches."""
     local = torch.stack(sums).cpu() if sums else torch.zeros(0, 4, dtype=torch.float64)
     per_process = all_gather_object(local) if shared else [local]
     correct1, correct5, loss, count = _in_data_order(per_process).sum(0)
@@ -66,18 +77,8 @@ def _means(sums: list[Tensor], shared: bool) -> dict[str, float]:
     }
 
 
-def _batch_sums(logits: Tensor, targets: Tensor) -> Tensor:
-    """`(4,)` float64: correct in one guess, correct in five, summed loss, number of images."""
-    top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-    correct = top == targets[:, None]
-    loss = F.cross_entropy(logits, targets, reduction="sum")
-    count = logits.new_tensor(len(targets))
-    sums = (correct[:, 0].sum(), correct.sum(), loss, count)
-    return torch.stack([value.double() for value in sums])
-
-
 def _in_data_order(per_process: list[Tensor]) -> Tensor:
-    """`(batches, 4)`: batch b was computed by process `b % world size`."""
+    """Return the sums of all batches, `(batches, 4)`; batch b is from process `b % world size`."""
     world_size = len(per_process)
     total = sum(len(sums) for sums in per_process)
     return torch.stack([per_process[b % world_size][b // world_size] for b in range(total)])

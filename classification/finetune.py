@@ -1,8 +1,8 @@
-"""Weights of one model adapted to another image size or number of classes.
+"""Adapt the weights of a classifier to another image size or number of classes.
 
 The position embedding is resampled bicubically to the new grid, as in DeiT (Touvron et al., ICML
-2021, section 5); a rectangle may become any other. The iRPE tables are carried over as they are:
-a bucket means the same distance on every grid.
+2021, section 5); both grids may be rectangles. The tables of iRPE are copied without a change,
+because a bucket stands for the same distance on every grid.
 """
 
 import logging
@@ -18,46 +18,44 @@ __all__ = ["adapt_weights"]
 
 logger = logging.getLogger(__name__)
 
-# Where these are alike the position embeddings differ in their grids alone.
-_BESIDE_THE_GRID = ("patch_embed.proj.weight", "cls_token", "dist_token", "reg_token")
+# If these shapes are equal, two position embeddings can differ only in their grids.
+_SAME_ON_EVERY_GRID = ("patch_embed.proj.weight", "cls_token", "dist_token", "reg_token")
 
 
 def adapt_weights(
     weights: dict[str, Tensor], model: nn.Module, image_size: tuple[int, int] | None = None
 ) -> dict[str, Tensor]:
-    """Make a state dict fit a model of another size or number of classes.
+    """Adapt a state dict to a model of another image size or number of classes.
 
-    Heads of another width keep the model's fresh values; what was done is logged. Everything else
-    is left to `irpe_core.load_weights`.
+    A head with another number of classes is replaced by the random head of the model. Both changes
+    are logged. Other differences are left as they are; `irpe_core.load_weights` reports them.
 
     Args:
-        weights: The state dict to start from.
+        weights: The state dict.
         model: A vision transformer of timm, with iRPE or without.
-        image_size: `(height, width)` in pixels that the weights were trained at. None if that is
-            not known: position embeddings that fit are then left, others taken for a square.
+        image_size: Height and width in pixels of the images that the weights were trained on. If
+            None, a position embedding of the right shape is kept, and another one is assumed to be
+            of square images.
 
     Returns:
         A new state dict.
 
     Raises:
-        CheckpointError: The position embeddings are not those of such an image.
+        CheckpointError: The position embedding does not have the patches of such an image.
     """
     weights, own = dict(weights), model.state_dict()
     for key in ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias"):
         if key in own and key in weights and weights[key].shape != own[key].shape:
-            logger.info("%s starts anew: %d classes now", key, len(own[key]))
+            logger.info("%s has new random weights for %d classes", key, len(own[key]))
             weights[key] = own[key]
-    patches = getattr(model, "patch_embed", None)
-    if hasattr(patches, "dynamic_feat_size") and _differ_in_grid_alone(weights, own):
+    patch_embed = getattr(model, "patch_embed", None)
+    if hasattr(patch_embed, "dynamic_feat_size") and _differ_only_in_grid(weights, own):
         weights["pos_embed"] = _resample(weights["pos_embed"], model, image_size)
     return weights
 
 
-def _differ_in_grid_alone(weights: dict[str, Tensor], own: dict[str, Tensor]) -> bool:
-    """Whether both have position embeddings `(1, P + h·w, C)` of the same C and P.
-
-    What does not is another model, and `load_weights` says which.
-    """
+def _differ_only_in_grid(weights: dict[str, Tensor], own: dict[str, Tensor]) -> bool:
+    """Return True if both have a position embedding `(1, P + h·w, C)` with the same P and C."""
     shapes, own_shapes = (
         {name: tuple(x.shape) for name, x in state.items()} for state in (weights, own)
     )
@@ -65,32 +63,33 @@ def _differ_in_grid_alone(weights: dict[str, Tensor], own: dict[str, Tensor]) ->
     return (
         len(found) == len(wanted) == 3
         and found[::2] == wanted[::2]
-        and all(shapes.get(name) == own_shapes.get(name) for name in _BESIDE_THE_GRID)
+        and all(shapes.get(name) == own_shapes.get(name) for name in _SAME_ON_EVERY_GRID)
     )
 
 
 def _resample(embedding: Tensor, model: nn.Module, image_size: tuple[int, int] | None) -> Tensor:
-    """The position embedding `(1, P + h·w, C)` on the model's grid."""
+    """Resample a position embedding `(1, P + h·w, C)` to the grid of the model."""
     new_grid = tuple(model.patch_embed.grid_size)
-    # P is 2 with a distillation token, and 0 in models that embed the patches' places alone.
+    # P is the number of tokens before the patches that have a position: 1 for a class token, 2 with
+    # a distillation token, 0 in models that give positions only to patches.
     prefix = model.pos_embed.shape[1] - math.prod(new_grid)
-    places = max(embedding.shape[1] - prefix, 0)
+    patches = max(embedding.shape[1] - prefix, 0)
     if image_size is None:
         if embedding.shape == model.pos_embed.shape:
             return embedding
-        old_grid = (math.isqrt(places),) * 2
-        origin = "no square, and the checkpoint does not tell its image size (args.input_size)"
+        old_grid = (math.isqrt(patches),) * 2
+        rule = "a square number of patches, as it records no image size (args.input_size)"
     else:
         old_grid = tuple(model.patch_embed.dynamic_feat_size(image_size))
-        origin = "not the {} x {} of its image size, {} x {}".format(*old_grid, *image_size)
-    if places < 1 or math.prod(old_grid) != places:
+        rule = "{} x {} patches, as its image size is {} x {}".format(*old_grid, *image_size)
+    if patches < 1 or math.prod(old_grid) != patches:
         raise CheckpointError(
-            f"the checkpoint's position embedding is of {places} patches, which are {origin}"
+            f"the checkpoint must have a position embedding of {rule}, got {patches}"
         )
     if old_grid == new_grid:
         return embedding
     if image_size is None:
-        logger.info("the checkpoint does not tell its image size: it is taken for a square")
+        logger.info("the checkpoint records no image size: its images are assumed to be square")
     with torch.no_grad():
         resampled = resample_abs_pos_embed(embedding, new_grid, old_grid, num_prefix_tokens=prefix)
     logger.info("position embedding resampled to a grid of %d x %d", *new_grid)

@@ -1,9 +1,10 @@
-"""Distillation through DeiT's distillation token (Touvron et al., ICML 2021, Eq. 2 and 3).
+"""The losses of DeiT, with its distillation (Touvron et al., ICML 2021, Eq. 2 and 3).
 
     soft:  (1 - alpha)·base + alpha·tau²·KL(teacher/tau ‖ student/tau)
     hard:  (1 - alpha)·base + alpha·CE(student, argmax teacher)
 
-`base` is the loss of the class head against the labels, `student` the distillation head.
+`base` is the loss of the class head on the labels, `student` the logits of the distillation head,
+`teacher` those of the teacher.
 """
 
 import torch
@@ -15,21 +16,26 @@ __all__ = ["base_criterion", "DistillationLoss"]
 
 
 def base_criterion(*, mixed: bool, smoothing: float) -> nn.Module:
-    """The loss against the labels: soft targets after mixup, else smoothed or plain."""
+    """Return the cross-entropy on the labels.
+
+    Args:
+        mixed: Targets are soft, because mixup or cutmix is enabled; they are already smoothed.
+        smoothing: Label smoothing of targets that are class numbers.
+    """
     if mixed:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
 
 
 class DistillationLoss(nn.Module):
-    """A loss against the labels combined with one against a teacher.
+    """The loss on the labels combined with the distillation loss.
 
     Args:
         base: Loss of class logits `(B, C)` and targets.
-        teacher: Gives logits `(B, C)` of the images; run without gradient, in evaluation mode.
+        teacher: Model that returns logits `(B, C)`, used in evaluation mode without gradient.
         kind: `none`, `soft` or `hard`.
-        alpha: Share of the teacher, in [0, 1].
-        tau: Temperature of the soft kind, > 0.
+        alpha: Weight of the distillation loss, in [0, 1].
+        tau: Temperature of soft distillation, > 0.
     """
 
     def __init__(
@@ -40,7 +46,7 @@ class DistillationLoss(nn.Module):
         self.kind = kind
         self.alpha = alpha
         self.tau = tau
-        # In a tuple the teacher is no submodule: it is neither trained nor saved.
+        # The tuple hides the teacher from nn.Module, so that it is not trained and not saved.
         self._teacher = (teacher.eval(),) if teacher is not None else ()
 
     def forward(
@@ -49,15 +55,15 @@ class DistillationLoss(nn.Module):
         """Compute the loss.
 
         Args:
-            images: `(B, 3, H, W)`, what the student saw.
-            outputs: Logits `(B, C)`, or those of the class and the distillation head.
+            images: Images `(B, 3, H, W)` as the student gets them.
+            outputs: Logits `(B, C)` of the class head, or of both heads.
             targets: Class numbers `(B,)` or soft targets `(B, C)`.
 
         Returns:
             A scalar.
 
         Raises:
-            ValueError: Distillation of a model that has no distillation head.
+            ValueError: The model has no distillation head.
         """
         class_logits, student = outputs if isinstance(outputs, tuple) else (outputs, None)
         loss = self.base(class_logits, targets)
@@ -77,7 +83,7 @@ class DistillationLoss(nn.Module):
                 reduction="sum",
                 log_target=True,
             )
-            # The mean over all B·C entries, as the original has it, not over the B images.
+            # As in DeiT's code, the mean is over all B·C entries, not over the B images.
             distillation = divergence * self.tau**2 / student.numel()
         else:
             distillation = F.cross_entropy(student, teacher.argmax(-1))

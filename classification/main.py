@@ -49,25 +49,29 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(config: ClassificationConfig, session: Session) -> None:
     """Train by the recipe of DeiT (Touvron et al., ICML 2021), with iRPE in the attention."""
+    device, checkpoint = session.device, session.checkpoint
     train_data = build_split(config, "train")
     val_data = build_split(config, "val", train_data.classes)
-    batches = train_loader(train_data, config, session.device)
+    batches = train_loader(train_data, config, device)
     num_classes = len(train_data.classes)
 
-    model = create_model(config, num_classes, session.checkpoint).to(session.device)
-    operators = set_implementation(model, config.rpe_implementation, session.device)
+    model = create_model(config, num_classes, checkpoint).to(device)
+    operators = set_implementation(model, config.rpe_implementation, device)
+    ema = create_ema(config, model, checkpoint)
+    step = create_step(config, num_classes, device)
     optimizer = create_optimizer(config, model, total_batch_size(config))
     scheduler, _ = create_scheduler(config, optimizer)
+
     recipe = Recipe(
         model=model,
-        ema=create_ema(config, model, session.checkpoint),
+        ema=ema,
         batches=batches,
-        step=create_step(config, num_classes, session.device),
+        step=step,
         optimizer=optimizer,
         scheduler=scheduler,
-        dtype=autocast_dtype(config, session.device),
+        dtype=autocast_dtype(config, device),
         clip_grad=config.clip_grad,
-        evaluate=create_evaluation(config, val_data, session.device),
+        evaluate=create_evaluation(config, val_data, device),
         best_by="acc1",
         checkpoint_extras={"classes": list(train_data.classes)},
         versions={"rpe_ops": operators},
@@ -78,16 +82,16 @@ def train(config: ClassificationConfig, session: Session) -> None:
 
 def evaluate(config: ClassificationConfig, session: Session) -> None:
     """Evaluate a checkpoint or the published weights; write `eval.json` to the output folder."""
-    checkpoint = session.checkpoint
+    device, checkpoint = session.device, session.checkpoint
     if checkpoint is None and not (config.pretrained or config.finetune):
         raise UsageError("--eval needs weights: --resume, --pretrained or --finetune")
     val_data = build_split(config, "val", (checkpoint or {}).get("classes"))
-    model = create_model(config, len(val_data.classes), checkpoint).to(session.device)
-    set_implementation(model, config.rpe_implementation, session.device)
+    model = create_model(config, len(val_data.classes), checkpoint).to(device)
+    set_implementation(model, config.rpe_implementation, device)
     run_evaluation(
         session,
         model,
-        create_evaluation(config, val_data, session.device),
+        create_evaluation(config, val_data, device),
         ema=create_ema(config, model, checkpoint),
         num_images=len(val_data),
     )
@@ -95,10 +99,10 @@ def evaluate(config: ClassificationConfig, session: Session) -> None:
 
 
 def _warn_of_bad_images(*datasets: ResilientDataset) -> None:
-    """Log how many images could not be read."""
+    """Log the number of images that could not be read; the data set has logged their names."""
     bad = sum(dataset.bad_count for dataset in datasets)
     if bad:
-        logger.warning("%d images could not be read and were replaced; see the names above", bad)
+        logger.warning("%d images could not be read and were replaced by others", bad)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""DeiT with iRPE: the published models in timm's registry, and any other by options.
+"""DeiT with iRPE: the published models in timm's registry, and other models by options.
 
-A model is timm's `deit_{size}_patch16_224` with an iRPE on the attention of every block, the
-learned absolute position embedding kept, under timm's parameter names plus
-`blocks.N.attn.rpe_*`. Source: DeiT (Touvron et al., ICML 2021) and iRPE (Wu et al., ICCV 2021).
-What differs from timm: the class token starts from a normal distribution of standard deviation
-0.02, as in DeiT, where timm starts it near zero.
+A published model is timm's `deit_{size}_patch16_224` with iRPE in the attention of every block. It
+keeps the learned absolute position embedding and timm's parameter names, and adds
+`blocks.N.attn.rpe_*`. One thing differs from timm: the class token is initialized with standard
+deviation 0.02, as in DeiT, instead of near zero.
+
+Source: DeiT (Touvron et al., ICML 2021) and iRPE (Wu et al., ICCV 2021).
 """
 
 import logging
@@ -25,7 +26,7 @@ __all__ = ["PUBLISHED", "build_model", "is_deit"]
 
 logger = logging.getLogger(__name__)
 
-# Model name → (size, spec). The last three were defined with the others, and never released.
+# Model name → (size, spec). The last three have no released checkpoint.
 PUBLISHED = {
     "deit_tiny_patch16_224_ctx_product_50_shared_k": ("tiny", "rpe-1.9-product-ctx-1-k"),
     "deit_small_patch16_224_ctx_product_50_shared_k": ("small", "rpe-1.9-product-ctx-1-k"),
@@ -42,7 +43,7 @@ _RELEASE = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0"
 
 
 def _pretrained_cfg(name: str) -> dict:
-    """Timm's description of how to feed a published model and where its weights are."""
+    """Return what timm records about a published model: its input and the URL of its weights."""
     released = not any(f"_{method}_" in name for method in _WITHOUT_CHECKPOINT)
     return {
         "url": f"{_RELEASE}/{name}.pth" if released else "",
@@ -64,28 +65,30 @@ default_cfgs = {name: _pretrained_cfg(name) for name in PUBLISHED}
 
 
 def is_deit(name: str) -> bool:
-    """Whether a model name is a DeiT, ours or timm's, whose recipe and initialisation apply."""
+    """Return True for the name of a DeiT, published or of timm."""
     return name.startswith("deit_")
 
 
 def _plain_deit(size: str, distilled: bool, **kwargs) -> nn.Module:
-    """Timm's DeiT, initialised as the original."""
+    """Create timm's DeiT with the initialization of DeiT."""
     name = f"deit_{size}{'_distilled' if distilled else ''}_patch16_224"
-    return _initialise_as_deit(timm.create_model(name, **kwargs))
+    return _initialize_as_deit(timm.create_model(name, **kwargs))
 
 
-def _initialise_as_deit(model: nn.Module) -> nn.Module:
+def _initialize_as_deit(model: nn.Module) -> nn.Module:
+    """Initialize the class token as in DeiT."""
     nn.init.trunc_normal_(model.cls_token, std=0.02)
     return model
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
-    """The function that timm's registry calls to build a published model."""
+    """Return the function that timm's registry calls to build a published model."""
     size, spec = PUBLISHED[name]
 
     def build(pretrained: bool = False, *, distilled: bool = False, **kwargs) -> nn.Module:
-        for handled_here in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-            kwargs.pop(handled_here, None)
+        # timm passes these to every entry point; they are set below.
+        for option in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+            kwargs.pop(option, None)
         model = add_irpe(_plain_deit(size, distilled, **kwargs), spec)
         model.pretrained_cfg = model.default_cfg = default_cfgs[name]
         if pretrained:
@@ -93,15 +96,15 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         return model
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"DeiT-{size} with `{spec}`."
+    build.__doc__ = f"Build DeiT-{size} with `{spec}`."
     return build
 
 
 def _load_published(model: nn.Module, name: str) -> None:
-    """Load the released weights, adapted to another number of classes or image size.
+    """Load the published weights, adapted to the number of classes and image size of the model.
 
     Raises:
-        ValueError: The model was never released.
+        ValueError: The model has no published checkpoint.
         CheckpointError: The download failed or the weights do not fit.
     """
     url = default_cfgs[name]["url"]
@@ -129,30 +132,32 @@ def build_model(
     """Create a classifier from timm's registry, with iRPE by name or by spec.
 
     Args:
-        name: A published model, timm's `deit_*_patch16_224`, or any vision transformer of timm.
-        num_classes: Width of the head.
-        input_size: `(height, width)` of the images in pixels.
-        pretrained: Load the published weights, of timm's models those that timm knows.
-        rpe: A spec such as `rpe-1.9-product-ctx-1-k` to add, whose tables start at zero; empty for
-            the model as it is.
+        name: Name of a published model, or of a vision transformer in timm's registry.
+        num_classes: Number of classes.
+        input_size: Height and width of the images in pixels.
+        pretrained: Load the published weights; those of timm for a model of timm.
+        rpe: Spec of the iRPE to add, such as `rpe-1.9-product-ctx-1-k`; its tables start at zero.
+            Empty adds none.
         abs_pos_embed: Keep the learned absolute position embedding.
         distillation_token: Add DeiT's distillation token and its head (DeiT models only).
-        **kwargs: For timm, such as `drop_path_rate`, `patch_size`, `embed_dim`, `depth`.
+        **kwargs: Arguments for timm, such as `drop_path_rate`, `patch_size`, `embed_dim`, `depth`.
 
     Raises:
-        ValueError: Names the option that does not go with the model.
-        CheckpointError: The published weights cannot be had or do not fit.
+        ValueError: An option does not fit the model.
+        CheckpointError: The published weights cannot be loaded or do not fit.
     """
     if rpe and name in PUBLISHED:
-        raise ValueError(f"model {name!r} already has iRPE: leave out rpe={rpe!r}")
+        raise ValueError(
+            f"rpe must be empty for model {name!r}, which already has iRPE, got {rpe!r}"
+        )
     if distillation_token:
         name, kwargs = _with_distillation_token(name, kwargs)
     if not abs_pos_embed and not distillation_token:
         kwargs["pos_embed"] = "none"
     if pretrained and name not in PUBLISHED:
-        logger.info("timm loads the weights of %s, from its hub unless they are cached", name)
+        logger.info("timm loads the weights of %s, and downloads them if they are not cached", name)
     try:
-        with _quiet_hub():
+        with _without_hub_warnings():
             model = timm.create_model(
                 name, pretrained=pretrained, num_classes=num_classes, img_size=input_size, **kwargs
             )
@@ -162,9 +167,9 @@ def build_model(
         reason = textwrap.shorten(str(error), 400)
         raise CheckpointError(f"timm cannot load the weights of {name!r}: {reason}") from error
     if is_deit(name) and name not in PUBLISHED and not pretrained:
-        _initialise_as_deit(model)
+        _initialize_as_deit(model)
     if not abs_pos_embed and distillation_token:
-        # timm's distilled DeiT adds a position embedding unconditionally: add nothing.
+        # timm's distilled DeiT cannot leave out the position embedding, so zero takes its place.
         del model.pos_embed
         model.register_buffer("pos_embed", torch.zeros(1, 1, 1), persistent=False)
     if pretrained and rpe:
@@ -173,8 +178,8 @@ def build_model(
 
 
 @contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Without the hub's two lines for each of its retries: what fails in the end is raised."""
+def _without_hub_warnings() -> Iterator[None]:
+    """Hide the warnings of the Hugging Face hub about each retry; its last error is raised."""
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     hub.setLevel(logging.ERROR)
@@ -185,11 +190,15 @@ def _quiet_hub() -> Iterator[None]:
 
 
 def _with_distillation_token(name: str, kwargs: dict) -> tuple[str, dict]:
+    """Return the name and the arguments of the same model with a distillation token."""
     if name in PUBLISHED:
         return name, {**kwargs, "distilled": True}
     distilled = name.replace("_patch16", "_distilled_patch16")
     if "_distilled_" in name:
         return name, kwargs
     if not is_deit(name) or not timm.is_model(distilled):
-        raise ValueError(f"distillation_token: model {name!r} has no variant with one in timm")
+        raise ValueError(
+            f"distillation_token must be false for model {name!r}, which has no distilled variant "
+            "in timm, got true"
+        )
     return distilled, kwargs

@@ -1,4 +1,4 @@
-"""A small run on the embedded digits, as flags, and a way to see how a command fails."""
+"""Fixtures: a small run on the built-in digits, and a check of failing commands."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,19 +19,19 @@ _TINY = (
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded digits."""
+    """Return the folder of the built-in digits."""
     return write_digits(tmp_path_factory.mktemp("data") / "digits")
 
 
 @pytest.fixture(scope="session")
 def flags(digits: Path) -> list[str]:
-    """Flags of a small model with the recipe's augmentation, mixing and stochastic depth."""
+    """Return the flags of a small model that is trained with the recipe of DeiT."""
     return [*_TINY.split(), "--data_path", str(digits)]
 
 
 @pytest.fixture(scope="session")
 def trained(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output folder of an unbroken run of two epochs."""
+    """Return the output folder of an uninterrupted run of two epochs."""
     folder = tmp_path_factory.mktemp("trained")
     main([*flags, "--epochs", "2", "--output_dir", str(folder)])
     return folder
@@ -39,12 +39,12 @@ def trained(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def failure(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
-    """Runs the command and gives its exit code and its one line on stderr."""
+    """Return a function that runs the command and returns its exit code and error line."""
     return lambda *argv: failure_of(main, argv, capsys)
 
 
 def weights(folder: Path, name: str = "checkpoint.pth") -> dict[str, torch.Tensor]:
-    """Weights and moving average in a checkpoint, under one dict."""
+    """Return the weights of a checkpoint and those of its EMA, with the prefix `ema.`."""
     content = torch.load(folder / name, weights_only=True)
-    average = {f"ema.{key}": value for key, value in content["model_ema"].items()}
-    return content["model"] | average
+    ema = {f"ema.{key}": value for key, value in content["model_ema"].items()}
+    return content["model"] | ema

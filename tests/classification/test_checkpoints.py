@@ -1,4 +1,4 @@
-"""Checkpoints of every origin, by every option that takes one; and what is said of a bad one."""
+"""Checkpoints of every origin, given to every option that accepts one, and error messages."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ NO_IRPE = "the checkpoint has no iRPE: the 6 tables keep their initial values"
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -36,13 +36,13 @@ class Payload:
 
 @pytest.fixture(scope="session")
 def files(trained, tmp_path_factory) -> dict[str, Path]:
-    """The trained weights as each origin would have written them."""
+    """Return the trained weights in the file format of each origin."""
     args = argparse.Namespace(model="deit_tiny", input_size=16, lr=2e-3, opt_betas=None)
     folder = tmp_path_factory.mktemp("origins")
     return write_origins(trained / "checkpoint.pth", folder, args)
 
 
-def test_training_goes_on_from_the_originals_checkpoint_as_from_ours(flags, files, tmp_path):
+def test_training_continues_from_a_checkpoint_of_the_original_as_from_ours(flags, files, tmp_path):
     for name in ("ours", "original-training"):
         run = [*flags, "--resume", str(files[name]), "--epochs", "3"]
         main([*run, "--output_dir", str(tmp_path / name)])
@@ -52,12 +52,12 @@ def test_training_goes_on_from_the_originals_checkpoint_as_from_ours(flags, file
 
 
 @pytest.mark.parametrize("option", ["--resume", "--finetune"])
-def test_every_origin_evaluates_alike(option, flags, files, trained, tmp_path):
+def test_checkpoints_of_all_origins_have_the_same_metrics(option, flags, files, trained, tmp_path):
     expected = json.loads((trained / "log.txt").read_text().splitlines()[-1])
     for name in ("ours", "original-training", "original-release", "bare", "wrapped", "safetensors"):
-        figures = evaluation(main, tmp_path / name, *flags, option, str(files[name]))
-        assert figures == {key: expected[key] for key in figures}, name
-        assert "test_acc1" in figures
+        metrics = evaluation(main, tmp_path / name, *flags, option, str(files[name]))
+        assert metrics == {key: expected[key] for key in metrics}, name
+        assert "test_acc1" in metrics
 
 
 def test_plain_weights_evaluate_and_fine_tune_with_tables_at_zero(flags, files, tmp_path, caplog):
@@ -66,16 +66,16 @@ def test_plain_weights_evaluate_and_fine_tune_with_tables_at_zero(flags, files, 
     assert NO_IRPE not in caplog.messages
     for option in ("--resume", "--finetune"):
         caplog.clear()
-        figures = evaluation(main, tmp_path / option, *flags, option, plain)
-        assert figures == pytest.approx(expected, rel=1e-5)
+        metrics = evaluation(main, tmp_path / option, *flags, option, plain)
+        assert metrics == pytest.approx(expected, rel=1e-5)
         assert NO_IRPE in caplog.messages
-    with_average = str(files["plain-training"])
-    assert "test_ema_acc1" in evaluation(main, tmp_path / "ema", *flags, "--resume", with_average)
+    with_ema = str(files["plain-training"])
+    assert "test_ema_acc1" in evaluation(main, tmp_path / "ema", *flags, "--resume", with_ema)
     main([*flags, "--finetune", plain, "--epochs", "1", "--output_dir", str(tmp_path / "tuned")])
     assert weights(tmp_path / "tuned")["blocks.0.attn.rpe_v.lookup_table_weight"].any()
 
 
-def test_training_does_not_go_on_from_what_is_not_its_own(flags, files, failure):
+def test_training_does_not_resume_from_weights_that_do_not_fit(flags, files, failure):
     code, line = failure(*flags, "--resume", str(files["plain-training"]))
     assert code == 1
     assert "6 missing: blocks.*.attn.rpe_q.lookup_table_weight" in line
@@ -97,11 +97,11 @@ def test_code_in_a_checkpoint_is_not_run(option, flags, trained, tmp_path, failu
     assert "evil.pth" in line
     assert not witness.exists()
     torch.load(tmp_path / "evil.pth", weights_only=False)
-    assert witness.exists(), "the payload is none"
+    assert witness.exists(), "the payload does nothing"
 
 
 @pytest.mark.parametrize("option", ["--resume", "--finetune"])
-def test_a_checkpoint_is_taken_from_an_address(
+def test_a_checkpoint_is_downloaded_from_a_url(
     option, flags, files, tmp_path, failure, monkeypatch
 ):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -120,9 +120,9 @@ def test_a_checkpoint_is_taken_from_an_address(
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert (code, "tiny.pth.part: File too large" in line) == (1, True)
         assert not (cache / "tiny.pth").exists()
-        figures = evaluation(main, tmp_path / "out", *run)
+        metrics = evaluation(main, tmp_path / "out", *run)
         assert [r.get("Range") for r in site.requests] == [None, "bytes=20000-", "bytes=40000-"]
-        assert figures == evaluation(
+        assert metrics == evaluation(
             main, tmp_path / "file", *flags, "--resume", str(files["bare"])
         )
         assert sorted(path.name for path in cache.iterdir()) == ["tiny.pth"]
@@ -136,7 +136,7 @@ def test_a_checkpoint_is_taken_from_an_address(
         assert (code, f"cannot download {url}: Connection refused" in line) == (1, True)
 
 
-def test_pretrained_fetches_the_release_and_says_what_does_not_fit(
+def test_pretrained_downloads_the_release_and_reports_what_does_not_fit(
     flags, tmp_path, failure, monkeypatch, caplog
 ):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -145,9 +145,9 @@ def test_pretrained_fetches_the_release_and_says_what_does_not_fit(
     data = [*flags[flags.index("--data_set") :], "--model", PUBLISHED, "--eval", "--pretrained"]
     with serve(zoo=(tmp_path / "zoo.pth").read_bytes()) as site:
         monkeypatch.setitem(default_cfgs[PUBLISHED], "url", site.url("zoo.pth"))
-        figures = evaluation(main, tmp_path / "out", *data, "--input_size", "32")
-        assert figures["test_loss"] > 0
-        assert "head.weight starts anew: 10 classes now" in caplog.messages
+        metrics = evaluation(main, tmp_path / "out", *data, "--input_size", "32")
+        assert metrics["test_loss"] > 0
+        assert "head.weight has new random weights for 10 classes" in caplog.messages
         assert "position embedding resampled to a grid of 2 x 2" in caplog.messages
         code, line = failure(*data, "--input_size", "32", "--embed_dim", "96")
         assert code == 1
@@ -160,7 +160,7 @@ def test_pretrained_fetches_the_release_and_says_what_does_not_fit(
 def test_pretrained_weights_of_timm_get_tables_at_zero(
     flags, tmp_path, failure, monkeypatch, caplog
 ):
-    """From a stand-in of the hub's cache, without its network."""
+    """The cache of the Hugging Face hub is replaced by a folder; nothing is downloaded."""
     name = "deit_tiny_patch16_224"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -180,12 +180,12 @@ def test_pretrained_weights_of_timm_get_tables_at_zero(
     assert (code, f"timm cannot load the weights of '{name}': " in line) == (1, True)
 
 
-def test_the_hub_that_cannot_be_reached_is_said_in_one_sentence(
+def test_an_unreachable_hub_is_reported_in_one_sentence(
     flags, tmp_path, failure, monkeypatch, caplog
 ):
-    """Not in two lines of warnings for each of its ten retries."""
-    naps = []
-    monkeypatch.setattr("time.sleep", naps.append)
+    """The hub library itself warns in two lines for each of its ten retries."""
+    sleeps = []
+    monkeypatch.setattr("time.sleep", sleeps.append)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     data = [*flags[flags.index("--data_set") :], "--eval", "--pretrained"]
@@ -202,7 +202,7 @@ def test_the_hub_that_cannot_be_reached_is_said_in_one_sentence(
         code, line = failure(*data, "--model", "deit_tiny_patch16_224", "--input_size", "32")
     assert (code, "timm cannot load the weights of 'deit_tiny_patch16_224': " in line) == (1, True)
     assert any("timm loads the weights" in message for message in caplog.messages)
-    assert naps, "the hub was not asked"
+    assert sleeps, "the hub was not requested"
     assert not [record for record in caplog.records if record.name.startswith("huggingface_hub")]
     assert hub.level == level
 
@@ -227,7 +227,7 @@ SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "num_clas
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_model_is_recognised(found, expected):
+def test_another_model_is_recognized(found, expected):
     common = SMALL | {"input_size": (16, 16), "rpe": "rpe-1.9-product-ctx-1-k"}
     other = build_model("deit_tiny_patch16_224", **common | found)
     with pytest.raises(CheckpointError) as caught:

@@ -1,4 +1,4 @@
-"""The published models against numbers recorded from the original code (tests/golden)."""
+"""The published models equal values recorded from the original code (tests/golden)."""
 
 import numpy as np
 import pytest
@@ -87,7 +87,7 @@ def test_gradients_equal_the_original():
         assert max_error(parameters[key.split("/grad/")[1]].grad, key) < 1e-5, key
 
 
-def test_zeroed_tables_change_the_logits_so_that_the_comparison_sees_the_encoding():
+def test_logits_with_zeroed_tables_are_far_from_the_original():
     model = fill(timm.create_model(TINY).eval())
     for name, parameter in model.named_parameters():
         if "lookup_table" in name:
@@ -97,7 +97,7 @@ def test_zeroed_tables_change_the_logits_so_that_the_comparison_sees_the_encodin
     assert max_error(logits, "tiny_product_50_k/B/logits") > 0.03
 
 
-def test_initialisation_has_the_originals_spread():
+def test_initial_standard_deviations_equal_the_original():
     model = timm.create_model(TINY)
     for name, std in MODELS["init_std"].items():
         assert model.get_parameter(name).std().item() == pytest.approx(std, rel=0.25), name
@@ -139,7 +139,7 @@ def test_learning_rate_of_every_epoch_equals_the_original():
 
 
 def test_options_of_deit_keep_their_names_and_defaults():
-    # The data path is nobody's; the original's device assumes a GPU.
+    # The original has a path of its authors, and its device is always a GPU.
     ours_differ = {"data_path", "device"}
     defaults = parse_args([]).model_dump()
     for name, value in TRAIN["args_default"].items():

@@ -1,4 +1,4 @@
-"""The distillation loss against its equations, and what takes part in it."""
+"""The distillation loss against its equations, its teacher, and the loss on the labels."""
 
 import pytest
 import torch

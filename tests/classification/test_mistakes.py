@@ -1,4 +1,4 @@
-"""A user's mistake: one sentence, exit code 2 for usage and 1 for failure, nothing lost."""
+"""Errors of users: one line on stderr, exit code 2 for wrong usage and 1 for other failures."""
 
 import shutil
 
@@ -11,21 +11,22 @@ MODEL = "deit_tiny_patch16_224_ctx_product_50_shared_k"
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--model", "deit_gigantic"], ["--model", "deit_gigantic", "unknown"]),
+        (["--model", "deit_gigantic"], ["--model", "deit_gigantic", "timm.list_models()"]),
         (["--rpe", "rpe-1.9-product-ctx-1"], ["--rpe", "5 parts", "rpe-{ratio}"]),
         (["--rpe", "rpe-1.9-foo-ctx-1-k"], ["method", "foo", "product"]),
         (["--rpe", "rpe-1.9-product-bias-1-v"], ["values have no bias"]),
         (["--rpe", "rpe-1.9-product-ctx-1-K"], ["rpe_on", "'K'"]),
         (["--dtype", "float8"], ["--dtype", "float8", "bfloat16"]),
         (["--resume", "a.pth", "--pretrained"], ["resume and pretrained exclude each other"]),
-        (["--batch-size", "0"], ["--batch-size", "0"]),
+        (["--batch-size", "0"], ["--batch-size", "0", "1"]),
         (["--batch-size", "31"], ["even", "31"]),
-        (["--opt", "adamx"], ["--opt", "adamx"]),
+        (["--opt", "adamx"], ["--opt", "adamx", "timm.optim.list_optimizers()"]),
+        (["--input_size", "0"], ["--input-size", "0", "at least 1 pixel per side"]),
         (["--batchsize", "64"], ["--batchsize", "--batch-size"]),
         (["--world_size", "3"], ["--world_size", "processes, 1, got 3"]),
         (["--distillation-type", "soft"], ["teacher_path"]),
         (["--auto_resume"], ["auto_resume needs output_dir"]),
-        (["--resplit"], ["resplit", "false"]),
+        (["--resplit"], ["--resplit", "true", "false"]),
         (["--eval"], ["--eval needs weights"]),
         (["--device", "tpu"], ["--device", "tpu"]),
         (["--model", MODEL, "--rpe", "rpe-1.9-product-ctx-1-k"], ["already has iRPE"]),
@@ -38,7 +39,7 @@ def test_usage_mistake_names_the_option_its_value_and_what_is_allowed(argv, word
     assert all(word in line for word in words), line
 
 
-def test_unknown_key_in_a_file_names_the_file_and_the_key(tmp_path, failure):
+def test_unknown_key_in_a_file_is_refused_with_file_and_key(tmp_path, failure):
     path = tmp_path / "run.yaml"
     path.write_text("model: deit_tiny_patch16_224\nbatchsize: 64\n")
     code, line = failure("--config", str(path))
@@ -55,7 +56,7 @@ def test_batch_larger_than_the_data_is_refused_before_training(flags, failure):
     assert "1280" in line
 
 
-def test_model_that_cannot_carry_irpe_is_refused(flags, failure):
+def test_model_that_does_not_support_irpe_is_refused(flags, failure):
     code, line = failure(*flags[2:], "--model", "resnet10t", "--rpe", "rpe-1.9-product-ctx-1-k")
     assert code == 2
     assert "resnet10t" in line
@@ -67,7 +68,7 @@ def test_missing_data_folder_is_named(flags, tmp_path, failure):
     assert "none" in line
 
 
-def test_empty_data_folder_says_what_was_expected(flags, tmp_path, failure):
+def test_empty_data_folder_is_refused_with_what_was_expected(flags, tmp_path, failure):
     (tmp_path / "train").mkdir()
     code, line = failure(*flags, "--data_set", "IMNET", "--data_path", str(tmp_path))
     assert code == 1
@@ -100,7 +101,7 @@ def test_output_dir_that_cannot_be_written_is_refused(flags, tmp_path, failure):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 truncated"])
-def test_file_that_is_no_checkpoint_is_refused(content, flags, tmp_path, failure):
+def test_file_that_is_not_a_checkpoint_is_refused(content, flags, tmp_path, failure):
     (tmp_path / "bad.pth").write_bytes(content)
     code, line = failure(*flags, "--resume", str(tmp_path / "bad.pth"))
     assert code == 1
@@ -123,18 +124,21 @@ def test_truncated_checkpoint_is_refused(flags, trained, tmp_path, failure):
         ({"args": {"input_size": [3, 16, 16]}}, ["height and width in pixels, got [3, 16, 16]"]),
         ({"args": {"input_size": [16, None]}}, ["height and width in pixels, got [16, None]"]),
         ({"args": {"input_size": 0}}, ["height and width in pixels, got 0"]),
-        ({"args": {"input_size": 20}}, ["of 16 patches, which are not the 5 x 5", "20 x 20"]),
+        ({"args": {"input_size": 20}}, ["5 x 5 patches, as its image size is 20 x 20, got 16"]),
         ({"head.weight": 3.0}, ["must hold tensors", "a float under 'head.weight'"]),
         ({"pos_embed": None}, ["must hold tensors", "a NoneType under 'pos_embed'"]),
         ({"pos_embed": torch.zeros(3)}, ["pos_embed is (3,), the model's is (1, 17, 32)"]),
-        ({"pos_embed": torch.zeros(1, 4, 32)}, ["of 3 patches, which are not the 4 x 4"]),
+        (
+            {"pos_embed": torch.zeros(1, 4, 32)},
+            ["4 x 4 patches, as its image size is 16 x 16, got 3"],
+        ),
     ],
     ids=[
         *("args", "size-text", "size-three", "size-none", "size-zero", "size-other"),
         *("head-number", "positions-none", "positions-1-d", "positions-few"),
     ],
 )
-def test_checkpoint_with_something_else_inside_is_refused(
+def test_checkpoint_with_wrong_content_is_refused(
     changes, words, flags, trained, tmp_path, failure
 ):
     content = torch.load(trained / "checkpoint.pth", weights_only=True)
@@ -171,7 +175,7 @@ def test_checkpoint_of_another_class_count_is_refused(flags, trained, tmp_path, 
     assert line.endswith("the checkpoint has 7 class outputs, the model 10")
 
 
-def test_weights_alone_cannot_resume_a_training(flags, trained, tmp_path, failure):
+def test_training_cannot_resume_from_weights_alone(flags, trained, tmp_path, failure):
     content = torch.load(trained / "checkpoint.pth", weights_only=True)
     torch.save({"model": content["model"]}, tmp_path / "weights.pth")
     code, line = failure(*flags, "--resume", str(tmp_path / "weights.pth"))
@@ -191,7 +195,7 @@ def test_resuming_in_mid_epoch_with_another_batch_size_is_refused(
     assert "32" in line
 
 
-def test_loss_that_is_not_finite_stops_with_the_batch_on_disk(flags, tmp_path, failure):
+def test_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(flags, tmp_path, failure):
     code, line = failure(*flags, "--lr", "1e30", "--epochs", "1", "--output_dir", str(tmp_path))
     assert code == 1
     assert "not finite" in line or "nan" in line

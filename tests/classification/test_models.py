@@ -1,4 +1,4 @@
-"""The models beyond the recorded numbers: options, rectangles, timm's conventions."""
+"""Models without recorded values: options, rectangles, position embeddings, timm."""
 
 import pytest
 import timm
@@ -23,8 +23,8 @@ def test_published_models_are_listed_by_timm():
     assert set(PUBLISHED) <= set(timm.list_models("deit_*"))
 
 
-def test_rectangle_equals_the_square_image_that_contains_it_only_in_its_own_buckets():
-    """The original read a 4 x 9 grid as 6 x 6 and took wrong buckets without a word."""
+def test_rectangle_has_other_buckets_than_a_square_with_as_many_patches():
+    """The original uses the buckets of a 6 x 6 grid for a 4 x 9 grid, without a warning."""
     wide = fill(small(size=(16, 36)))
     square = fill(small(size=(24, 24)))
     load_weights(square, wide.state_dict())
@@ -44,17 +44,17 @@ def test_grid_follows_images_of_a_dynamic_size():
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_tiny_patch16_224"])
-def test_fresh_encoding_changes_nothing(name):
+def test_new_irpe_does_not_change_the_output(name):
     torch.manual_seed(0)
     plain = small(name, rpe="")
     torch.manual_seed(0)
-    equipped = small(name)
+    with_irpe = small(name)
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        torch.testing.assert_close(equipped(images), plain(images))
+        torch.testing.assert_close(with_irpe(images), plain(images))
 
 
-def test_distillation_token_is_skipped_by_the_encoding():
+def test_irpe_skips_the_distillation_token():
     model = small(distillation_token=True)
     assert model.blocks[0].attn.rpe_k.config.skip == 2
     model.train().set_distilled_training(True)
@@ -62,7 +62,7 @@ def test_distillation_token_is_skipped_by_the_encoding():
     assert of_class.shape == of_distillation.shape == (2, 10)
 
 
-def test_published_model_takes_a_distillation_token():
+def test_published_model_accepts_a_distillation_token():
     name = "deit_tiny_patch16_224_ctx_product_50_shared_k"
     model = build_model(name, num_classes=10, input_size=(32, 32), distillation_token=True)
     assert model.num_prefix_tokens == 2
@@ -70,7 +70,7 @@ def test_published_model_takes_a_distillation_token():
 
 
 @pytest.mark.parametrize("distillation_token", [False, True])
-def test_without_absolute_embedding_and_encoding_the_patches_have_no_order(distillation_token):
+def test_without_position_embedding_and_irpe_the_order_of_patches_has_no_effect(distillation_token):
     model = fill(small(rpe="", abs_pos_embed=False, distillation_token=distillation_token))
     assert "pos_embed" not in model.state_dict()
     images = torch.randn(1, 3, 16, 16)
@@ -80,7 +80,7 @@ def test_without_absolute_embedding_and_encoding_the_patches_have_no_order(disti
 
 
 @pytest.mark.parametrize("distillation_token", [False, True])
-def test_encoding_alone_gives_the_patches_an_order(distillation_token):
+def test_with_irpe_alone_the_order_of_patches_has_an_effect(distillation_token):
     model = fill(small(abs_pos_embed=False, distillation_token=distillation_token))
     images = torch.randn(1, 3, 16, 16)
     halves = torch.cat([images[..., 8:], images[..., :8]], -1)
@@ -88,12 +88,12 @@ def test_encoding_alone_gives_the_patches_an_order(distillation_token):
         assert not torch.allclose(model(images), model(halves), atol=1e-3)
 
 
-def test_model_that_was_never_released_says_so():
+def test_pretrained_is_refused_without_a_published_checkpoint():
     with pytest.raises(ValueError, match="no published checkpoint"):
         timm.create_model("deit_small_patch16_224_ctx_euc_20_shared_k", pretrained=True)
 
 
-def test_pretrained_reads_the_published_file_under_its_published_address(monkeypatch, tmp_path):
+def test_pretrained_uses_the_file_name_of_the_published_url(monkeypatch, tmp_path):
     name = "deit_tiny_patch16_224_ctx_product_50_shared_k"
     weights = fill(timm.create_model(name)).state_dict()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -112,7 +112,7 @@ def test_image_size_and_patch_size_reach_timm():
     assert all(isinstance(block.attn, RPEAttention) for block in model.blocks)
 
 
-def test_adapted_weights_carry_tables_and_resample_positions_of_rectangles():
+def test_adapted_weights_copy_tables_and_resample_positions_of_rectangles():
     old = fill(small(size=(16, 36)))
     new = build_model(
         "deit_tiny_patch16_224", num_classes=3, input_size=(24, 20), rpe=SPEC, **SMALL
@@ -122,15 +122,15 @@ def test_adapted_weights_carry_tables_and_resample_positions_of_rectangles():
     key = "blocks.1.attn.rpe_v.lookup_table_weight"
     assert torch.equal(new.state_dict()[key], old.state_dict()[key])
     assert new.pos_embed.shape == (1, 1 + 6 * 5, 32)
-    # The class token's own embedding is no part of the grid.
+    # The embedding of the class token is not part of the grid.
     assert torch.equal(new.pos_embed[:, 0], old.pos_embed[:, 0])
     grid = old.pos_embed[0, 1:].reshape(4, 9, 32).permute(2, 0, 1)[None]
     resized = nn.functional.interpolate(grid, size=(6, 5), mode="bicubic", antialias=True)
     torch.testing.assert_close(new.pos_embed[0, 1:], resized[0].permute(1, 2, 0).reshape(30, 32))
 
 
-def test_positions_that_fit_stay_where_no_image_size_is_known():
-    """On a 2 x 8 grid 16 patches are no square of 4 x 4, and must not be read as one."""
+def test_positions_that_fit_are_kept_if_the_image_size_is_unknown():
+    """The 16 patches of a 2 x 8 grid must not be resampled as a 4 x 4 grid."""
     model, fresh = fill(small(size=(8, 32))), small(size=(8, 32))
     weights = adapt_weights(model.state_dict(), fresh)
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
@@ -139,7 +139,7 @@ def test_positions_that_fit_stay_where_no_image_size_is_known():
     assert torch.equal(fresh.pos_embed, model.pos_embed)
 
 
-def test_positions_of_as_many_patches_are_resampled_where_the_grids_differ():
+def test_positions_of_another_grid_with_as_many_patches_are_resampled():
     old, new = fill(small(size=(8, 32))), small()
     weights = adapt_weights(old.state_dict(), new, (8, 32))
     grid = old.pos_embed[0, 1:].reshape(2, 8, 32).permute(2, 0, 1)[None]
@@ -160,9 +160,7 @@ def test_positions_of_as_many_patches_are_resampled_where_the_grids_differ():
     ],
 )
 @pytest.mark.parametrize("known", [True, False], ids=["known", "square"])
-def test_positions_are_resampled_with_as_many_prefix_tokens_as_the_model_embeds(
-    name, prefix, known, caplog
-):
+def test_positions_of_prefix_tokens_are_not_resampled(name, prefix, known, caplog):
     caplog.set_level("INFO")
     sizes = ((16, 24), (24, 36)) if known else ((16, 16), (24, 24))
     old, new = (small(name, size) for size in sizes)
@@ -175,29 +173,29 @@ def test_positions_are_resampled_with_as_many_prefix_tokens_as_the_model_embeds(
     resized = nn.functional.interpolate(grid, size=size, mode="bicubic", antialias=True)
     expected = resized[0].permute(1, 2, 0).flatten(0, 1)
     torch.testing.assert_close(new.pos_embed[0, prefix:], expected)
-    assumed = "the checkpoint does not tell its image size: it is taken for a square"
+    assumed = "the checkpoint records no image size: its images are assumed to be square"
     assert (assumed in caplog.messages) != known
 
 
 @pytest.mark.parametrize(
-    ("tokens", "image_size", "fault"),
+    ("tokens", "image_size", "message"),
     [
-        (1 + 6, None, "of 6 patches, which are no square, and the checkpoint does not tell its"),
-        (1, None, "of 0 patches, which are no square"),
-        (0, None, "of 0 patches, which are no square"),
-        (1 + 8, (16, 36), "of 8 patches, which are not the 4 x 9 of its image size, 16 x 36"),
-        (1, (3, 3), "of 0 patches, which are not the 0 x 0 of its image size, 3 x 3"),
+        (1 + 6, None, r"a square number of patches, as it records no image size .*, got 6"),
+        (1, None, r"a square number of patches.* got 0"),
+        (0, None, r"a square number of patches.* got 0"),
+        (1 + 8, (16, 36), "4 x 9 patches, as its image size is 16 x 36, got 8"),
+        (1, (3, 3), "0 x 0 patches, as its image size is 3 x 3, got 0"),
     ],
 )
-def test_positions_of_an_unknown_grid_are_refused(tokens, image_size, fault):
+def test_positions_of_an_unknown_grid_are_refused(tokens, image_size, message):
     model = small()
     weights = model.state_dict() | {"pos_embed": torch.zeros(1, tokens, 32)}
-    with pytest.raises(CheckpointError, match=fault):
+    with pytest.raises(CheckpointError, match=message):
         adapt_weights(weights, model, image_size)
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("changes", "message"),
     [
         ({"pos_embed": torch.zeros(3)}, r"pos_embed is \(3,\), the model's is \(1, 17, 32\)"),
         ({"pos_embed": torch.tensor(3.0)}, r"pos_embed is \(\), the model's"),
@@ -212,18 +210,16 @@ def test_positions_of_an_unknown_grid_are_refused(tokens, image_size, fault):
     ids=["1-d", "0-d", "batch", "width", "patch", "token"],
 )
 @pytest.mark.parametrize("image_size", [None, (20, 20)])
-def test_weights_that_differ_in_more_than_the_grid_are_left_to_the_loading(
-    changes, fault, image_size
-):
+def test_other_differences_than_the_grid_are_reported_by_load_weights(changes, message, image_size):
     model = small()
     weights = adapt_weights(model.state_dict() | changes, model, image_size)
-    with pytest.raises(CheckpointError, match=fault):
+    with pytest.raises(CheckpointError, match=message):
         load_weights(model, weights)
 
 
 def test_weights_without_tables_leave_the_tables_at_zero():
-    plain, equipped = fill(small(rpe="")), small()
-    load_weights(equipped, plain.state_dict(), may_lack_tables=True)
+    plain, with_irpe = fill(small(rpe="")), small()
+    load_weights(with_irpe, plain.state_dict(), may_lack_tables=True)
     images = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
-        torch.testing.assert_close(equipped(images), plain(images))
+        torch.testing.assert_close(with_irpe(images), plain(images))

@@ -1,4 +1,4 @@
-"""The trainer as a whole, on the embedded digits: resuming, evaluating, several processes."""
+"""The whole trainer on the built-in digits: resuming, evaluation, several processes."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
-def figures(record: dict) -> dict:
+def metrics(record: dict) -> dict:
     return {name: value for name, value in record.items() if name.startswith("test_")}
 
 
@@ -30,7 +30,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def wait_for_step(folder: Path, process, seconds: float = 120) -> None:
-    """Until a checkpoint from the middle of an epoch is there."""
+    """Wait until there is a checkpoint from the middle of an epoch."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert process.poll() is None, process.stderr.read()
@@ -39,7 +39,7 @@ def wait_for_step(folder: Path, process, seconds: float = 120) -> None:
             if content["epoch"] == 0 and content["step"] > 0:
                 return
         time.sleep(0.05)
-    raise AssertionError("no checkpoint in time")
+    raise AssertionError(f"no checkpoint after {seconds} s")
 
 
 def test_run_killed_in_mid_epoch_and_resumed_ends_with_the_same_weights(flags, trained, tmp_path):
@@ -52,7 +52,7 @@ def test_run_killed_in_mid_epoch_and_resumed_ends_with_the_same_weights(flags, t
     assert 0 < killed["step"] < 20
     main([*run, "--auto_resume"])
     assert_same_weights(trained, tmp_path)
-    assert figures(lines(tmp_path)[-1]) == figures(lines(trained)[-1])
+    assert metrics(lines(tmp_path)[-1]) == metrics(lines(trained)[-1])
     assert [line["epoch"] for line in lines(tmp_path)] == [0, 1]
 
 
@@ -67,16 +67,16 @@ def test_sigterm_writes_a_checkpoint_that_resumes_to_the_same_weights(flags, tra
     assert_same_weights(trained, tmp_path)
 
 
-def test_evaluation_of_a_checkpoint_gives_the_figures_of_training(flags, trained, tmp_path):
+def test_evaluation_of_a_checkpoint_gives_the_metrics_of_training(flags, trained, tmp_path):
     checkpoint = str(trained / "checkpoint.pth")
     main([*flags, "--eval", "--resume", checkpoint, "--output_dir", str(tmp_path)])
     evaluated = json.loads((tmp_path / "eval.json").read_text())
-    assert figures(evaluated) == figures(lines(trained)[-1])
+    assert metrics(evaluated) == metrics(lines(trained)[-1])
     assert evaluated["images"] == 359
     assert evaluated["images_per_s"] > 0
 
 
-def test_moving_average_is_evaluated_and_differs_from_the_weights(trained):
+def test_ema_is_evaluated_and_differs_from_the_weights(trained):
     line = lines(trained)[-1]
     assert {"test_ema_acc1", "test_ema_acc5", "test_ema_loss"} <= line.keys()
     assert line["test_ema_loss"] != line["test_loss"]
@@ -84,8 +84,8 @@ def test_moving_average_is_evaluated_and_differs_from_the_weights(trained):
     assert not torch.equal(content["head.weight"], content["ema.head.weight"])
 
 
-def test_two_processes_evaluate_to_the_last_digit_like_one(flags, trained, tmp_path):
-    # 359 images in batches of 64 or of 50: neither the images nor the batches divide by two.
+def test_two_processes_have_the_metrics_of_one_bit_for_bit(flags, trained, tmp_path):
+    # 359 images in batches of 64 or of 50: the processes have different numbers of images.
     for batch_size in ("64", "50"):
         run = [*flags, "--batch_size", batch_size, "--eval"]
         run += ["--resume", str(trained / "checkpoint.pth"), "--output_dir"]
@@ -95,11 +95,11 @@ def test_two_processes_evaluate_to_the_last_digit_like_one(flags, trained, tmp_p
             _, errors = process.communicate(timeout=120)
             assert process.returncode == 0, errors
         evaluated = [json.loads((folder / "eval.json").read_text()) for folder in (one, two)]
-        assert figures(evaluated[0]) == figures(evaluated[1])
+        assert metrics(evaluated[0]) == metrics(evaluated[1])
         assert evaluated[1]["images"] == 359
 
 
-def test_two_processes_train_together_and_hold_the_same_weights(flags, tmp_path):
+def test_one_process_resumes_a_training_of_two(flags, tmp_path):
     run = [*flags, "--batch_size", "32", "--epochs", "1", "--output_dir", str(tmp_path)]
     for process in start_pair("classification.main", *run):
         _, errors = process.communicate(timeout=120)
@@ -119,18 +119,18 @@ def test_log_has_a_json_line_for_every_epoch(trained):
     assert record[0]["n_parameters"] == size
 
 
-def test_checkpoint_holds_what_the_specification_names(trained):
+def test_checkpoint_has_the_documented_entries(trained):
     content = torch.load(trained / "checkpoint.pth", weights_only=True)
     names = {"model", "optimizer", "lr_scheduler", "epoch", "args", "model_ema", "scaler"}
     assert names <= content.keys()
     assert content["epoch"] == 1
     assert content["args"]["rpe"] == "rpe-1.9-product-ctx-1-qkv"
-    # What ran, not what was asked for: "auto" would say nothing.
+    # The implementation that ran, because the option is "auto".
     assert content["provenance"]["rpe_ops"].startswith(("fused attention by", "gather by"))
 
 
-def test_single_process_sees_other_images_in_every_epoch_of_repeated_augmentation(flags):
-    """The original never reshuffled without torchrun: two thirds of the data were never seen."""
+def test_repeated_augmentation_uses_other_images_in_every_epoch_of_one_process(flags):
+    """The original does not shuffle again without torchrun, and never uses two thirds of the data."""
     from classification.config import parse_args
     from classification.data import build_split, train_loader
 
@@ -146,7 +146,7 @@ def test_single_process_sees_other_images_in_every_epoch_of_repeated_augmentatio
     assert len(seen) > 0.9 * len(data)
 
 
-def test_evaluation_may_be_rarer_and_always_comes_last(flags, tmp_path):
+def test_last_epoch_is_evaluated_with_any_eval_interval(flags, tmp_path):
     run = [*flags, "--epochs", "3", "--eval_interval", "2", "--output_dir", str(tmp_path)]
     main(run)
     assert ["test_acc1" in line for line in lines(tmp_path)] == [False, True, True]
@@ -158,7 +158,7 @@ def test_folder_and_tar_train_to_the_same_weights(flags, tmp_path):
     assert_same_weights(tmp_path / "folder", tmp_path / "tar")
 
 
-def test_accumulated_batches_are_one_step(flags, tmp_path):
+def test_accumulated_batches_make_one_optimizer_step(flags, tmp_path):
     run = [*flags, "--epochs", "1", "--output_dir", str(tmp_path)]
     main([*run, "--batch_size", "32", "--accumulate_steps", "2"])
     content = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
@@ -181,27 +181,25 @@ def test_student_learns_from_a_teacher(kind, flags, tmp_path):
     assert content["model"]["blocks.0.attn.rpe_k.lookup_table_weight"].shape[-1] == 50
 
 
-def test_fine_tuning_resizes_the_position_embedding_and_carries_the_tables(
-    flags, trained, tmp_path
-):
+def test_fine_tuning_accepts_another_image_size(flags, trained, tmp_path):
     run = [*flags, "--finetune", str(trained / "checkpoint.pth"), "--eval"]
     main([*run, "--input_size", "24", "32", "--output_dir", str(tmp_path)])
     assert (tmp_path / "eval.json").exists()
 
 
-def test_rectangles_train(flags, tmp_path):
+def test_training_on_rectangles(flags, tmp_path):
     main([*flags, "--input_size", "16", "24", "--epochs", "1", "--output_dir", str(tmp_path)])
     content = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert content["model"]["pos_embed"].shape[1] == 4 * 6 + 1
 
 
-def test_no_absolute_embedding_leaves_it_out(flags, tmp_path):
+def test_position_embedding_can_be_left_out(flags, tmp_path):
     main([*flags, "--no-abs_pos_embed", "--epochs", "1", "--output_dir", str(tmp_path)])
     content = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert "pos_embed" not in content["model"]
 
 
-def test_bfloat16_and_gradient_clipping_train(flags, tmp_path):
+def test_training_with_bfloat16_and_gradient_clipping(flags, tmp_path):
     run = [*flags, "--dtype", "bfloat16", "--clip_grad", "1.0", "--epochs", "1"]
     main([*run, "--output_dir", str(tmp_path)])
     assert "train_grad_norm" in lines(tmp_path)[0]
@@ -215,7 +213,7 @@ def test_compiled_model_trains_to_nearly_the_same_loss(flags, trained, tmp_path)
     )
 
 
-def test_corrupt_image_is_replaced_and_training_goes_on(flags, digits, tmp_path, caplog):
+def test_corrupt_image_is_replaced_and_training_continues(flags, digits, tmp_path, caplog):
     data = tmp_path / "digits"
     shutil.copytree(digits, data)
     image = next((data / "train" / "3").glob("*.png"))
