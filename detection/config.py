@@ -1,7 +1,7 @@
-"""Every option of the detection trainer: one name for YAML key, flag and attribute.
+"""The options of the detection trainer. Each is a YAML key, a flag and an attribute.
 
-Names and defaults are DETR's, so commands for it keep working, and `enc_rpe2d` is iRPE's. What
-differs: `device` is found by looking, because the default must also run without a GPU.
+Names and defaults are those of DETR, so commands for DETR keep working; `enc_rpe2d` is from iRPE.
+One default differs: `device` is a GPU only if there is one.
 """
 
 from typing import Literal
@@ -18,23 +18,24 @@ class BackboneConfig(Config):
     """Backbone."""
 
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "small"] = "resnet50"
-    """torchvision's ResNet, or small: a stem and three basic blocks for small images."""
+    """Backbone: a ResNet of torchvision, or a small network for small images."""
     backbone_weights: str = "imagenet"
-    """imagenet (torchvision's), none, or the path of a state dict."""
+    """Initial weights of the backbone: imagenet (torchvision's), none, or a path or URL."""
     backbone_norm: Literal["frozen", "batch"] = "frozen"
-    """Frozen batch norm, or an ordinary one for training from scratch."""
+    """Batch norm of the backbone: frozen, or trained (batch) for training from scratch."""
     backbone_stride: int = 32
-    """Pixels of a feature, 32 or 16; 16 leaves out the last stage."""
+    """Stride of the backbone in pixels: 32, or 16 without the last stage."""
     dilation: bool = False
-    """Dilation instead of stride in the last stage (DC5)."""
+    """Replace stride by dilation in the last stage (DC5)."""
     position_embedding: Literal["sine", "learned"] = "sine"
-    """Absolute encoding of the feature map."""
+    """Type of absolute position encoding of the feature map."""
 
     @field_validator("backbone_stride")
     @classmethod
-    def _known_stride(cls, stride: int) -> int:
+    def _check_stride(cls, stride: int) -> int:
+        """Refuse a stride other than 16 and 32."""
         if stride not in (16, 32):
-            raise ValueError("should be 16 or 32")
+            raise ValueError("must be 16 or 32")
         return stride
 
 
@@ -42,35 +43,36 @@ class TransformerConfig(Config):
     """Transformer."""
 
     enc_rpe2d: str = ""
-    """iRPE of the encoder, such as rpe-2.0-product-ctx-1-k; empty for plain DETR."""
+    """iRPE to add to every encoder layer, such as rpe-2.0-product-ctx-1-k; empty adds none."""
     rpe_implementation: Literal["auto", "cuda", "triton", "cpp", "reference"] = "auto"
-    """Of iRPE's operators: auto takes the fastest that runs; `python -m rpe_ops` lists them."""
+    """Implementation of iRPE's operators; auto is the fastest that runs (see python -m rpe_ops)."""
     enc_layers: int = Field(6, ge=1)
-    """Encoder layers."""
+    """Number of encoder layers."""
     dec_layers: int = Field(6, ge=1)
-    """Decoder layers."""
+    """Number of decoder layers."""
     dim_feedforward: int = Field(2048, ge=1)
-    """Hidden width of the feed-forward blocks."""
+    """Number of hidden channels of the feed-forward blocks."""
     hidden_dim: int = Field(256, ge=2)
-    """Channels of the transformer."""
+    """Number of channels of a token."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """Dropout of the transformer."""
+    """Dropout probability of the transformer."""
     nheads: int = Field(8, ge=1)
-    """Attention heads."""
+    """Number of attention heads."""
     num_queries: int = Field(100, ge=1)
-    """Object queries: the most objects of an image."""
+    """Number of object queries, the maximum number of detections per image."""
     pre_norm: bool = False
-    """Normalise before the blocks instead of behind them."""
+    """Normalize before each block instead of after it."""
     num_classes: int | None = Field(None, ge=1)
-    """Width of the class head without no-object; none finds it from the data (COCO: 91)."""
+    """Number of classes without no-object; none uses that of the data (91 for COCO)."""
     masks: bool = False
-    """Train and evaluate instance masks."""
+    """Add a mask head, and train and evaluate instance masks."""
     frozen_weights: str | None = None
-    """Checkpoint of a trained detector whose weights stay frozen under the mask head."""
+    """Path or URL of the checkpoint of a detector to freeze, so that only the masks are trained."""
 
     @field_validator("enc_rpe2d")
     @classmethod
-    def _well_formed_spec(cls, spec: str) -> str:
+    def _check_spec(cls, spec: str) -> str:
+        """Refuse a malformed spec."""
         parse_rpe_spec(spec)
         return spec
 
@@ -79,65 +81,66 @@ class LossConfig(Config):
     """Matching and losses."""
 
     aux_loss: bool = True
-    """Losses at every decoder layer."""
+    """Apply the losses to every decoder layer, not only to the last."""
     set_cost_class: float = Field(1, ge=0)
-    """Weight of the class in the matching cost."""
+    """Weight of the class probability in the matching cost."""
     set_cost_bbox: float = Field(5, ge=0)
-    """Weight of the L1 distance of boxes in the matching cost."""
+    """Weight of the L1 distance of the boxes in the matching cost."""
     set_cost_giou: float = Field(2, ge=0)
-    """Weight of the generalised IoU in the matching cost."""
+    """Weight of the generalized IoU of the boxes in the matching cost."""
     cls_loss_coef: float = Field(1, ge=0)
     """Weight of the classification loss."""
     mask_loss_coef: float = Field(1, ge=0)
-    """Weight of the focal loss of masks."""
+    """Weight of the focal loss of the masks."""
     dice_loss_coef: float = Field(1, ge=0)
-    """Weight of the dice loss of masks."""
+    """Weight of the Dice loss of the masks."""
     bbox_loss_coef: float = Field(5, ge=0)
-    """Weight of the L1 loss of boxes."""
+    """Weight of the L1 loss of the boxes."""
     giou_loss_coef: float = Field(2, ge=0)
-    """Weight of the generalised IoU loss."""
+    """Weight of the generalized IoU loss of the boxes."""
     eos_coef: float = Field(0.1, ge=0)
-    """Weight of the no-object class."""
+    """Weight of the no-object class in the classification loss."""
 
 
 class DataConfig(Config):
     """Data."""
 
     dataset_file: Literal["coco", "scenes"] = "coco"
-    """COCO's layout, or the embedded scenes of digits, written to coco_path at first use."""
+    """Data set: COCO's layout, or built-in scenes of digits, written to coco_path at first use."""
     coco_path: str | None = None
-    """Folder with annotations/ and train2017, val2017 as folders or .zip files."""
+    """Folder of the data, with annotations/, and train2017 and val2017 as folders or .zip files."""
     coco_panoptic_path: None = None
-    """Kept for DETR's sake; panoptic data is not supported."""
+    """Accepted for compatibility with DETR; must be none, panoptic data is not supported."""
     train_images: str | None = None
-    """Folder or zip of a data set of your own; with the next three, instead of coco_path."""
+    """Folder or .zip file of training images, for a data set without COCO's layout."""
     train_annotations: str | None = None
-    """COCO-format JSON of the training images."""
+    """Annotations of the training images, a JSON file in COCO's format."""
     val_images: str | None = None
-    """Folder or zip of validation images."""
+    """Folder or .zip file of validation images, for a data set without COCO's layout."""
     val_annotations: str | None = None
-    """COCO-format JSON of the validation images."""
+    """Annotations of the validation images, a JSON file in COCO's format."""
     remove_difficult: bool = False
-    """Kept for DETR's sake, whose trainer never reads it; only false is possible."""
+    """Accepted for compatibility with DETR, which ignores it; must be false."""
     augment: Literal["recipe", "none"] = "recipe"
-    """DETR's flips, scales and crops, or nothing."""
+    """Augmentation of training images: the recipe of DETR (flips, scales, crops), or none."""
     image_size: int | None = Field(None, ge=1)
-    """Short side of every image in pixels, for small data; none follows the recipe."""
+    """Short side of evaluated images in pixels; training sizes scale with it; none uses 800."""
     eval_padding: bool = False
-    """Evaluate batches padded to their largest image, as was published; else one size at a time."""
+    """Evaluate batches padded to their largest image, as published; else without padding."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Share of unreadable training images above which the run stops."""
+    """Maximum fraction of unreadable images; above it the run stops."""
 
     @field_validator("remove_difficult")
     @classmethod
-    def _no_remove_difficult(cls, remove: bool) -> bool:
+    def _check_remove_difficult(cls, remove: bool) -> bool:
+        """Refuse true, instead of ignoring it as DETR does."""
         if remove:
-            raise ValueError("only false is possible: COCO marks no object as difficult")
+            raise ValueError("must be false (COCO marks no object as difficult)")
         return remove
 
     @property
     def own_data(self) -> tuple[str | None, ...]:
-        """The four options of a data set that is not laid out like COCO."""
+        """Images and annotations of the two splits of a data set without COCO's layout."""
         return (
             self.train_images,
             self.train_annotations,
@@ -150,41 +153,42 @@ class OptimConfig(Config):
     """Optimizer and schedule."""
 
     lr: float = Field(1e-4, gt=0)
-    """Learning rate."""
+    """Learning rate, except for the backbone."""
     lr_backbone: float = Field(1e-5, ge=0)
     """Learning rate of the backbone; 0 freezes it."""
     weight_decay: float = Field(1e-4, ge=0)
-    """Weight decay, of everything."""
+    """Weight decay of all parameters."""
     clip_max_norm: float = Field(0.1, ge=0)
-    """Largest norm of the gradient; 0 does not clip."""
+    """Maximum norm of the gradient; 0 disables clipping."""
     lr_drop: int = Field(200, ge=1)
-    """Epoch after which the learning rates fall to a tenth."""
+    """Number of epochs between drops of the learning rate to a tenth in the step schedule."""
     sched: Literal["step", "cosine"] = "step"
-    """Drop at lr_drop, or a cosine over all steps to a hundredth."""
+    """Learning rate schedule: drops by lr_drop, or a cosine to a hundredth at the end."""
     warmup_steps: int = Field(0, ge=0)
-    """Optimizer steps of linear warm-up."""
+    """Number of optimizer steps of linear warm-up."""
     model_ema: bool = False
-    """Keep an exponential moving average of the weights, and evaluate it too."""
+    """Keep an EMA (exponential moving average) of the weights, and evaluate it too."""
     model_ema_decay: float = Field(0.9997, ge=0, lt=1)
-    """Decay of the average per optimizer step."""
+    """Decay of the EMA per optimizer step."""
     finetune: str = ""
-    """Checkpoint to start from, also of plain DETR; its class head is replaced where it differs."""
+    """Path or URL of a checkpoint to fine-tune, also with other classes or without iRPE."""
 
 
 class DetectionConfig(
     BackboneConfig, TransformerConfig, LossConfig, DataConfig, OptimConfig, RunConfig
 ):
-    """DETR with iRPE: training and evaluation."""
+    """Training and evaluation of DETR with iRPE."""
 
     batch_size: int = Field(2, ge=1)
-    """Images per process and step."""
+    """Input batch size per process."""
     seed: int = Field(42, ge=0)
-    """Everything random follows from it."""
+    """Random seed."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of autocast; auto is float32, as DETR was trained."""
+    """Data type of automatic mixed precision; auto is float32, as in DETR."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "DetectionConfig":
+    def _check_combination(self) -> "DetectionConfig":
+        """Refuse options that contradict each other."""
         if self.hidden_dim % self.nheads:
             raise ValueError(
                 f"nheads must divide hidden_dim, got {self.nheads} and {self.hidden_dim}"
@@ -192,23 +196,25 @@ class DetectionConfig(
         if self.set_cost_class == self.set_cost_bbox == self.set_cost_giou == 0:
             raise ValueError("set_cost_class, set_cost_bbox and set_cost_giou must not all be 0")
         if self.finetune and self.resume:
-            raise ValueError("finetune and resume exclude each other: both give the weights")
+            raise ValueError("finetune and resume exclude each other: both set the weights")
         if self.frozen_weights and not self.masks:
-            raise ValueError("frozen_weights needs masks: it freezes the detector under them")
+            raise ValueError("frozen_weights needs masks: only the mask head would be trained")
         if self.dataset_file == "scenes" and not self.coco_path:
             raise ValueError("dataset_file scenes needs coco_path, where the scenes are written")
         if self.coco_path and any(self.own_data):
-            raise ValueError("coco_path excludes train_images, val_images and their annotations")
+            raise ValueError(
+                "coco_path must be none with train_images, val_images or their annotations"
+            )
         return self
 
 
 def parse_args(argv: list[str] | None = None) -> DetectionConfig:
-    """Turn flags, and a YAML file given with `--config`, into the configuration.
+    """Parse flags, and the YAML file of `--config` if it is given.
 
-    A mistake ends the program with one line on stderr and exit code 2.
+    An error ends the program with one line on stderr and exit code 2.
 
     Args:
-        argv: Flags; None for those of the program.
+        argv: Flags; None for those of the process.
     """
     return parse_config(
         DetectionConfig, argv, prog="detection.main", description=DetectionConfig.__doc__

@@ -1,4 +1,4 @@
-"""Data sets and loaders of a run, from its configuration."""
+"""The data sets and loaders of the trainer, built from its configuration."""
 
 from collections.abc import Mapping
 
@@ -24,7 +24,13 @@ __all__ = ["build_split", "train_loader", "eval_loader"]
 def build_split(
     config: DetectionConfig, split: str, label_map: Mapping[int, int] | None = None
 ) -> ResilientDataset:
-    """Open `train` or `val` with its transform; `label_map` is that of training, for `val`.
+    """Open one split of the data set with its transform.
+
+    Args:
+        config: The configuration.
+        split: `train` or `val`.
+        label_map: Category id of each label of the training split, for `val`; None reads them from
+            the split.
 
     Raises:
         DataError: Images or annotations are missing or damaged, or have a category that training
@@ -50,18 +56,21 @@ def build_split(
 def train_loader(
     dataset: ResilientDataset, config: DetectionConfig, device: torch.device
 ) -> DataLoader:
-    """Batches of this process; `loader.sampler.set_epoch(epoch, start)` chooses the epoch.
+    """Return the training batches of this process.
+
+    `loader.sampler.set_epoch(epoch, start)` sets the epoch and the first sample.
 
     Raises:
-        UsageError: The data does not fill one step of every process.
+        UsageError: The data does not fill one optimizer step.
     """
     sampler = DistributedShuffleSampler(
         len(dataset), rank=rank(), world_size=world_size(), seed=config.seed
     )
     if len(sampler) < config.batch_size * config.accumulate_steps:
         raise UsageError(
-            f"batch_size {config.batch_size} x accumulate_steps {config.accumulate_steps} is more "
-            f"than the {len(sampler)} images that each of {world_size()} processes has"
+            f"batch_size x accumulate_steps must be at most {len(sampler)}, the number of images "
+            f"per epoch in each of {world_size()} process(es), "
+            f"got {config.batch_size} x {config.accumulate_steps}"
         )
     return _loader(dataset, sampler, config, device, drop_last=True)
 
@@ -69,12 +78,9 @@ def train_loader(
 def eval_loader(
     dataset: ResilientDataset, config: DetectionConfig, device: torch.device
 ) -> DataLoader:
-    """Batches of this process, without padding the data."""
+    """Return the evaluation batches of this process; no image is repeated to fill a batch."""
     sampler = EvalSampler(
-        len(dataset),
-        batch_size=config.batch_size,
-        rank=rank(),
-        world_size=world_size(),
+        len(dataset), batch_size=config.batch_size, rank=rank(), world_size=world_size()
     )
     return _loader(dataset, sampler, config, device, drop_last=False)
 
@@ -87,6 +93,7 @@ def _loader(
     *,
     drop_last: bool,
 ) -> DataLoader:
+    """Return the loader of a sampler."""
     return DataLoader(
         SeededDataset(dataset),
         batch_size=config.batch_size,

@@ -43,29 +43,32 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(config: DetectionConfig, session: Session) -> None:
     """Train by the recipe of DETR (Carion et al., ECCV 2020), with iRPE in the encoder."""
+    device, checkpoint = session.device, session.checkpoint
     train_data = build_split(config, "train")
     label_to_category = train_data.dataset.label_to_category
     val_data = build_split(config, "val", label_to_category)
-    batches = train_loader(train_data, config, session.device)
+    batches = train_loader(train_data, config, device)
+    num_classes = train_data.dataset.num_classes
 
-    model, criterion, postprocessors = create_detector(
-        config, train_data.dataset.num_classes, session.checkpoint, session.device
-    )
-    operators = set_implementation(model, config.rpe_implementation, session.device)
+    model, criterion, postprocessors = create_detector(config, num_classes, checkpoint, device)
+    operators = set_implementation(model, config.rpe_implementation, device)
+    ema = create_ema(config, model, checkpoint)
+    step = create_step(criterion)
     optimizer = create_optimizer(config, model)
     steps_per_epoch = len(batches) // config.accumulate_steps
     scheduler, schedule_per_step = create_schedule(config, optimizer, steps_per_epoch)
+
     recipe = Recipe(
         model=model,
-        ema=create_ema(config, model, session.checkpoint),
+        ema=ema,
         batches=batches,
-        step=create_step(criterion),
+        step=step,
         optimizer=optimizer,
         scheduler=scheduler,
         schedule_per_step=schedule_per_step,
         dtype=autocast_dtype(config),
         clip_grad=config.clip_max_norm or None,
-        evaluate=create_evaluation(config, criterion, postprocessors, val_data, session.device),
+        evaluate=create_evaluation(config, criterion, postprocessors, val_data, device),
         best_by="AP",
         checkpoint_extras={"label_to_category": label_to_category},
         versions={"rpe_ops": operators},
@@ -75,18 +78,17 @@ def train(config: DetectionConfig, session: Session) -> None:
 
 def evaluate(config: DetectionConfig, session: Session) -> None:
     """Evaluate a checkpoint: print COCO's metrics, write `eval.json` to the output folder."""
-    checkpoint = session.checkpoint
+    device, checkpoint = session.device, session.checkpoint
     if checkpoint is None and not config.finetune:
         raise UsageError("--eval needs weights: --resume or --finetune")
     val_data = build_split(config, "val", (checkpoint or {}).get("label_to_category"))
-    model, criterion, postprocessors = create_detector(
-        config, val_data.dataset.num_classes, checkpoint, session.device
-    )
-    set_implementation(model, config.rpe_implementation, session.device)
+    num_classes = val_data.dataset.num_classes
+    model, criterion, postprocessors = create_detector(config, num_classes, checkpoint, device)
+    set_implementation(model, config.rpe_implementation, device)
     run_evaluation(
         session,
         model,
-        create_evaluation(config, criterion, postprocessors, val_data, session.device),
+        create_evaluation(config, criterion, postprocessors, val_data, device),
         ema=create_ema(config, model, checkpoint),
         num_images=len(val_data),
         describe=format_metrics,
