@@ -1,4 +1,4 @@
-"""DETR with iRPE: model, matching, losses, trainer, COCO evaluation, on plain tensors."""
+"""DETR with iRPE: model, matcher, losses, trainer and COCO evaluation, on plain tensors."""
 
 from detection.build import build_model
 from detection.config import DetectionConfig, parse_args

@@ -1,9 +1,10 @@
-"""The network that turns images into a feature map: a ResNet of torchvision, or a small one.
+"""The backbone, which computes the feature map: a ResNet of torchvision, or a small network.
 
-The published detectors have ImageNet weights, frozen batch norms, and train `layer2` to `layer4`;
-the stem and `layer1` stay as they were. Source: DETR (Carion et al., ECCV 2020), section 4.
-What differs: ordinary batch norms, stride 16 and other weights, for training from scratch on small
-images.
+The published detectors have ImageNet weights and frozen batch norms. They train `layer2` to
+`layer4`; the stem and `layer1` are frozen. Trained batch norms, stride 16 and other weights are
+additions, for training from scratch on small images.
+
+Source: DETR (Carion et al., ECCV 2020), section 4.
 """
 
 from collections import OrderedDict
@@ -22,17 +23,17 @@ from irpe_core import load_checkpoint, load_weights
 __all__ = ["Backbone", "build_backbone"]
 
 _SMALL_CHANNELS = (16, 32, 64, 128)
-# Where a level ends: each but the first two starts by halving the resolution.
+# The stages that end a level of features.
 _LEVELS = ("relu", "layer1", "layer2", "layer3", "layer4")
-_FROZEN_WITH_NORM = ("conv1", "bn1", "layer1")
+_FROZEN_STAGES = ("conv1", "bn1", "layer1")
 
 
 class Backbone(nn.Module):
-    """Runs the stages of `body` one after another.
+    """A sequence of stages with an output for each level of features.
 
     Args:
         body: Named stages; a level of features ends at `relu` and at each `layerN`.
-        channels: Of every level, finest first.
+        channels: Number of channels of every level, finest first.
     """
 
     def __init__(self, body: nn.Sequential, channels: tuple[int, ...]) -> None:
@@ -41,40 +42,40 @@ class Backbone(nn.Module):
         self.channels = channels
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Set the mode; the batch norms of a wholly frozen backbone never see new statistics."""
+        """Set the mode; a frozen backbone stays in evaluation mode and keeps its statistics."""
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
     def forward(self, images: Tensor, *, levels: int = 1) -> list[Tensor]:
         """Extract features.
 
         Args:
-            images: `(B, 3, H, W)`.
-            levels: Number of levels wanted, counted from the coarsest.
+            images: Normalized images `(B, 3, H, W)`.
+            levels: Number of levels to return, counted from the coarsest.
 
         Returns:
-            `(B, channels, h, w)` for each, finest first.
+            Features `(B, C, h, w)` of each level, finest first.
         """
-        wanted = [name for name, _ in self.body.named_children() if name in _LEVELS][-levels:]
+        returned = [name for name, _ in self.body.named_children() if name in _LEVELS][-levels:]
         features = []
         x = images
         for name, stage in self.body.named_children():
             x = stage(x)
-            if name in wanted:
+            if name in returned:
                 features.append(x)
         return features
 
 
 def build_backbone(config: DetectionConfig, *, load: bool = True) -> Backbone:
-    """The backbone of a detection configuration.
+    """Build the backbone.
 
     Args:
-        config: Its group Backbone, and `lr_backbone`.
-        load: Load the weights; without it only what is trained follows from them, for a model
-            whose weights come from a checkpoint.
+        config: The configuration; the group Backbone and `lr_backbone` are used.
+        load: Load the weights. False keeps them random, for a model that gets its weights from a
+            checkpoint.
 
     Raises:
-        ValueError: Options that do not go together.
-        CheckpointError: Weights that cannot be read or do not fit.
+        ValueError: The options contradict each other.
+        CheckpointError: The weights cannot be read or do not fit.
     """
     _check_options(config)
     norm = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}[config.backbone_norm]
@@ -87,15 +88,24 @@ def build_backbone(config: DetectionConfig, *, load: bool = True) -> Backbone:
 
 
 def _check_options(config: DetectionConfig) -> None:
+    """Refuse options that contradict each other."""
     if config.dilation and config.backbone in ("resnet18", "resnet34", "small"):
-        raise ValueError(f"dilation needs backbone resnet50 or resnet101, got {config.backbone!r}")
+        raise ValueError(
+            f"backbone must be resnet50 or resnet101 with dilation, got {config.backbone!r}"
+        )
     if config.dilation and config.backbone_stride == 16:
-        raise ValueError("dilation makes stride 16 out of layer4, which backbone_stride=16 removes")
+        raise ValueError(
+            "backbone_stride must be 32 with dilation, which needs the last stage, got 16"
+        )
     if config.backbone == "small" and config.backbone_weights == "imagenet":
-        raise ValueError("backbone 'small' has no ImageNet weights: set backbone_weights to none")
+        raise ValueError(
+            "backbone_weights must be none or a file with backbone 'small', which has no ImageNet "
+            "weights, got 'imagenet'"
+        )
 
 
 def _build_resnet(config: DetectionConfig, norm: Callable[[int], nn.Module]) -> Backbone:
+    """Build a ResNet without its head, and without `layer4` at stride 16."""
     net: ResNet = torchvision.models.get_model(
         config.backbone,
         weights=None,
@@ -111,7 +121,7 @@ def _build_resnet(config: DetectionConfig, norm: Callable[[int], nn.Module]) -> 
 
 
 def _build_small(config: DetectionConfig, norm: Callable[[int], nn.Module]) -> Backbone:
-    """A convolution and three basic blocks, each halving the resolution: stride 16 in all."""
+    """Build a convolution and three basic blocks, each of which halves the resolution."""
     conv = partial(nn.Conv2d, stride=2, bias=False)
     stem = _SMALL_CHANNELS[0]
     stages = OrderedDict(conv1=conv(3, stem, 3, padding=1), bn1=norm(stem), relu=nn.ReLU())
@@ -126,7 +136,7 @@ def _build_small(config: DetectionConfig, norm: Callable[[int], nn.Module]) -> B
 
 
 def _load(body: nn.Sequential, config: DetectionConfig) -> None:
-    """Load an ImageNet classifier, without its head and the stages that were cut off."""
+    """Load the weights of an ImageNet classifier, except for its head and removed stages."""
     source = config.backbone_weights
     if source == "imagenet":
         source = torchvision.models.get_model_weights(config.backbone).IMAGENET1K_V1.url
@@ -142,9 +152,9 @@ def _load(body: nn.Sequential, config: DetectionConfig) -> None:
 
 
 def _freeze(backbone: Backbone, config: DetectionConfig) -> None:
-    """Nothing learns at a rate of 0; the first stages never do under frozen norms, as published."""
+    """Freeze all stages if `lr_backbone` is 0, and with frozen norms the first stages, as DETR."""
     if config.lr_backbone <= 0:
         backbone.requires_grad_(False)
     elif config.backbone_norm == "frozen":
-        for name in _FROZEN_WITH_NORM:
+        for name in _FROZEN_STAGES:
             getattr(backbone.body, name).requires_grad_(False)

@@ -1,8 +1,11 @@
-"""Boxes: conversion, and generalised IoU of all pairs, with a check that torchvision leaves out.
+"""Boxes: conversion, and the generalized IoU of all pairs.
 
-Generalised IoU (Rezatofighi et al., CVPR 2019): IoU - (area(hull) - area(union)) / area(hull),
-where the hull is the smallest box around both. Two boxes without any area in the same place give
-0/0, which is nan; a box whose corners are reversed is an error.
+    GIoU = IoU - (area(hull) - area(union)) / area(hull)
+
+The hull is the smallest box around both boxes. Two boxes of zero area at the same place give 0/0,
+which is nan. Unlike in torchvision, a box with reversed corners is an error.
+
+Source: Rezatofighi et al., CVPR 2019.
 """
 
 import torchvision
@@ -13,24 +16,24 @@ __all__ = ["cxcywh_to_xyxy", "xyxy_to_cxcywh", "pairwise_giou"]
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Convert boxes `(..., 4)` from centre and size to corners."""
+    """Convert boxes `(..., 4)` from center and size to corners."""
     return box_convert(boxes, "cxcywh", "xyxy")
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Convert boxes `(..., 4)` from corners to centre and size."""
+    """Convert boxes `(..., 4)` from corners to center and size."""
     return box_convert(boxes, "xyxy", "cxcywh")
 
 
 def pairwise_giou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Compute the generalised IoU of every box with every other.
+    """Compute the generalized IoU of every pair of boxes.
 
     Args:
-        boxes1: Corners `(N, 4)`; those that are nan pass the check and give nan.
+        boxes1: Corners `(N, 4)`. Corners that are nan give nan.
         boxes2: Corners `(M, 4)`.
 
     Returns:
-        `(N, M)`, in [-1, 1].
+        Values `(N, M)` in [-1, 1].
 
     Raises:
         ValueError: The corners of a box are reversed.
@@ -41,10 +44,11 @@ def pairwise_giou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 
 def _check_corners(boxes: Tensor, name: str) -> None:
+    """Raise ValueError if the corners of a box are reversed."""
     reversed_ = (boxes[:, 2:] < boxes[:, :2]).any(1)
     if reversed_.any():
         index = int(reversed_.nonzero()[0])
         raise ValueError(
-            f"{name}[{index}] is {boxes[index].tolist()} but should be (x1, y1, x2, y2) "
-            "with x1 <= x2 and y1 <= y2"
+            f"{name}[{index}] must be (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2, "
+            f"got {boxes[index].tolist()}"
         )

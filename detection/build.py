@@ -1,7 +1,7 @@
-"""Builders: the parts of a run from its configuration.
+"""Functions that build the model and the parts of a training recipe from the configuration.
 
-`build_network` and `build_model` need the configuration alone. The `create_*` functions build the
-parts of a recipe, with the weights that it starts from.
+`build_network` and `build_model` need only the configuration. The `create_*` functions build the
+parts of a recipe, with initial weights.
 """
 
 import logging
@@ -46,7 +46,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# COCO has 80 classes, whose category ids go up to 90.
+# COCO has 80 classes, with category ids up to 90.
 COCO_CLASSES = 91
 
 Batch = tuple[Tensor, Tensor, list[dict[str, Tensor]]]
@@ -57,8 +57,8 @@ def build_network(config: DetectionConfig, *, load: bool = True) -> nn.Module:
 
     Args:
         config: The configuration.
-        load: Load the weights of the backbone and of `frozen_weights`. Without it they stay random,
-            for a network whose weights come from a checkpoint.
+        load: Load the weights of the backbone and of `frozen_weights`. False keeps them random, for
+            a network that gets its weights from a checkpoint.
 
     Raises:
         ValueError: The options contradict each other.
@@ -95,10 +95,10 @@ def build_model(
 
     Args:
         config: The configuration.
-        load: As in `build_network`.
+        load: See `build_network`.
 
     Returns:
-        `(model, criterion, postprocessors)`; the post-processors are `bbox` and with masks `segm`.
+        The model, the criterion and the post-processors: `bbox`, and with masks also `segm`.
 
     Raises:
         ValueError: The options contradict each other.
@@ -127,23 +127,25 @@ def build_model(
 
 
 def _num_classes(config: DetectionConfig) -> int:
+    """Return the number of classes without no-object; that of COCO by default."""
     return COCO_CLASSES if config.num_classes is None else config.num_classes
 
 
 def create_detector(
     config: DetectionConfig, num_classes: int, checkpoint: Mapping | None, device: torch.device
 ) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
-    """Build the model with its starting weights, its losses and its post-processing.
+    """Build the model with its initial weights, its losses and its post-processing.
 
-    A training resumes only from a checkpoint that fits exactly. Fine-tuning and evaluation also
-    accept weights of the same detector without iRPE: the tables then keep their initial values,
-    which are random in DETR. Fine-tuning replaces a class head of another width. Both are logged.
+    Training resumes only from a checkpoint that fits exactly. Fine-tuning and evaluation also
+    accept weights of the same model without iRPE: the tables then keep their initial values, which
+    are random in DETR. Fine-tuning replaces a class head with another number of classes. Both are
+    logged.
 
     Args:
         config: The configuration.
-        num_classes: Number of classes in the data, used where `num_classes` is not configured.
-        checkpoint: The checkpoint to resume or to evaluate; None for `finetune` or new weights.
-        device: The device to move everything to.
+        num_classes: Number of classes of the data, used if the option `num_classes` is none.
+        checkpoint: Checkpoint to resume or to evaluate; None uses `finetune` or random weights.
+        device: Device of the model, the losses and the post-processing.
 
     Raises:
         UsageError: The options contradict each other or the data.
@@ -172,7 +174,7 @@ def create_detector(
 
 
 def _load_to_finetune(model: nn.Module, source: str) -> None:
-    """Load weights, except those of a class head of another width."""
+    """Load weights, except those of a class head with another number of classes."""
     weights = dict(load_checkpoint(source)["model"])
     for key, value in model.state_dict().items():
         if "class_embed" in key and key in weights and weights[key].shape != value.shape:
@@ -184,13 +186,15 @@ def _load_to_finetune(model: nn.Module, source: str) -> None:
 def create_ema(
     config: DetectionConfig, model: nn.Module, checkpoint: Mapping | None
 ) -> ModelEmaV3 | None:
-    """Create the EMA of the weights, with the checkpoint's if it has one.
+    """Create the EMA of the weights, with the values of the checkpoint if it has an EMA.
 
-    An evaluation has an EMA if and only if its checkpoint has one.
+    Returns:
+        The EMA. None for a training without `model_ema`, and for the evaluation of a checkpoint
+        without EMA.
     """
     weights = (checkpoint or {}).get("model_ema")
-    wanted = weights is not None if config.eval else config.model_ema
-    if not wanted:
+    enabled = weights is not None if config.eval else config.model_ema
+    if not enabled:
         return None
     ema = ModelEmaV3(model, decay=config.model_ema_decay)
     if weights is not None:
@@ -199,12 +203,12 @@ def create_ema(
 
 
 def autocast_dtype(config: DetectionConfig) -> torch.dtype:
-    """Return the type of mixed precision; DETR was trained in float32."""
+    """Return the data type of mixed precision; DETR was trained in float32."""
     return resolve_dtype(config.dtype, auto=torch.float32)
 
 
 def param_groups(config: DetectionConfig, model: nn.Module) -> list[dict]:
-    """Return DETR's two groups: all but the backbone, and the backbone at its own learning rate."""
+    """Return DETR's two parameter groups: the backbone, with its learning rate, comes second."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
         {"params": [p for name, p in trained if "backbone" not in name], "lr": config.lr},
@@ -213,7 +217,7 @@ def param_groups(config: DetectionConfig, model: nn.Module) -> list[dict]:
 
 
 def create_optimizer(config: DetectionConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Create AdamW on DETR's two groups."""
+    """Create AdamW with DETR's two parameter groups."""
     groups = param_groups(config, model)
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
@@ -224,12 +228,12 @@ def create_schedule(
     """Create the schedule of the learning rates.
 
     Args:
-        config: Uses `sched`, `lr_drop`, `warmup_steps` and `epochs`.
+        config: The configuration.
         optimizer: The optimizer.
-        steps_per_epoch: Optimizer steps per epoch.
+        steps_per_epoch: Number of optimizer steps per epoch.
 
     Returns:
-        The scheduler, and True if it steps after each optimizer step, False after each epoch.
+        The scheduler, and True if it counts optimizer steps, False if it counts epochs.
     """
     if config.sched == "step" and config.warmup_steps == 0:
         return StepLR(optimizer, config.lr_drop), False
@@ -238,16 +242,16 @@ def create_schedule(
         warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
         if config.sched == "step":
             return warmup * 0.1 ** (step // steps_per_epoch // config.lr_drop)
-        begun = max(step - config.warmup_steps, 0) / max(
+        progress = max(step - config.warmup_steps, 0) / max(
             config.epochs * steps_per_epoch - config.warmup_steps, 1
         )
-        return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(begun, 1.0))))
+        return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
     return LambdaLR(optimizer, factor), True
 
 
 def create_step(criterion: SetCriterion) -> Callable[[nn.Module, Batch], dict[str, Tensor]]:
-    """Create the training step: forward, match, weighted sum of the losses in float32."""
+    """Create the training step: forward pass, then matching and losses in float32."""
 
     def step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         images, mask, targets = batch
@@ -268,7 +272,7 @@ def create_evaluation(
     data: ResilientDataset,
     device: torch.device,
 ) -> Evaluate:
-    """Create the evaluation on a validation set: losses and COCO's metrics of several models."""
+    """Create the function that evaluates several models on a validation set."""
     loader = eval_loader(data, config, device)
     iou_types = ("bbox", "segm") if config.masks else ("bbox",)
 
@@ -276,7 +280,7 @@ def create_evaluation(
         evaluator = CocoEvaluator(data.dataset.coco, iou_types, data.dataset.label_to_category)
         metrics = {}
         for prefix, model in models.items():
-            of_model = evaluate(
+            model_metrics = evaluate(
                 model,
                 criterion,
                 postprocessors,
@@ -286,7 +290,7 @@ def create_evaluation(
                 autocast_dtype(config),
                 pad_to_batch=config.eval_padding,
             )
-            metrics |= {f"{prefix}{name}": value for name, value in of_model.items()}
+            metrics |= {f"{prefix}{name}": value for name, value in model_metrics.items()}
         return metrics
 
     return evaluate_models

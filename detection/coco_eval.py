@@ -1,7 +1,7 @@
-"""COCO's twelve figures by pycocotools, for detections that several processes have computed.
+"""The twelve metrics of COCO, computed by pycocotools from the detections of all processes.
 
-Detections are kept per image, gathered once at the end, and counted once per image in the order of
-the image ids; so the figures depend neither on the number of processes nor on the data's order.
+The detections are gathered once, at the end. Each image counts once, in the order of the image ids.
+So the metrics depend neither on the number of processes nor on the order of the data.
 """
 
 import contextlib
@@ -24,7 +24,8 @@ __all__ = ["METRICS", "CocoEvaluator", "format_metrics"]
 METRICS = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip
-"""In pycocotools' order: average precision and recall, by overlap, size and detections allowed."""
+"""Names in the order of pycocotools: average precision by IoU and object size, average recall by
+number of detections and object size."""
 
 _IOU_TYPES = ("bbox", "segm")
 
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Detections:
-    """Of one image: n categories, scores `(n,)`, boxes `(n, 4)` (x, y, w, h), masks as RLE."""
+    """The n detections of an image: scores `(n,)`, boxes `(n, 4)` (x, y, w, h), masks as RLE."""
 
     categories: list[int]
     scores: np.ndarray
@@ -42,17 +43,17 @@ class _Detections:
 
 
 class CocoEvaluator:
-    """Collects detections of this process's images, and evaluates those of all processes.
+    """Collection of the detections of this process, and evaluation of those of all processes.
 
     Args:
-        coco_gt: The annotations; they are left as they are. Missing `iscrowd` means no crowd,
-            missing `area` that of the box.
-        iou_types: Of `bbox` and `segm`.
-        label_to_category: Category id of each of the model's labels; detections of other labels
-            are dropped. None where labels are category ids.
+        coco_gt: The annotations, which are not changed. Without `iscrowd` an object is not a crowd;
+            without `area` it has the area of its box.
+        iou_types: One or both of `bbox` and `segm`.
+        label_to_category: Category id of each label of the model; detections with other labels are
+            dropped. None if the labels are category ids.
 
     Raises:
-        ValueError: An `iou_types` is not known.
+        ValueError: An IoU type is unknown.
     """
 
     def __init__(
@@ -62,44 +63,46 @@ class CocoEvaluator:
         label_to_category: Mapping[int, int] | None = None,
     ) -> None:
         if unknown := [name for name in iou_types if name not in _IOU_TYPES]:
-            raise ValueError(f"iou_types has {unknown[0]!r} but should hold some of bbox, segm")
+            raise ValueError(f"iou_types must be among bbox and segm, got {unknown[0]!r}")
         self.iou_types = tuple(iou_types)
-        self._truth = _own_truth(coco_gt)
+        self._truth = _complete_annotations(coco_gt)
         self._categories = label_to_category
         self._detections: dict[int, _Detections] = {}
 
     def reset(self) -> None:
-        """Forgets all detections."""
+        """Remove all detections."""
         self._detections.clear()
 
     def update(self, predictions: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Takes in detections; an image that came before is not counted again.
+        """Add the detections of some images; an image that was added before is ignored.
 
         Args:
             predictions: Image id → `scores` `(n,)`, `labels` `(n,)`, `boxes` `(n, 4)` as
-                (x1, y1, x2, y2) in pixels of the original image, and for `segm` `masks`
-                `(n, H, W)`. An image without detections belongs here too.
+                (x1, y1, x2, y2) in pixels of the original image, and for `segm` also `masks`
+                `(n, H, W)`. Images without detections must be added too.
 
         Raises:
             ValueError: An image is not in the annotations, or masks are missing.
         """
         for image_id, prediction in predictions.items():
             if image_id not in self._truth.imgs:
-                raise ValueError(f"image_id {image_id} is not among the images of the annotations")
+                raise ValueError(f"image_id must be in the annotations, got {image_id}")
             if "segm" in self.iou_types and "masks" not in prediction:
-                raise ValueError("predictions have no masks, which iou_types segm needs")
+                raise ValueError(
+                    f"predictions must have masks for iou_types segm, got {', '.join(prediction)}"
+                )
             if image_id not in self._detections:
                 self._detections[image_id] = self._compact(prediction)
 
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Evaluates the detections of all processes, which all have to call.
+        """Evaluate the detections of all processes; all processes must call it.
 
         Returns:
-            For each of `iou_types` the twelve `METRICS` in [0, 1]; -1 where there is nothing to
-            find, as for objects of a size that the data does not have.
+            The twelve `METRICS` in [0, 1] for each of `iou_types`. A metric is -1 if no annotated
+            object has its size.
 
         Raises:
-            ValueError: No process has seen an image.
+            ValueError: No process has added an image.
         """
         merged: dict[int, _Detections] = {}
         for detections in all_gather_object(self._detections):
@@ -115,10 +118,11 @@ class CocoEvaluator:
         return broadcast_object({name: self._evaluate(name, merged) for name in self.iou_types})
 
     def _compact(self, prediction: Mapping[str, Tensor]) -> _Detections:
+        """Move the detections of an image to the CPU, in the form that pycocotools needs."""
         labels = prediction["labels"].cpu().numpy()
         scores = prediction["scores"].double().cpu().numpy()
         boxes = prediction["boxes"].double().cpu().numpy()
-        # COCOeval takes a box of nan for a hit on every object.
+        # COCOeval would count a box of nan as a match of every object.
         kept = np.isfinite(scores) & np.isfinite(boxes).all(1)
         if self._categories is not None:
             kept &= np.isin(labels, list(self._categories))
@@ -134,6 +138,7 @@ class CocoEvaluator:
         )
 
     def _evaluate(self, iou_type: str, merged: dict[int, _Detections]) -> dict[str, float]:
+        """Run pycocotools on the detections of all images."""
         image_ids = sorted(merged)
         found = [
             entry
@@ -152,14 +157,14 @@ class CocoEvaluator:
         return dict(zip(METRICS, evaluation.stats.tolist(), strict=True))
 
 
-def format_metrics(figures: Mapping[str, float]) -> str:
-    """Writes the twelve figures in two lines, precision and recall."""
-    parts = [f"{name} {figures[name]:.4f}" for name in METRICS]
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """Format the twelve metrics in two lines, precision and recall."""
+    parts = [f"{name} {metrics[name]:.4f}" for name in METRICS]
     return "\n".join(["  ".join(parts[:6]), "  ".join(parts[6:])])
 
 
 def _entries(image_id: int, found: _Detections, iou_type: str) -> Iterator[dict[str, Any]]:
-    """The detections of an image as pycocotools wants annotations, but for their `id`."""
+    """Yield the detections of an image as annotations of pycocotools, without `id`."""
     rows = zip(found.categories, found.scores.tolist(), found.boxes.tolist(), strict=True)
     for i, (category, score, box) in enumerate(rows):
         entry = {
@@ -177,15 +182,16 @@ def _entries(image_id: int, found: _Detections, iou_type: str) -> Iterator[dict[
 
 
 def _encode(masks: Tensor, kept: np.ndarray) -> list[dict[str, Any]]:
-    """`(n, H, W)` as run lengths, those that are kept."""
+    """Encode the kept masks of `(n, H, W)` as run lengths."""
     columns_first = masks.cpu().numpy()[kept].astype(np.uint8).transpose(1, 2, 0)
     return coco_masks.encode(np.asfortranarray(columns_first))
 
 
-def _own_truth(coco_gt: COCO) -> COCO:
-    """The annotations with all that COCOeval reads, in dicts that it may write into.
+def _complete_annotations(coco_gt: COCO) -> COCO:
+    """Return a copy of the annotations, with defaults for missing fields.
 
-    They are numbered from 1, since COCOeval takes an object with the id 0 for one not found.
+    COCOeval writes into the annotations. It counts an object with the id 0 as not found, so the
+    copies are numbered from 1.
     """
     annotations = []
     for number, annotation in enumerate(coco_gt.dataset["annotations"], start=1):
@@ -196,6 +202,7 @@ def _own_truth(coco_gt: COCO) -> COCO:
 
 
 def _coco(dataset: dict[str, Any]) -> COCO:
+    """Build pycocotools' index of a data set, without its output on stdout."""
     coco = COCO()
     coco.dataset = dataset
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,10 +1,11 @@
-"""DETR's set prediction loss: match queries with objects, then compare pair by pair.
+"""The set prediction loss of DETR: match queries with objects, then compare the pairs.
 
-Carion et al., "End-to-End Object Detection with Transformers" (ECCV 2020), section 3.1 and appendix
-A.2; masks: section 4.4, focal loss (Lin et al., ICCV 2017) and Dice (Milletari et al., 3DV 2016).
-Every decoder layer is matched and judged by itself. Box and mask losses are divided by the number
-of objects of all processes; the cross-entropy is a weighted mean over this process's queries, as
-published.
+Each decoder layer is matched separately. The losses of boxes and masks are divided by the mean
+number of objects per process. As published, the cross-entropy is a weighted mean over the queries
+of this process.
+
+Source: DETR (Carion et al., ECCV 2020), section 3.1 and appendix A.2. Masks: section 4.4, focal
+loss (Lin et al., ICCV 2017) and Dice loss (Milletari et al., 3DV 2016).
 """
 
 from collections.abc import Sequence
@@ -27,20 +28,21 @@ Targets = list[dict[str, Tensor]]
 
 
 class SetCriterion(nn.Module):
-    """The losses of a batch, by name; `weight_dict` says which of them count, and how much.
+    """The losses of a batch, with the weight of each in the total loss.
 
-    In training mode all processes call it together, since they add up their numbers of objects. In
-    evaluation mode, where one process may have more batches than another, each divides by its own.
+    In training mode all processes must call it together, because they add up their numbers of
+    objects. In evaluation mode each process uses its own number, because one process may have more
+    batches than another.
 
     Args:
-        num_classes: C, without the no-object class, whose number is C.
-        matcher: Assigns queries to objects.
-        weight_dict: Weight of each loss in the total.
+        num_classes: Number of classes C without no-object. The label of no-object is C.
+        matcher: Module that assigns queries to objects.
+        weight_dict: Weight of each loss in the total loss, by name.
         eos_coef: Weight of the no-object class in the cross-entropy.
-        losses: Some of `labels`, `boxes`, `cardinality`, `masks`.
+        losses: Groups of losses to compute: `labels`, `boxes`, `cardinality`, `masks`.
 
     Raises:
-        ValueError: A loss is not known.
+        ValueError: A loss is unknown.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class SetCriterion(nn.Module):
         super().__init__()
         if unknown := [name for name in losses if name not in _LOSSES]:
             allowed = ", ".join(_LOSSES)
-            raise ValueError(f"losses has {unknown[0]!r} but should hold some of {allowed}")
+            raise ValueError(f"losses must be among {allowed}, got {unknown[0]!r}")
         self.num_classes = num_classes
         self.matcher = matcher
         self.weight_dict = weight_dict
@@ -65,46 +67,48 @@ class SetCriterion(nn.Module):
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, outputs: dict, targets: Targets) -> dict[str, Tensor]:
-        """Compute the losses, unweighted.
+        """Compute the losses, without their weights, and two metrics.
 
         Args:
-            outputs: `pred_logits` `(B, Q, C+1)`, `pred_boxes` `(B, Q, 4)`, with masks `pred_masks`
-                `(B, Q, h, w)`, and perhaps `aux_outputs`, a list of such dicts without masks.
-            targets: Of every image `labels` `(n,)`, `boxes` `(n, 4)`, with masks `masks`
+            outputs: `pred_logits` `(B, Q, C+1)`, `pred_boxes` `(B, Q, 4)`, with masks also
+                `pred_masks` `(B, Q, h, w)`. Optionally `aux_outputs`, a list of such dicts of the
+                earlier decoder layers, without masks.
+            targets: `labels` `(n,)` and `boxes` `(n, 4)` of every image, with masks also `masks`
                 `(n, H, W)`.
 
         Returns:
-            Scalars `loss_ce`, `class_error` (percent of the objects), `loss_bbox`, `loss_giou`,
-            `cardinality_error`, `loss_mask`, `loss_dice`; and of the i-th auxiliary output the
-            same with `_i`, without `class_error` and masks.
+            Scalars: the losses `loss_ce`, `loss_bbox`, `loss_giou`, `loss_mask`, `loss_dice`, and
+            the metrics `class_error` (percent of the objects) and `cardinality_error`. Those of the
+            i-th auxiliary output have the suffix `_i`, without `class_error` and masks.
 
         Raises:
-            ValueError: A label is not a class number.
+            ValueError: A label is not in [0, C).
         """
         self._check_labels(targets)
         outputs = map_tensors(_at_least_float32, outputs)
         count = self._object_count(targets, outputs["pred_logits"].device)
-        figures = self._of_layer(outputs, targets, count, self.losses)
+        metrics = self._layer_metrics(outputs, targets, count, self.losses)
         aux_losses = [name for name in self.losses if name != "masks"]
         for i, aux in enumerate(outputs.get("aux_outputs", [])):
-            of_layer = self._of_layer(aux, targets, count, aux_losses)
-            of_layer.pop("class_error", None)
-            figures |= {f"{name}_{i}": value for name, value in of_layer.items()}
-        return figures
+            layer_metrics = self._layer_metrics(aux, targets, count, aux_losses)
+            layer_metrics.pop("class_error", None)
+            metrics |= {f"{name}_{i}": value for name, value in layer_metrics.items()}
+        return metrics
 
-    def _of_layer(
+    def _layer_metrics(
         self, outputs: dict, targets: Targets, count: Tensor, losses: Sequence[str]
     ) -> dict[str, Tensor]:
+        """Match the outputs of one decoder layer, and compute its losses and metrics."""
         matches = self.matcher(outputs, targets)
-        figures: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         for name in losses:
-            figures |= getattr(self, f"_loss_{name}")(outputs, targets, matches, count)
-        return figures
+            metrics |= getattr(self, f"_loss_{name}")(outputs, targets, matches, count)
+        return metrics
 
     def _loss_labels(
         self, outputs: dict, targets: Targets, matches: Matches, count: Tensor
     ) -> dict[str, Tensor]:
-        """Cross-entropy of all queries, and how often the class of an object is missed."""
+        """Compute the cross-entropy of all queries, and the percentage of wrong classes."""
         logits = outputs["pred_logits"]
         at = _matched_queries(matches)
         labels = _matched_objects(targets, matches, "labels")
@@ -113,13 +117,13 @@ class SetCriterion(nn.Module):
         weights = self.class_weights.to(logits)
         loss = F.cross_entropy(logits.transpose(1, 2), classes, weights)
         correct = (logits[at].argmax(-1) == labels).sum()
-        # An image without objects counts as all wrong, as published.
+        # A batch without objects has an error of 100, as published.
         return {"loss_ce": loss, "class_error": 100 - 100 * correct / max(len(labels), 1)}
 
     def _loss_boxes(
         self, outputs: dict, targets: Targets, matches: Matches, count: Tensor
     ) -> dict[str, Tensor]:
-        """L1 distance on (cx, cy, w, h), and 1 - GIoU, of the matched pairs."""
+        """Compute the L1 distance of (cx, cy, w, h) and 1 - GIoU of the matched pairs."""
         boxes = outputs["pred_boxes"][_matched_queries(matches)]
         target = _matched_objects(targets, matches, "boxes").to(boxes.dtype)
         giou = generalized_box_iou_loss(
@@ -134,7 +138,7 @@ class SetCriterion(nn.Module):
     def _loss_cardinality(
         self, outputs: dict, targets: Targets, matches: Matches, count: Tensor
     ) -> dict[str, Tensor]:
-        """By how many objects the number of predictions is wrong; a figure, not a loss."""
+        """Compute the error of the number of detected objects per image; a metric, not a loss."""
         logits = outputs["pred_logits"]
         predicted = (logits.argmax(-1) != self.num_classes).sum(1).float()
         actual = predicted.new_tensor([len(target["labels"]) for target in targets])
@@ -143,7 +147,7 @@ class SetCriterion(nn.Module):
     def _loss_masks(
         self, outputs: dict, targets: Targets, matches: Matches, count: Tensor
     ) -> dict[str, Tensor]:
-        """Focal and Dice loss of the matched pairs, at the size of the padded images."""
+        """Compute the focal and Dice losses of the matched pairs, at the size of padded images."""
         logits = outputs["pred_masks"][_matched_queries(matches)]
         target = _matched_masks(targets, matches).to(logits)
         resized = F.interpolate(logits[:, None], target.shape[-2:], mode="bilinear")
@@ -155,7 +159,7 @@ class SetCriterion(nn.Module):
         return {"loss_mask": focal / count, "loss_dice": dice.sum() / count}
 
     def _object_count(self, targets: Targets, device: torch.device) -> Tensor:
-        """Objects per process, on average, and at least 1."""
+        """Return the mean number of objects per process, at least 1."""
         count = sum(len(target["labels"]) for target in targets)
         total = torch.tensor(float(count), device=device)
         if self.training:
@@ -163,33 +167,37 @@ class SetCriterion(nn.Module):
         return total.clamp(min=1)
 
     def _check_labels(self, targets: Targets) -> None:
+        """Raise ValueError for a label outside [0, C).
+
+        Without this check, an index out of range on a GPU would end the process without a reason.
+        """
         labels = torch.cat([target["labels"] for target in targets])
-        # Checked here, because on a GPU an index out of range ends the process without a reason.
         if wrong := labels[(labels < 0) | (labels >= self.num_classes)].tolist():
             raise ValueError(
-                f"labels hold {wrong[0]} but should be in [0, {self.num_classes}), "
-                "the class numbers of the model"
+                f"labels must be in [0, {self.num_classes}), the classes of the model, "
+                f"got {wrong[0]}"
             )
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
+    """Convert half precision to float32, and keep float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _matched_queries(matches: Matches) -> tuple[Tensor, Tensor]:
-    """Image and query of every matched pair, each `(N,)`."""
+    """Return image and query of every matched pair, each `(N,)`."""
     images = [torch.full_like(queries, i) for i, (queries, _) in enumerate(matches)]
     return torch.cat(images), torch.cat([queries for queries, _ in matches])
 
 
 def _matched_objects(targets: Targets, matches: Matches, name: str) -> Tensor:
-    """An entry of the targets for every matched pair, `(N, ...)`, in the order of the queries."""
+    """Return an entry of the targets for every matched pair, `(N, ...)`, in query order."""
     pairs = zip(targets, matches, strict=True)
     return torch.cat([target[name][objects] for target, (_, objects) in pairs])
 
 
 def _matched_masks(targets: Targets, matches: Matches) -> Tensor:
-    """The masks of every matched pair, `(N, H, W)`, padded with 0 to the largest image."""
+    """Return the mask of every matched pair, `(N, H, W)`, padded with 0 to the largest image."""
     height = max(target["masks"].shape[-2] for target in targets)
     width = max(target["masks"].shape[-1] for target in targets)
     padded = []

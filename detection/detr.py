@@ -1,12 +1,13 @@
-"""DETR: detect objects as a set, with a transformer on the features of a convolutional network.
+"""DETR: object detection with a transformer on the features of a convolutional network.
 
     features = input_proj(backbone(images));  objects = transformer(features, queries)
     pred_logits = class_embed(objects);       pred_boxes = sigmoid(bbox_embed(objects))
 
-Source: DETR (Carion et al., ECCV 2020), with iRPE (Wu et al., ICCV 2021) in the encoder. Parameter
-names are those of the published checkpoints. It differs from the original in two points: images and
-masks are plain tensors, and the heads always compute in the precision of their weights, because
-boxes in bfloat16 are too coarse.
+Parameter names are those of the published checkpoints. Two things differ from the original: images
+and masks are plain tensors, and the heads compute in the data type of their weights, because
+bfloat16 is too coarse for boxes.
+
+Source: DETR (Carion et al., ECCV 2020), with iRPE (Wu et al., ICCV 2021) in the encoder.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ class MLP(nn.Module):
     """Linear layers with ReLU between them.
 
     Args:
-        dims: Channels of the input, of what lies between, and of the output.
+        dims: Number of channels of the input, of each hidden layer and of the output.
     """
 
     def __init__(self, *dims: int) -> None:
@@ -40,16 +41,16 @@ class MLP(nn.Module):
 
 
 class Encoded(NamedTuple):
-    """Images inside the model."""
+    """Results of the model before its heads."""
 
     objects: Tensor
     """Outputs of every decoder layer, `(layers, B, Q, C)`."""
     memory: Tensor
-    """The encoder's output `(B, C, h, w)`."""
+    """Output of the encoder, `(B, C, h, w)`."""
     projected: Tensor
-    """The encoder's input `(B, C, h, w)`."""
+    """Input of the encoder, `(B, C, h, w)`."""
     mask: Tensor | None
-    """`(B, h, w)`, True on padding."""
+    """Mask `(B, h, w)`, True on padding; None without padding."""
     levels: list[Tensor]
     """Features of the backbone, finest first."""
 
@@ -58,12 +59,12 @@ class DETR(nn.Module):
     """The detector.
 
     Args:
-        backbone: Images to features.
-        position_encoding: Mask of a feature map to its encodings.
-        transformer: Features to objects.
-        num_classes: Class labels run from 0 to `num_classes - 1`; one more stands for no object.
-        num_queries: The most objects an image can hold.
-        aux_loss: Also predict from the decoder layers before the last.
+        backbone: Module from images to features.
+        position_encoding: Module from the mask of a feature map to its position encodings.
+        transformer: Module from features to objects.
+        num_classes: Number of classes without no-object.
+        num_queries: Number of object queries, the maximum number of detections per image.
+        aux_loss: Also return the predictions of the earlier decoder layers.
     """
 
     def __init__(
@@ -89,33 +90,38 @@ class DETR(nn.Module):
         """Detect objects.
 
         Args:
-            images: `(B, 3, H, W)`, normalized; zero on padding.
-            mask: `(B, H, W)`, True on padding; None where there is none.
+            images: Normalized images `(B, 3, H, W)`, zero on padding.
+            mask: Mask `(B, H, W)`, True on padding; None without padding.
 
         Returns:
-            `pred_logits (B, Q, num_classes + 1)`, `pred_boxes (B, Q, 4)` as cx, cy, w, h relative
-            to the image without its padding, and with `aux_loss` the same of every earlier layer
-            as a list `aux_outputs`.
+            `pred_logits (B, Q, num_classes + 1)`; `pred_boxes (B, Q, 4)` as (cx, cy, w, h) relative
+            to the image without padding; with `aux_loss` also `aux_outputs`, a list with the same
+            entries of every earlier decoder layer.
         """
         return self.predict(self.encode(images, mask).objects)
 
     def encode(self, images: Tensor, mask: Tensor | None = None, *, levels: int = 1) -> Encoded:
-        """Everything before the heads; arguments as `forward`, `levels` as `Backbone.forward`."""
+        """Run the model up to its heads.
+
+        Args:
+            images: See `forward`.
+            mask: See `forward`.
+            levels: Number of levels of backbone features to return, counted from the coarsest.
+        """
         backbone, encode_positions = self.backbone
         features = backbone(images, levels=levels)
         projected = self.input_proj(features[-1])
         hw = projected.shape[-2:]
         if mask is None:
-            positions_of = projected.new_zeros((images.shape[0], *hw), dtype=torch.bool)
+            padding = projected.new_zeros((images.shape[0], *hw), dtype=torch.bool)
         else:
-            mask = F.interpolate(mask[:, None].float(), size=hw)[:, 0].bool()
-            positions_of = mask
-        pos = encode_positions(positions_of).to(projected.dtype)
+            padding = mask = F.interpolate(mask[:, None].float(), size=hw)[:, 0].bool()
+        pos = encode_positions(padding).to(projected.dtype)
         objects, memory = self.transformer(projected, mask, self.query_embed.weight, pos)
         return Encoded(objects, memory, projected, mask, features)
 
     def predict(self, objects: Tensor) -> dict[str, Any]:
-        """Classes and boxes of `objects (layers, B, Q, C)`; returns what `forward` does."""
+        """Predict classes and boxes of `objects (layers, B, Q, C)`; the result is as in `forward`."""
         with torch.autocast(objects.device.type, enabled=False):
             objects = objects.to(self.class_embed.weight.dtype)
             logits = self.class_embed(objects)

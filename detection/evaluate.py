@@ -1,9 +1,9 @@
-"""Losses and COCO figures over a validation set, the same for any number of processes.
+"""Losses and COCO metrics over a validation set, equal for any number of processes.
 
-By default an image is evaluated as if it were alone: images of a batch go through the model without
-padding, together with those of the same size, so that the batch size changes no figure. The
-published protocol pads every batch to its largest image; DETR masks the padding in its attention,
-but convolutions see it, and figures move a little with the batch size.
+By default images are not padded: the model gets the images of a batch in groups of the same size,
+so the metrics do not depend on the batch size. The published protocol pads every batch to its
+largest image. The attention masks the padding but the convolutions do not, so the metrics of the
+published protocol depend slightly on the batch size.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,24 +34,24 @@ def evaluate(
     *,
     pad_to_batch: bool = False,
 ) -> dict[str, float]:
-    """Evaluate a detector; all processes call it.
+    """Evaluate a detector; all processes must call it.
 
     Args:
-        model: Of `(images, mask)`; left in the mode it was in.
-        criterion: The losses, with their `weight_dict`; left in the mode it was in.
-        postprocessors: `bbox`, and for masks `segm`.
-        loader: Batches `(images (B, 3, H, W), mask (B, H, W), targets)` of this process; images
-            fill the top left corner, as large as the target's `size` says.
-        evaluator: Emptied first.
-        device: Where the model is.
-        dtype: Of autocast; float32 for none.
-        pad_to_batch: Whether images keep the padding of their batch, and losses are computed per
-            batch: the published protocol.
+        model: Detector that is called with `(images, mask)`. Its mode is restored.
+        criterion: The losses, with their `weight_dict`. Its mode is restored.
+        postprocessors: `bbox`, and for masks also `segm`.
+        loader: Batches `(images (B, 3, H, W), mask (B, H, W), targets)` of this process. An image
+            of the `size` of its target is in the top left corner; the rest is padding.
+        evaluator: Collects the detections; it is reset first.
+        device: Device of the model.
+        dtype: Data type of automatic mixed precision; float32 disables it.
+        pad_to_batch: Use the published protocol: images keep the padding of their batch, and losses
+            are computed per batch.
 
     Returns:
-        `loss` (weighted sum) and every figure of the criterion, averaged over images (over batches
-        with `pad_to_batch`), `class_error` over objects; then COCO's twelve figures, `AP` and so on
-        for boxes, `segm_AP` and so on for masks.
+        `loss` (the weighted sum) and every loss and metric of the criterion, averaged over images
+        (over batches with `pad_to_batch`), `class_error` over objects. Then the twelve COCO
+        metrics: `AP` and so on for boxes, `segm_AP` and so on for masks.
     """
     model = unwrap(model)
     modes = [(module, module.training) for module in (model, criterion)]
@@ -59,43 +59,43 @@ def evaluate(
     criterion.eval()
     evaluator.reset()
     losses = _Losses(criterion.weight_dict)
-    for whole in loader:
-        for images, mask, targets in [whole] if pad_to_batch else _unpadded(*whole):
+    for batch in loader:
+        for images, mask, targets in [batch] if pad_to_batch else _split_by_size(*batch):
             with autocast(device, dtype):
                 outputs = model(images.to(device), mask.to(device))
             outputs = map_tensors(Tensor.float, outputs)
-            found = _postprocess(postprocessors, outputs, targets)
-            evaluator.update(dict(zip(_image_ids(targets), found, strict=True)))
-            for part, its_targets in _judged(outputs, targets, whole_batch=pad_to_batch):
-                losses.add(its_targets, criterion(part, copy_to(its_targets, device)))
+            detections = _postprocess(postprocessors, outputs, targets)
+            evaluator.update(dict(zip(_image_ids(targets), detections, strict=True)))
+            parts = [(outputs, targets)] if pad_to_batch else _split_by_image(outputs, targets)
+            for part, part_targets in parts:
+                losses.add(part_targets, criterion(part, copy_to(part_targets, device)))
     for module, training in modes:
         module.train(training)
-    by_iou_type = evaluator.metrics()
-    figures = losses.averages()
-    for iou_type, values in by_iou_type.items():
+    coco_metrics = evaluator.metrics()
+    metrics = losses.averages()
+    for iou_type, values in coco_metrics.items():
         prefix = "" if iou_type == "bbox" else f"{iou_type}_"
-        figures |= {f"{prefix}{name}": value for name, value in values.items()}
-    return figures
+        metrics |= {f"{prefix}{name}": value for name, value in values.items()}
+    return metrics
 
 
-def _unpadded(images: Tensor, mask: Tensor, targets: list[dict[str, Tensor]]) -> Iterator[Batch]:
-    """The parts of a batch whose images have the same size, cut to that size."""
+def _split_by_size(
+    images: Tensor, mask: Tensor, targets: list[dict[str, Tensor]]
+) -> Iterator[Batch]:
+    """Yield groups of images of the same size, without padding."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, target in enumerate(targets):
         height, width = target["size"].tolist()
         groups.setdefault((height, width), []).append(i)
-    for (height, width), chosen in groups.items():
-        cut = (chosen, ..., slice(height), slice(width))
-        yield images[cut], mask[cut], [targets[i] for i in chosen]
+    for (height, width), members in groups.items():
+        cut = (members, ..., slice(height), slice(width))
+        yield images[cut], mask[cut], [targets[i] for i in members]
 
 
-def _judged(
-    outputs: dict[str, Any], targets: list[dict[str, Tensor]], *, whole_batch: bool
+def _split_by_image(
+    outputs: dict[str, Any], targets: list[dict[str, Tensor]]
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Tensor]]]]:
-    """What the criterion gets at once: everything, or one image after the other."""
-    if whole_batch:
-        yield outputs, targets
-        return
+    """Yield the outputs and the target of one image at a time."""
     for i, target in enumerate(targets):
         yield map_tensors(lambda tensor, i=i: tensor[i : i + 1], outputs), [target]
 
@@ -105,15 +105,17 @@ def _postprocess(
     outputs: dict[str, Any],
     targets: list[dict[str, Tensor]],
 ) -> list[dict[str, Tensor]]:
+    """Return the detections of every image, in pixels of the original image."""
     original_sizes = torch.stack([target["orig_size"] for target in targets])
-    found = postprocessors["bbox"](outputs, original_sizes)
+    detections = postprocessors["bbox"](outputs, original_sizes)
     if "segm" in postprocessors:
         sizes = torch.stack([target["size"] for target in targets])
-        found = postprocessors["segm"](found, outputs, original_sizes, sizes)
-    return found
+        detections = postprocessors["segm"](detections, outputs, original_sizes, sizes)
+    return detections
 
 
 def _image_ids(targets: list[dict[str, Tensor]]) -> list[int]:
+    """Return the ids of the images of some targets."""
     return [int(target["image_id"]) for target in targets]
 
 
@@ -127,14 +129,15 @@ class _Losses:
         self._objects: list[int] = []
         self._rows: list[Tensor] = []
 
-    def add(self, targets: list[dict[str, Tensor]], figures: dict[str, Tensor]) -> None:
-        self._names = list(figures)
+    def add(self, targets: list[dict[str, Tensor]], losses: dict[str, Tensor]) -> None:
+        """Add the losses of the images of some targets."""
+        self._names = list(losses)
         self._ids.append(tuple(_image_ids(targets)))
         self._objects.append(sum(len(target["labels"]) for target in targets))
-        self._rows.append(torch.stack([value.double() for value in figures.values()]))
+        self._rows.append(torch.stack([value.double() for value in losses.values()]))
 
     def averages(self) -> dict[str, float]:
-        """Averages over all processes, in float64 and one order, so always the same."""
+        """Return the averages over all processes, summed in float64 in a fixed order."""
         rows = torch.stack(self._rows).cpu() if self._rows else torch.zeros(0, 0)
         own = dict(zip(self._ids, zip(self._objects, rows, strict=True), strict=True))
         merged: dict[tuple[int, ...], tuple[int, Tensor]] = {}

@@ -1,8 +1,11 @@
-"""Which query is responsible for which object: the cheapest one-to-one assignment.
+"""The matcher: a one-to-one assignment of queries to objects with the lowest total cost.
 
-DETR (Carion et al., ECCV 2020, section 3.1, Eq. 1): the cost of giving object j to query i is
--cost_class·p_i(class_j) + cost_bbox·|b_i - b_j|_1 - cost_giou·GIoU(b_i, b_j), with the probability
-itself instead of its logarithm. The assignment is scipy's.
+    cost(i, j) = -cost_class·p_i(class_j) + cost_bbox·|b_i - b_j|_1 - cost_giou·GIoU(b_i, b_j)
+
+This is the cost of query i for object j, with the probability itself instead of its logarithm.
+scipy finds the assignment.
+
+Source: DETR (Carion et al., ECCV 2020), section 3.1, Eq. 1.
 """
 
 import torch
@@ -13,17 +16,17 @@ from detection.boxes import cxcywh_to_xyxy, pairwise_giou
 
 __all__ = ["HungarianMatcher"]
 
-# In place of a cost that is not finite: dearer than any real one, and harmless to add up.
-_FORBIDDING = 1e6
+# Replaces costs that are not finite: larger than any other cost, but finite when added up.
+_LARGE_COST = 1e6
 
 
 class HungarianMatcher(nn.Module):
-    """Matches the queries of every image with its objects.
+    """Matching of the queries of every image with its objects.
 
     Args:
-        cost_class: Weight of the probability of the object's class.
+        cost_class: Weight of the class probability.
         cost_bbox: Weight of the L1 distance of normalized (cx, cy, w, h).
-        cost_giou: Weight of the generalised IoU.
+        cost_giou: Weight of the generalized IoU.
 
     Raises:
         ValueError: All three are 0.
@@ -34,9 +37,7 @@ class HungarianMatcher(nn.Module):
     ) -> None:
         super().__init__()
         if cost_class == cost_bbox == cost_giou == 0:
-            raise ValueError(
-                "cost_class, cost_bbox and cost_giou are all 0; at least one must differ"
-            )
+            raise ValueError("cost_class, cost_bbox and cost_giou must not all be 0")
         self.cost_class = cost_class
         self.cost_bbox = cost_bbox
         self.cost_giou = cost_giou
@@ -47,28 +48,28 @@ class HungarianMatcher(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Assign queries to objects.
 
-        Predictions that are not finite are matched somehow, so that the loss can report them.
+        Predictions that are not finite are matched too, so that the loss can report them.
 
         Args:
             outputs: `pred_logits` `(B, Q, C+1)` and `pred_boxes` `(B, Q, 4)` as normalized
                 (cx, cy, w, h).
-            targets: Of every image `labels` `(n,)` and `boxes` `(n, 4)`.
+            targets: `labels` `(n,)` and `boxes` `(n, 4)` of every image.
 
         Returns:
-            For every image two int64 tensors on the CPU, `min(Q, n)` long: queries in ascending
-            order, and the object of each.
+            For every image two int64 tensors of length `min(Q, n)` on the CPU: the matched queries
+            in ascending order, and the object of each.
 
         Raises:
             ValueError: The width or height of a box is negative.
         """
-        cost = self._cost(outputs, targets).nan_to_num(_FORBIDDING, _FORBIDDING, -_FORBIDDING)
+        cost = self._cost(outputs, targets).nan_to_num(_LARGE_COST, _LARGE_COST, -_LARGE_COST)
         sizes = [len(target["labels"]) for target in targets]
         blocks = cost.cpu().split(sizes, dim=-1)
         pairs = [linear_sum_assignment(block[i].numpy()) for i, block in enumerate(blocks)]
         return [(torch.from_numpy(i).long(), torch.from_numpy(j).long()) for i, j in pairs]
 
     def _cost(self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
-        """`(B, Q, N)`: of every query with the N objects of the whole batch, in float32."""
+        """Return the costs `(B, Q, N)` of all queries for the N objects of the batch, float32."""
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         probability = logits.flatten(0, 1).softmax(-1)
         boxes = boxes.flatten(0, 1)

@@ -1,8 +1,8 @@
-"""Absolute position encodings of a feature map, added to queries and keys at every layer.
+"""Absolute position encodings of a feature map, added to queries and keys in every layer.
 
-    sine:     sin(y / T^(2i/F)), cos(y / T^(2i/F)), …, then the same of x; positions count the
-              pixels that are not padding and run from 0 to 2π
-    learned:  one vector per column beside one per row
+    sine:     sin(y / τ^(2i/F)), cos(y / τ^(2i/F)), …, then the same for x; y and x count the tokens
+              that are not padding, scaled to at most 2π; τ is the temperature, F the channels
+    learned:  one vector per column, concatenated with one per row
 
 Source: DETR (Carion et al., ECCV 2020), section A.4.
 """
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 __all__ = ["SinePositionEncoding", "LearnedPositionEncoding", "build_position_encoding"]
 
-_LONGEST_LEARNED = 50
+_MAX_LEARNED = 50  # rows and columns
 
 
 class SinePositionEncoding(nn.Module):
     """Sines and cosines of the normalized row and column.
 
     Args:
-        num_features: Channels per axis; even.
+        num_features: Number of channels per axis; even.
         temperature: Ratio of the longest wavelength to the shortest.
     """
 
@@ -31,13 +31,13 @@ class SinePositionEncoding(nn.Module):
         self.temperature = temperature
 
     def forward(self, mask: Tensor) -> Tensor:
-        """Encode a batch of maps.
+        """Encode the positions of feature maps.
 
         Args:
-            mask: `(B, h, w)`, True on padding.
+            mask: Mask `(B, h, w)`, True on padding.
 
         Returns:
-            `(B, 2 * num_features, h, w)` float32, features of the row first.
+            Encodings `(B, 2 * num_features, h, w)` float32; the channels of the row come first.
         """
         inside = ~mask
         frequency = torch.arange(self.num_features, device=mask.device) // 2
@@ -54,33 +54,37 @@ class SinePositionEncoding(nn.Module):
 
 
 class LearnedPositionEncoding(nn.Module):
-    """A learned vector for each column and each row, on maps of up to 50 × 50.
+    """A learned vector for each column and each row of feature maps of up to 50 × 50.
 
     Args:
-        num_features: Channels per axis.
+        num_features: Number of channels per axis.
     """
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.row_embed = nn.Embedding(_LONGEST_LEARNED, num_features)
-        self.col_embed = nn.Embedding(_LONGEST_LEARNED, num_features)
+        self.row_embed = nn.Embedding(_MAX_LEARNED, num_features)
+        self.col_embed = nn.Embedding(_MAX_LEARNED, num_features)
         nn.init.uniform_(self.row_embed.weight)
         nn.init.uniform_(self.col_embed.weight)
 
     def forward(self, mask: Tensor) -> Tensor:
-        """Encode a batch of maps; of `mask (B, h, w)` only the shape matters.
+        """Encode the positions of feature maps.
+
+        Args:
+            mask: Mask `(B, h, w)`; only its shape is used.
 
         Returns:
-            `(B, 2 * num_features, h, w)`, features of the column first.
+            Encodings `(B, 2 * num_features, h, w)`; the channels of the column come first.
 
         Raises:
-            ValueError: The map is longer than the table.
+            ValueError: The feature map has more than 50 rows or columns.
         """
         batch, height, width = mask.shape
-        if max(height, width) > _LONGEST_LEARNED:
+        if max(height, width) > _MAX_LEARNED:
             raise ValueError(
-                f"position_embedding 'learned' has {_LONGEST_LEARNED} rows and columns, the "
-                f"feature map has {height} x {width}: use smaller images or 'sine'"
+                f"feature map must be at most {_MAX_LEARNED} x {_MAX_LEARNED} with "
+                f"position_embedding 'learned', got {height} x {width}: "
+                "use smaller images or 'sine'"
             )
         columns = self.col_embed.weight[:width].t()[:, None, :].expand(-1, height, -1)
         rows = self.row_embed.weight[:height].t()[:, :, None].expand(-1, -1, width)
@@ -88,10 +92,14 @@ class LearnedPositionEncoding(nn.Module):
 
 
 def build_position_encoding(kind: str, hidden_dim: int) -> nn.Module:
-    """The encoding of `--position_embedding`, `hidden_dim` channels in all.
+    """Build a position encoding.
+
+    Args:
+        kind: `sine` or `learned`.
+        hidden_dim: Number of channels.
 
     Raises:
-        ValueError: An unknown kind, or a number of channels that cannot be divided.
+        ValueError: The kind is unknown, or does not allow this number of channels.
     """
     if kind not in ("sine", "learned"):
         raise ValueError(f"position_embedding must be sine or learned, got {kind!r}")

@@ -1,7 +1,9 @@
-"""From outputs of the model to detections in the coordinates of the original image.
+"""Post-processing: from model outputs to detections in pixels of the original image.
 
-Every query gives one detection, of its most probable class other than no-object; nothing is
-suppressed (Carion et al., ECCV 2020).
+Every query gives one detection, with its most probable class other than no-object. There is no
+non-maximum suppression.
+
+Source: DETR (Carion et al., ECCV 2020).
 """
 
 import math
@@ -14,8 +16,8 @@ from detection.boxes import cxcywh_to_xyxy
 
 __all__ = ["PostProcess", "PostProcessSegm"]
 
-# Masks at full size take 4 bytes per pixel and query: so many queries at a time.
-_MASKS_AT_ONCE = 32
+# Masks are resized for so many queries at a time, to save memory: 4 bytes per pixel and query.
+_QUERIES_AT_ONCE = 32
 
 
 class PostProcess(nn.Module):
@@ -23,19 +25,19 @@ class PostProcess(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
-        """Turn outputs into detections.
+        """Convert outputs to detections.
 
         Args:
             outputs: `pred_logits` `(B, Q, C+1)` and `pred_boxes` `(B, Q, 4)`.
-            sizes: `(B, 2)`, height and width that the boxes refer to, in pixels: those of the
-                original image for evaluation.
+            sizes: Height and width `(B, 2)` in pixels to scale the boxes to; in evaluation those of
+                the original images.
 
         Returns:
             For every image `scores` `(Q,)`, `labels` `(Q,)` and `boxes` `(Q, 4)` as
             (x1, y1, x2, y2) in pixels.
 
         Raises:
-            ValueError: The shape of `sizes` does not fit.
+            ValueError: The shape of `sizes` is wrong.
         """
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         _check_sizes(sizes, len(logits), "sizes")
@@ -52,12 +54,15 @@ class PostProcessSegm(nn.Module):
 
     Args:
         threshold: Probability above which a pixel belongs to the object, in (0, 1).
+
+    Raises:
+        ValueError: The threshold is out of range.
     """
 
     def __init__(self, threshold: float = 0.5) -> None:
         super().__init__()
         if not 0 < threshold < 1:
-            raise ValueError(f"threshold is {threshold} but should be in (0, 1)")
+            raise ValueError(f"threshold must be in (0, 1), got {threshold}")
         self.threshold = threshold
 
     @torch.no_grad()
@@ -71,16 +76,16 @@ class PostProcessSegm(nn.Module):
         """Add masks to detections.
 
         Args:
-            results: Of `PostProcess`.
-            outputs: `pred_masks` `(B, Q, h, w)`, logits, of images padded to the largest of them.
-            original_sizes: `(B, 2)`, height and width of the original images.
-            sizes: `(B, 2)`, height and width of the images as the model saw them, unpadded.
+            results: Detections of `PostProcess`.
+            outputs: `pred_masks` `(B, Q, h, w)`, logits for the padded images.
+            original_sizes: Height and width `(B, 2)` of the original images.
+            sizes: Height and width `(B, 2)` of the model's images without padding.
 
         Returns:
-            The results with `masks` `(Q, H, W)` bool, at the size of the original image.
+            The detections with `masks` `(Q, H, W)` bool, at the size of the original image.
 
         Raises:
-            ValueError: The shape of `original_sizes` or `sizes` does not fit.
+            ValueError: The shape of `original_sizes` or `sizes` is wrong.
         """
         logits = outputs["pred_masks"]
         _check_sizes(original_sizes, len(logits), "original_sizes")
@@ -95,11 +100,12 @@ class PostProcessSegm(nn.Module):
     def _full_size(
         self, logits_QHW: Tensor, padded: list[int], size: list[int], original: list[int]
     ) -> Tensor:
+        """Resize the mask logits of an image to the original size, without padding."""
         height, width = size
-        # The threshold on the logit; the sigmoid of every pixel would only cost memory.
+        # A threshold for logits avoids the memory of a sigmoid of every pixel.
         threshold = math.log(self.threshold / (1 - self.threshold))
         chunks = []
-        for chunk in logits_QHW.float().split(_MASKS_AT_ONCE):
+        for chunk in logits_QHW.float().split(_QUERIES_AT_ONCE):
             resized = F.interpolate(chunk[:, None], padded, mode="bilinear") > threshold
             cropped = resized[..., :height, :width].to(torch.uint8)
             chunks.append(F.interpolate(cropped, original, mode="nearest")[:, 0].bool())
@@ -107,8 +113,9 @@ class PostProcessSegm(nn.Module):
 
 
 def _check_sizes(sizes: Tensor, images: int, name: str) -> None:
+    """Raise ValueError if there is not a height and a width for every image."""
     if sizes.shape != (images, 2):
         raise ValueError(
-            f"{name} has the shape {tuple(sizes.shape)} but should be ({images}, 2): "
-            "height and width of every image"
+            f"{name} must have the shape ({images}, 2), height and width of every image, "
+            f"got {tuple(sizes.shape)}"
         )

@@ -1,10 +1,12 @@
-"""Instance masks on top of DETR: attention maps of the objects, refined by the backbone's features.
+"""The mask head of DETR: attention maps of the objects, refined with features of the backbone.
 
     maps  = softmax over heads, rows and columns of q(object) · k(memory)
     masks = convolutions on (features, maps), upsampled from level to level of the backbone
 
-Source: DETR (Carion et al., ECCV 2020), section 4.4 and figure 8. Parameter names are those of the
-published panoptic checkpoints, whose softmax runs over the heads too.
+Parameter names are those of the published panoptic checkpoints. As in these, the softmax includes
+the heads.
+
+Source: DETR (Carion et al., ECCV 2020), section 4.4 and figure 8.
 """
 
 import math
@@ -23,11 +25,11 @@ _LEVELS = 4
 
 
 class DETRSegmentation(nn.Module):
-    """A detector whose objects also get masks.
+    """A detector with a mask head.
 
     Args:
         detr: The detector.
-        freeze_detr: Train the masks alone.
+        freeze_detr: Freeze the detector, so that only the mask head is trained.
     """
 
     def __init__(self, detr: DETR, *, freeze_detr: bool = False) -> None:
@@ -41,10 +43,16 @@ class DETRSegmentation(nn.Module):
             detr.requires_grad_(False)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
-        """Detect and segment; as `DETR.forward`, with `pred_masks (B, Q, h, w)` as logits.
+        """Detect and segment objects.
 
-        The masks have the resolution of the finest level used, a quarter of the images' in a
-        ResNet of stride 32.
+        Args:
+            images: See `DETR.forward`.
+            mask: See `DETR.forward`.
+
+        Returns:
+            The entries of `DETR.forward`, and the logits `pred_masks (B, Q, h, w)`. They have the
+            resolution of the finest of four levels: a quarter of the images for a ResNet of stride
+            32.
         """
         encoded = self.detr.encode(images, mask, levels=_LEVELS)
         outputs = self.detr.predict(encoded.objects)
@@ -55,10 +63,10 @@ class DETRSegmentation(nn.Module):
 
 
 class AttentionMap(nn.Module):
-    """Where each object attends, one map per head.
+    """The attention of each object over the memory, one map per head.
 
     Args:
-        dim: Channels of objects and memory.
+        dim: Number of channels of objects and memory.
         num_heads: Number of maps.
     """
 
@@ -73,15 +81,15 @@ class AttentionMap(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, objects: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend.
+        """Compute the attention maps.
 
         Args:
-            objects: `(B, Q, C)`.
-            memory: `(B, C, h, w)`.
-            mask: `(B, h, w)`, True on padding.
+            objects: Outputs of the last decoder layer, `(B, Q, C)`.
+            memory: Output of the encoder, `(B, C, h, w)`.
+            mask: Mask `(B, h, w)`, True on padding; None without padding.
 
         Returns:
-            `(B, Q, num_heads, h, w)`, not negative; those of an object sum to 1.
+            Maps `(B, Q, num_heads, h, w)`; those of an object sum to 1.
         """
         q = self.q_linear(objects).unflatten(-1, (self.num_heads, -1))
         k = self.k_linear(memory.movedim(1, -1)).unflatten(-1, (self.num_heads, -1))
@@ -92,12 +100,13 @@ class AttentionMap(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """Convolutions that turn the maps of an object into a mask, from coarse to fine.
+    """Convolutions from the maps of an object to its mask, from coarse to fine.
 
     Args:
-        dim: Channels of features and maps together.
-        context_dim: The number that the widths of the layers are fractions of.
-        level_channels: Of the backbone's three finer levels, coarsest first.
+        dim: Number of channels of features and maps together.
+        context_dim: Number of channels of the features; each layer has a fraction of it.
+        level_channels: Number of channels of the three finer levels of the backbone, coarsest
+            first.
     """
 
     def __init__(self, dim: int, context_dim: int, level_channels: tuple[int, ...]) -> None:
@@ -105,7 +114,7 @@ class MaskHead(nn.Module):
         widths = (dim, dim, *(context_dim // 2**i for i in range(1, 5)))
         for number, (before, after) in enumerate(pairwise(widths), 1):
             self.add_module(f"lay{number}", nn.Conv2d(before, after, 3, padding=1))
-            # Eight groups, fewer where a narrow model's channels cannot be divided so.
+            # Eight groups, or fewer if the channels of a narrow model are not divisible by eight.
             self.add_module(f"gn{number}", nn.GroupNorm(math.gcd(8, after), after))
         self.out_lay = nn.Conv2d(widths[-1], 1, 3, padding=1)
         for number, (before, after) in enumerate(zip(level_channels, widths[2:5], strict=True), 1):
@@ -116,12 +125,12 @@ class MaskHead(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, features: Tensor, maps: Tensor, levels: list[Tensor]) -> Tensor:
-        """Draw the masks.
+        """Compute the masks.
 
         Args:
-            features: `(B, C, h, w)`.
-            maps: `(B, Q, num_heads, h, w)`.
-            levels: The backbone's finer features, coarsest first.
+            features: Input of the encoder, `(B, C, h, w)`.
+            maps: Attention maps `(B, Q, num_heads, h, w)`.
+            levels: Finer features of the backbone, coarsest first.
 
         Returns:
             Logits `(B, Q, h', w')` at the resolution of the last level.
@@ -136,10 +145,11 @@ class MaskHead(nn.Module):
         return self.out_lay(x).unflatten(0, (-1, queries))[:, :, 0]
 
     def _block(self, number: int, x: Tensor) -> Tensor:
+        """Apply a convolution, its norm and ReLU."""
         x = self.get_submodule(f"lay{number}")(x)
         return self.get_submodule(f"gn{number}")(x).relu()
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
-    """`(B, ...)` to `(B * times, ...)`, an image's copies side by side."""
+    """Repeat each image, from `(B, ...)` to `(B * times, ...)`; its copies are adjacent."""
     return x.repeat_interleave(times, 0)

@@ -1,10 +1,10 @@
-"""DETR's transformer: an encoder over the feature map, a decoder from queries to objects.
+"""The transformer of DETR: an encoder of the feature map, and a decoder from queries to objects.
 
-Absolute position encodings are added to queries and keys at every layer, never to values. iRPE
-sits in the self-attention of the encoder, one set of tables per layer.
+Absolute position encodings are added to queries and keys in every layer, but not to values. iRPE is
+in the self-attention of the encoder; each layer has its own tables. Parameter names are those of
+the published checkpoints. One thing differs from the original: tokens are batch-first, `(B, L, C)`.
 
-Source: DETR (Carion et al., ECCV 2020), section A.3, and iRPE (Wu et al., ICCV 2021). Parameter
-names are those of the published checkpoints. What differs: tokens are batch-first, `(B, L, C)`.
+Source: DETR (Carion et al., ECCV 2020), section A.3, and iRPE (Wu et al., ICCV 2021).
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ __all__ = ["Transformer"]
 
 
 class _Layer(nn.Module):
-    """Residual blocks, each with a norm: the attentions given, and a feed-forward.
+    """Base class of a layer: residual attention blocks and a feed-forward block, each with a norm.
 
     Args:
-        attentions: By name, in the order in which they are used.
-        dim: Channels of the tokens.
-        dim_feedforward: Hidden channels of the feed-forward block.
+        attentions: Attention modules by name, in the order of their use.
+        dim: Number of channels of a token.
+        dim_feedforward: Number of hidden channels of the feed-forward block.
         dropout: Dropout probability.
-        pre_norm: Normalize before each block instead of after.
+        pre_norm: Normalize before each block instead of after it.
     """
 
     def __init__(
@@ -47,16 +47,18 @@ class _Layer(nn.Module):
         self.pre_norm = pre_norm
 
     def _residual(self, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
+        """Add the output of a block to its input, and normalize before or after."""
         if self.pre_norm:
             return x + self.dropout(block(norm(x)))
         return norm(x + self.dropout(block(x)))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
+        """Apply the feed-forward block to each token."""
         return self.linear2(self.dropout(self.linear1(x).relu()))
 
 
 class EncoderLayer(_Layer):
-    """Self-attention with iRPE, then feed-forward."""
+    """An encoder layer: self-attention with iRPE, then feed-forward; arguments as `Transformer`."""
 
     def __init__(
         self,
@@ -73,18 +75,28 @@ class EncoderLayer(_Layer):
     def forward(
         self, x: Tensor, pos: Tensor, padding: Tensor | None, hw: tuple[int, int]
     ) -> Tensor:
-        """Tokens `(B, h·w, C)`, their positions alike and padding `(B, h·w)` to tokens."""
+        """Encode tokens.
+
+        Args:
+            x: Tokens `(B, h·w, C)`.
+            pos: Position encodings of the tokens, `(B, h·w, C)`.
+            padding: Mask `(B, h·w)`, True on padding; None without padding.
+            hw: Grid: height and width in tokens.
+
+        Returns:
+            Tokens `(B, h·w, C)`.
+        """
 
         def attend(x: Tensor) -> Tensor:
-            placed = x + pos
-            return self.self_attn(placed, placed, x, padding, need_weights=False, hw=hw)[0]
+            query = key = x + pos
+            return self.self_attn(query, key, x, padding, need_weights=False, hw=hw)[0]
 
         x = self._residual(x, self.norm1, attend)
         return self._residual(x, self.norm2, self._feed_forward)
 
 
 class DecoderLayer(_Layer):
-    """Self-attention among the queries, attention to the memory, then feed-forward."""
+    """A decoder layer: self-attention of the queries, attention to the memory, feed-forward."""
 
     def __init__(
         self, dim: int, num_heads: int, dim_feedforward: int, dropout: float, pre_norm: bool
@@ -98,15 +110,26 @@ class DecoderLayer(_Layer):
     def forward(
         self, x: Tensor, query_pos: Tensor, memory: Tensor, pos: Tensor, padding: Tensor | None
     ) -> Tensor:
-        """Objects `(B, Q, C)` so far, over a memory `(B, h·w, C)`, to better ones."""
+        """Refine objects.
+
+        Args:
+            x: Objects `(B, Q, C)`.
+            query_pos: Position encodings of the queries, `(B, Q, C)`.
+            memory: Output of the encoder, `(B, h·w, C)`.
+            pos: Position encodings of the memory, `(B, h·w, C)`.
+            padding: Mask `(B, h·w)` of the memory, True on padding; None without padding.
+
+        Returns:
+            Objects `(B, Q, C)`.
+        """
 
         def attend_to_queries(x: Tensor) -> Tensor:
-            placed = x + query_pos
-            return self.self_attn(placed, placed, x, need_weights=False)[0]
+            query = key = x + query_pos
+            return self.self_attn(query, key, x, need_weights=False)[0]
 
         def attend_to_memory(x: Tensor) -> Tensor:
-            keys = memory + pos
-            return self.multihead_attn(x + query_pos, keys, memory, padding, need_weights=False)[0]
+            query, key = x + query_pos, memory + pos
+            return self.multihead_attn(query, key, memory, padding, need_weights=False)[0]
 
         x = self._residual(x, self.norm1, attend_to_queries)
         x = self._residual(x, self.norm2, attend_to_memory)
@@ -114,7 +137,7 @@ class DecoderLayer(_Layer):
 
 
 class Encoder(nn.Module):
-    """Layers, and behind pre-norm ones a last norm."""
+    """A sequence of encoder layers, with a last norm if they are pre-norm layers."""
 
     def __init__(self, layers: list[EncoderLayer], norm: nn.Module | None) -> None:
         super().__init__()
@@ -124,14 +147,14 @@ class Encoder(nn.Module):
     def forward(
         self, x: Tensor, pos: Tensor, padding: Tensor | None, hw: tuple[int, int]
     ) -> Tensor:
-        """As a layer."""
+        """Encode tokens; arguments and result as `EncoderLayer.forward`."""
         for layer in self.layers:
             x = layer(x, pos, padding, hw)
         return x if self.norm is None else self.norm(x)
 
 
 class Decoder(nn.Module):
-    """Layers, each of whose outputs is normalized and returned."""
+    """A sequence of decoder layers; the outputs of all layers are normalized and returned."""
 
     def __init__(self, layers: list[DecoderLayer], norm: nn.Module) -> None:
         super().__init__()
@@ -141,7 +164,7 @@ class Decoder(nn.Module):
     def forward(
         self, x: Tensor, query_pos: Tensor, memory: Tensor, pos: Tensor, padding: Tensor | None
     ) -> Tensor:
-        """As a layer, but `(layers, B, Q, C)`."""
+        """Refine objects; as `DecoderLayer.forward`, with the result `(layers, B, Q, C)`."""
         outputs = []
         for layer in self.layers:
             x = layer(x, query_pos, memory, pos, padding)
@@ -150,17 +173,17 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder, Xavier-initialised, the tables of iRPE included.
+    """Encoder and decoder. All matrices, also the tables of iRPE, have Xavier initialization.
 
     Args:
-        dim: Channels of the tokens.
-        num_heads: Heads of every attention.
-        enc_layers: Layers of the encoder.
-        dec_layers: Layers of the decoder.
-        dim_feedforward: Hidden channels of the feed-forward blocks.
+        dim: Number of channels of a token.
+        num_heads: Number of attention heads.
+        enc_layers: Number of encoder layers.
+        dec_layers: Number of decoder layers.
+        dim_feedforward: Number of hidden channels of the feed-forward blocks.
         dropout: Dropout probability, also of attention weights.
-        pre_norm: Normalize before each block instead of after.
-        rpe: The encoding in the encoder's self-attention; None for none.
+        pre_norm: Normalize before each block instead of after it.
+        rpe: iRPE of the self-attention in the encoder; None for none.
     """
 
     def __init__(
@@ -194,13 +217,14 @@ class Transformer(nn.Module):
         """Detect objects in a feature map.
 
         Args:
-            features: `(B, C, h, w)`.
-            mask: `(B, h, w)`, True on padding; None where there is none.
+            features: Feature map `(B, C, h, w)`.
+            mask: Mask `(B, h, w)`, True on padding; None without padding.
             queries: Position encodings of the queries, `(Q, C)`.
-            pos: Position encodings of the map, like `features`.
+            pos: Position encodings of the feature map, `(B, C, h, w)`.
 
         Returns:
-            The outputs of every decoder layer `(layers, B, Q, C)`, and the memory `(B, C, h, w)`.
+            The outputs of every decoder layer `(layers, B, Q, C)`, and the output of the encoder
+            `(B, C, h, w)`.
         """
         hw = tuple(features.shape[-2:])
         tokens, pos = (x.flatten(2).transpose(1, 2) for x in (features, pos))

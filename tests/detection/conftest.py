@@ -1,4 +1,4 @@
-"""A tiny detector on a few embedded scenes, as flags, and a run of it."""
+"""Fixtures: a small run on a few built-in scenes, and a check of failing commands."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,26 +19,29 @@ _TINY = (
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few scenes in zips; the validation set divides by neither batch size nor processes."""
+    """Return the folder of a few scenes in zips.
+
+    The number of validation images is divisible neither by 8, the batch size, nor by 2.
+    """
     root = tmp_path_factory.mktemp("data") / "scenes"
     return write_scenes(root, SceneOptions(train=48, val=21))
 
 
 @pytest.fixture(scope="session")
 def model_flags() -> list[str]:
-    """Flags of the model and its training, without data."""
+    """Return the flags of the model and its training, without data."""
     return _TINY.split()
 
 
 @pytest.fixture(scope="session")
 def flags(model_flags: list[str], scenes: Path) -> list[str]:
-    """Flags of a run with the recipe's augmentation."""
+    """Return the flags of a run with the augmentation of DETR."""
     return [*model_flags, "--coco_path", str(scenes)]
 
 
 @pytest.fixture(scope="session")
 def trained(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output folder of an unbroken run of two epochs."""
+    """Return the output folder of an uninterrupted run of two epochs."""
     folder = tmp_path_factory.mktemp("trained")
     main([*flags, "--epochs", "2", "--output_dir", str(folder)])
     return folder
@@ -46,5 +49,5 @@ def trained(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def failure(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
-    """Runs the command and gives its exit code and its one line on stderr."""
+    """Return a function that runs the command and returns its exit code and error line."""
     return lambda *argv: failure_of(main, argv, capsys)

@@ -1,4 +1,4 @@
-"""Detectors for the tests: without downloads, and small ones that are made in no time."""
+"""Detectors for the tests: without downloads, and small."""
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,18 @@ SMALL = (
 
 
 def config(flags: str = SMALL, **changes: object) -> DetectionConfig:
-    """The configuration of some flags, with a backbone that starts from nothing."""
+    """Return the configuration of some flags, with random weights of the backbone."""
     parsed = parse_args(["--backbone_weights", "none", *flags.split()])
     return parsed.model_copy(update=changes)
 
 
 def network(flags: str = SMALL) -> nn.Module:
-    """A network in evaluation mode whose weights all differ (recipe B)."""
+    """Return a network in evaluation mode with weights of recipe B, which are all different."""
     return fill(build_network(config(flags)).eval())
 
 
 def images_of(*shapes: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Random images (recipe B) padded to the largest, and their mask."""
+    """Return images of recipe B, padded to the largest, and their mask."""
     height, width = (max(side) for side in zip(*shapes, strict=True))
     images = torch.zeros(len(shapes), 3, height, width)
     mask = torch.ones(len(shapes), height, width, dtype=torch.bool)

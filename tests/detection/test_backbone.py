@@ -1,4 +1,4 @@
-"""Backbones: levels, strides, norms, weights, and what of them is trained."""
+"""Backbones: levels, strides, norms, weights, and frozen stages."""
 
 import pytest
 import torch
@@ -67,18 +67,18 @@ def test_weights_that_do_not_fit_or_do_not_exist_are_refused_in_one_sentence(tmp
             build_backbone(parse_args(["--backbone_weights", str(source)]))
 
 
-def test_imagenet_means_torchvisions_first_weights(monkeypatch):
-    asked = []
+def test_imagenet_selects_the_first_weights_of_torchvision(monkeypatch):
+    sources = []
 
     def load(source: str) -> dict:
-        asked.append(source)
+        sources.append(source)
         return {"model": torchvision.models.resnet18().state_dict()}
 
     monkeypatch.setattr(backbone_module, "load_checkpoint", load)
     build_backbone(parse_args(["--backbone", "resnet18"]))
-    assert asked == ["https://download.pytorch.org/models/resnet18-f37072fd.pth"]
+    assert sources == ["https://download.pytorch.org/models/resnet18-f37072fd.pth"]
     build_backbone(parse_args(["--backbone", "resnet18"]), load=False)
-    assert len(asked) == 1
+    assert len(sources) == 1
 
 
 @pytest.mark.parametrize(
@@ -90,33 +90,45 @@ def test_imagenet_means_torchvisions_first_weights(monkeypatch):
         ("--backbone_weights none", {"layer2", "layer3", "layer4"}),
         ("--backbone_weights none --lr_backbone 0", set()),
     ],
-    ids=["published", "rate-0", "batch-norm", "no-weights", "no-weights-rate-0"],
+    ids=["published", "lr-0", "batch-norm", "no-weights", "no-weights-lr-0"],
 )
-def test_what_is_trained_follows_from_norm_and_rate(flags, trained):
+def test_trained_stages_depend_on_norm_and_learning_rate(flags, trained):
     backbone = build_backbone(parse_args(["--backbone", "resnet18", *flags.split()]), load=False)
     names = {n.split(".")[1] for n, p in backbone.named_parameters() if p.requires_grad}
     assert names == trained
 
 
-@pytest.mark.parametrize("rate", ["0", "1e-5"])
-def test_a_frozen_backbone_keeps_its_statistics(rate):
-    flags = f"--backbone small --backbone_norm batch --lr_backbone {rate}"
+@pytest.mark.parametrize("lr", ["0", "1e-5"])
+def test_a_frozen_backbone_keeps_its_statistics(lr):
+    flags = f"--backbone small --backbone_norm batch --lr_backbone {lr}"
     backbone = build_backbone(config(flags)).train()
     before = backbone.body.bn1.running_mean.clone()
     backbone(torch.randn(2, 3, 32, 32))
-    assert torch.equal(backbone.body.bn1.running_mean, before) == (rate == "0")
+    assert torch.equal(backbone.body.bn1.running_mean, before) == (lr == "0")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backbone": "resnet18", "dilation": True}, r"dilation needs backbone .* got 'resnet18'"),
-        ({"backbone": "small", "dilation": True}, r"dilation needs backbone .* got 'small'"),
-        ({"dilation": True, "backbone_stride": 16}, "which backbone_stride=16 removes"),
-        ({"backbone": "small", "backbone_weights": "imagenet"}, "'small' has no ImageNet weights"),
+        (
+            {"backbone": "resnet18", "dilation": True},
+            "with dilation, got 'resnet18'",
+        ),
+        (
+            {"backbone": "small", "dilation": True},
+            "with dilation, got 'small'",
+        ),
+        (
+            {"dilation": True, "backbone_stride": 16},
+            "backbone_stride must be 32 with dilation",
+        ),
+        (
+            {"backbone": "small", "backbone_weights": "imagenet"},
+            "backbone_weights must be none",
+        ),
     ],
     ids=["basic-blocks", "small", "stride-16", "weights"],
 )
-def test_options_that_do_not_go_together_are_refused(changes, message):
+def test_contradicting_options_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         build_backbone(config("", **changes))

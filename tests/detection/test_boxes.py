@@ -1,4 +1,4 @@
-"""Boxes: recorded conversions and overlaps, and corners that are the wrong way round."""
+"""Boxes: recorded conversions and values of GIoU, and reversed corners."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def recorded(name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
-def test_recorded_boxes_and_overlaps(dtype):
+def test_recorded_conversions_and_giou(dtype):
     corners = []
     for side in "ab":
         boxes = recorded(f"{side}_cxcywh").to(DTYPES[dtype])
@@ -24,7 +24,7 @@ def test_recorded_boxes_and_overlaps(dtype):
     torch.testing.assert_close(pairwise_giou(*corners), recorded(f"{dtype}/giou"))
 
 
-def test_boxes_without_area_give_what_was_recorded_nan_included():
+def test_boxes_without_area_have_the_recorded_giou_and_nan():
     boxes = recorded("special_xyxy")
     giou = pairwise_giou(boxes, boxes)
     expected = recorded("special_giou")
@@ -33,13 +33,13 @@ def test_boxes_without_area_give_what_was_recorded_nan_included():
 
 
 @pytest.mark.parametrize("position", [0, 1], ids=["first", "second"])
-def test_reversed_corners_are_refused_by_name(position):
+def test_reversed_corners_are_refused_with_name_and_index(position):
     boxes = [torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.2, 0.2, 0.5, 0.4]]) for _ in range(2)]
     boxes[position][1] = torch.tensor([0.5, 0.25, 0.25, 0.75])
-    message = rf"boxes{position + 1}\[1\] is \[0.5, 0.25, 0.25, 0.75\] but should be .*x1 <= x2"
+    message = rf"boxes{position + 1}\[1\] must be .*x1 <= x2.* got \[0.5, 0.25, 0.25, 0.75\]"
     with pytest.raises(ValueError, match=message):
         pairwise_giou(*boxes)
 
 
-def test_no_boxes_have_no_overlaps():
+def test_no_boxes_give_an_empty_matrix():
     assert pairwise_giou(torch.zeros(0, 4), torch.rand(3, 4).cumsum(1)).shape == (0, 3)

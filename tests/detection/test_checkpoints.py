@@ -1,4 +1,4 @@
-"""Checkpoints of every origin, by every option that takes one; and what is said of a bad one."""
+"""Checkpoints of every origin, given to every option that accepts one, and error messages."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ NO_IRPE = "the checkpoint has no iRPE: the 3 tables keep their initial values"
 
 @pytest.fixture(scope="session")
 def files(trained, tmp_path_factory) -> dict[str, Path]:
-    """The trained weights as each origin would have written them."""
+    """Return the trained weights in the file format of each origin."""
     args = argparse.Namespace(enc_rpe2d="rpe-2.0-product-ctx-1-qkv", masks=False, lr=1e-3)
     folder = tmp_path_factory.mktemp("origins")
     return write_origins(trained / "checkpoint.pth", folder, args)
@@ -28,7 +28,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
 
 
-def test_training_goes_on_from_the_originals_checkpoint_as_from_ours(flags, files, tmp_path):
+def test_training_continues_from_a_checkpoint_of_the_original_as_from_ours(flags, files, tmp_path):
     for name in ("ours", "original-training"):
         run = [*flags, "--resume", str(files[name]), "--epochs", "3"]
         main([*run, "--output_dir", str(tmp_path / name)])
@@ -38,15 +38,15 @@ def test_training_goes_on_from_the_originals_checkpoint_as_from_ours(flags, file
 
 
 @pytest.mark.parametrize("option", ["--resume", "--finetune"])
-def test_every_origin_evaluates_alike(option, flags, files, trained, tmp_path):
+def test_checkpoints_of_all_origins_have_the_same_metrics(option, flags, files, trained, tmp_path):
     expected = json.loads((trained / "log.txt").read_text().splitlines()[-1])
     for name in ("ours", "original-training", "original-release", "wrapped", "safetensors"):
-        figures = evaluation(main, tmp_path / name, *flags, option, str(files[name]))
-        assert figures == {key: expected[key] for key in figures}, name
-        assert "test_AP" in figures
+        metrics = evaluation(main, tmp_path / name, *flags, option, str(files[name]))
+        assert metrics == {key: expected[key] for key in metrics}, name
+        assert "test_AP" in metrics
 
 
-def test_plain_detr_starts_a_detector_with_fresh_tables(flags, files, tmp_path, caplog):
+def test_plain_detr_is_accepted_and_the_tables_are_random(flags, files, tmp_path, caplog):
     plain = str(files["plain-release"])
     for option in ("--resume", "--finetune"):
         caplog.clear()
@@ -59,7 +59,7 @@ def test_plain_detr_starts_a_detector_with_fresh_tables(flags, files, tmp_path, 
     assert any("rpe_v.lookup_table_weight" in key for key in weights(tmp_path / "tuned"))
 
 
-def test_training_does_not_go_on_from_what_is_not_its_own(flags, files, failure):
+def test_training_does_not_resume_from_weights_that_do_not_fit(flags, files, failure):
     code, line = failure(*flags, "--resume", str(files["plain-training"]))
     assert code == 1
     assert "3 missing: transformer.encoder.layers.0.self_attn.rpe_q.lookup_table_weight" in line
@@ -84,10 +84,10 @@ def test_code_in_a_checkpoint_is_not_run(option, flags, trained, tmp_path, failu
     assert "evil.pth' holds objects other than tensors and plain values" in line
     assert not witness.exists()
     torch.load(tmp_path / "evil.pth", weights_only=False)["args"].device.close()
-    assert witness.exists(), "the payload is none"
+    assert witness.exists(), "the payload does nothing"
 
 
-def test_a_checkpoint_is_fetched_from_an_address(flags, files, tmp_path, failure, monkeypatch):
+def test_a_checkpoint_is_downloaded_from_a_url(flags, files, tmp_path, failure, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with serve(detector=files["original-release"].read_bytes()) as site:
         run = [*flags, "--eval", "--resume", site.url("detector.pth")]
@@ -122,7 +122,7 @@ SPEC = "rpe-2.0-product-ctx-1-k"
         (f"{SPEC} --masks", "has 'detr.' before its names, which the model has not"),
     ],
 )
-def test_another_detector_is_recognised(found, expected):
+def test_another_detector_is_recognized(found, expected):
     weights = network(SMALL + found).state_dict()
     with pytest.raises(CheckpointError) as caught:
         load_weights(network(SMALL + SPEC), weights)

@@ -1,4 +1,4 @@
-"""The COCO evaluator: known figures, several processes, orders, gaps, odd annotations."""
+"""The COCO evaluator: known metrics, several processes, orders, odd annotations."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ SIDE = 200
 
 
 def coco(annotations: list[dict], images: int = 3, categories: tuple[int, ...] = (3, 7)) -> COCO:
-    """Annotations of images 10, 20, …; only what the test gives, `id` included."""
+    """Return annotations of images 10, 20, …, with only the given fields."""
     made = COCO()
     made.dataset = {
         "images": [
@@ -35,7 +35,7 @@ def coco(annotations: list[dict], images: int = 3, categories: tuple[int, ...] =
 
 
 def annotation(number: int, image: int, category: int, box: list[float], **more) -> dict:
-    """An object with its box (x, y, w, h) as polygon too."""
+    """Return an object with its box (x, y, w, h), which is also its polygon."""
     x, y, w, h = box
     polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
     return {
@@ -45,7 +45,7 @@ def annotation(number: int, image: int, category: int, box: list[float], **more)
 
 
 def detections(*rows: tuple[int, float, list[float]]) -> dict[str, torch.Tensor]:
-    """Label, score and box (x, y, w, h) of each, with the box filled as mask."""
+    """Return detections from rows of label, score and box (x, y, w, h); the mask fills the box."""
     boxes = torch.tensor([row[2] for row in rows]).view(-1, 4)
     corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
     masks = torch.zeros(len(rows), SIDE, SIDE, dtype=torch.bool)
@@ -59,7 +59,7 @@ def detections(*rows: tuple[int, float, list[float]]) -> dict[str, torch.Tensor]
     }
 
 
-# pycocotools divides by a little more than it counts.
+# pycocotools adds a small number to its divisors.
 ALL_FOUND = pytest.approx(dict.fromkeys(METRICS, 1.0))
 SMALL, MEDIUM, LARGE = [5.0, 5, 20, 20], [40.0, 40, 60, 60], [50.0, 60, 120, 120]
 OBJECTS = [
@@ -82,58 +82,59 @@ def evaluate(truth: COCO, predictions: dict, *iou_types: str, **options) -> dict
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 def test_perfect_detections_score_1(iou_type):
-    figures = evaluate(coco(OBJECTS), RIGHT, iou_type)
-    assert list(figures) == [iou_type]
-    assert figures[iou_type] == ALL_FOUND
+    metrics = evaluate(coco(OBJECTS), RIGHT, iou_type)
+    assert list(metrics) == [iou_type]
+    assert metrics[iou_type] == ALL_FOUND
 
 
-def test_what_is_missed_displaced_or_of_the_wrong_class_costs_as_it_should():
+def test_missed_displaced_and_misclassified_objects_have_the_expected_metrics():
     found = {
-        # IoU 15·20 / 500 = 0.6 of the small one; the large one has the wrong class.
+        # The small object has an IoU of 15·20 / 500 = 0.6; the large one has the wrong class.
         10: detections((3, 0.9, [10.0, 5, 20, 20]), (3, 0.8, LARGE)),
         20: detections((3, 0.7, MEDIUM)),
         30: detections(),
     }
-    figures = evaluate(coco(OBJECTS), found)["bbox"]
-    # Category 7 is never found. Of 3, up to IoU 0.6 all is found, one wrong in between.
+    metrics = evaluate(coco(OBJECTS), found)["bbox"]
+    # Category 7 is never found. Category 3 has a match, a false positive and, up to an IoU of 0.6,
+    # another match.
     thirds = (51 * 1 + 50 * 2 / 3) / 101
-    assert figures["AP50"] == pytest.approx(thirds / 2)
-    # Above, the medium one is found as third guess; recall 0.5.
-    assert figures["AP75"] == pytest.approx(51 / 101 / 3 / 2)
-    assert figures["AP"] == pytest.approx((3 * thirds + 7 * 51 / 101 / 3) / 10 / 2)
-    assert figures["AR100"] == pytest.approx((3 * 1.0 + 7 * 0.5) / 10 / 2)
-    assert (figures["APl"], figures["APm"]) == (0, pytest.approx(1))
+    assert metrics["AP50"] == pytest.approx(thirds / 2)
+    # Above 0.6 only the medium object is found, as the third detection; the recall is 0.5.
+    assert metrics["AP75"] == pytest.approx(51 / 101 / 3 / 2)
+    assert metrics["AP"] == pytest.approx((3 * thirds + 7 * 51 / 101 / 3) / 10 / 2)
+    assert metrics["AR100"] == pytest.approx((3 * 1.0 + 7 * 0.5) / 10 / 2)
+    assert (metrics["APl"], metrics["APm"]) == (0, pytest.approx(1))
 
 
-def test_a_crowd_is_neither_missed_nor_does_it_punish_those_inside():
-    # The lower right quarter, run lengths by columns.
+def test_a_crowd_counts_neither_as_missed_nor_its_detections_as_false():
+    # The lower right quarter, as run lengths of columns.
     rle = {"size": [SIDE, SIDE], "counts": [20100, *[100, 100] * 99, 100]}
     many = annotation(9, 20, 3, [100.0, 100, 100, 100], iscrowd=1, segmentation=rle)
     inside = detections((3, 0.99, [110.0, 110, 20, 20]), (3, 0.98, [150.0, 150, 30, 30]))
     medium = detections((3, 0.7, MEDIUM))
     both = {name: torch.cat([inside[name], medium[name]]) for name in inside}
     for iou_type in ("bbox", "segm"):
-        figures = evaluate(coco([*OBJECTS, many]), RIGHT | {20: both}, iou_type)[iou_type]
-        assert figures["AP"] == figures["AR100"] == 1
+        metrics = evaluate(coco([*OBJECTS, many]), RIGHT | {20: both}, iou_type)[iou_type]
+        assert metrics["AP"] == metrics["AR100"] == 1
 
 
-def test_sizes_that_the_data_lacks_and_images_without_objects():
-    figures = evaluate(coco(OBJECTS[:1]), RIGHT)["bbox"]
-    assert figures["APs"] == pytest.approx(1)
-    assert {figures[name] for name in ("APm", "APl", "ARm", "ARl")} == {-1}
-    false_alarm = detections((3, 0.99, SMALL))
-    assert evaluate(coco(OBJECTS), RIGHT | {30: false_alarm})["bbox"]["AP"] < 1
+def test_metrics_of_absent_sizes_are_minus_1_and_false_positives_count():
+    metrics = evaluate(coco(OBJECTS[:1]), RIGHT)["bbox"]
+    assert metrics["APs"] == pytest.approx(1)
+    assert {metrics[name] for name in ("APm", "APl", "ARm", "ARl")} == {-1}
+    false_positive = detections((3, 0.99, SMALL))
+    assert evaluate(coco(OBJECTS), RIGHT | {30: false_positive})["bbox"]["AP"] < 1
 
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 def test_no_detections_at_all_score_0(iou_type):
     nothing = dict.fromkeys((10, 20, 30), detections())
-    figures = evaluate(coco(OBJECTS), nothing, iou_type)[iou_type]
-    assert figures == dict.fromkeys(METRICS, 0.0)
+    metrics = evaluate(coco(OBJECTS), nothing, iou_type)[iou_type]
+    assert metrics == dict.fromkeys(METRICS, 0.0)
 
 
 def random_case(seed: int = 0, images: int = 12) -> tuple[COCO, dict]:
-    """Objects, and detections near them with chance labels and scores that are often equal."""
+    """Return objects, and detections near them with random labels and often equal scores."""
     random = np.random.RandomState(seed)
     objects, predictions = [], {}
     for i in range(images):
@@ -149,7 +150,7 @@ def random_case(seed: int = 0, images: int = 12) -> tuple[COCO, dict]:
     return coco(objects, images), predictions
 
 
-def test_figures_are_those_of_pycocotools_fed_by_hand(tmp_path):
+def test_metrics_equal_those_of_pycocotools(tmp_path):
     truth, predictions = random_case()
     rows = []
     for image_id, found in predictions.items():
@@ -170,26 +171,26 @@ def test_figures_are_those_of_pycocotools_fed_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 3, 13], ids=lambda n: f"{n} processes")
-def test_processes_with_shares_in_any_order_agree_with_one_alone(monkeypatch, count):
+def test_metrics_do_not_depend_on_processes_and_order(monkeypatch, count):
     truth, predictions = random_case()
     alone = evaluate(truth, predictions, "bbox", "segm")
     order = np.random.RandomState(1).permutation(list(predictions)).tolist()
     evaluators = [CocoEvaluator(truth, ("bbox", "segm")) for _ in range(count)]
     for rank, evaluator in enumerate(evaluators):
         evaluator.update({i: predictions[i] for i in order[rank::count]})
-    evaluators[-1].update({order[0]: predictions[order[0]]})  # one image comes twice
-    figures = as_processes(monkeypatch, count, lambda rank: evaluators[rank].metrics())
-    assert figures == [alone] * count
+    evaluators[-1].update({order[0]: predictions[order[0]]})  # a repeated image
+    metrics = as_processes(monkeypatch, count, lambda rank: evaluators[rank].metrics())
+    assert metrics == [alone] * count
 
 
-def test_an_image_that_comes_twice_counts_once():
+def test_a_repeated_image_counts_once():
     evaluator = CocoEvaluator(coco(OBJECTS))
     evaluator.update(RIGHT)
     evaluator.update({10: detections((7, 0.99, MEDIUM))})
     assert evaluator.metrics()["bbox"]["AP"] == 1
 
 
-def test_reset_forgets_and_evaluating_does_not():
+def test_reset_removes_the_detections_and_metrics_does_not():
     evaluator = CocoEvaluator(coco(OBJECTS), ("bbox", "segm"))
     evaluator.update(RIGHT)
     assert evaluator.metrics() == evaluator.metrics()
@@ -198,36 +199,36 @@ def test_reset_forgets_and_evaluating_does_not():
     assert evaluator.metrics()["segm"]["AP"] == 0
 
 
-def test_images_not_evaluated_are_left_out_and_said(caplog):
+def test_missing_images_are_left_out_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
-        figures = evaluate(coco(OBJECTS), {20: RIGHT[20]})["bbox"]
-    assert figures["AP"] == pytest.approx(1)
+        metrics = evaluate(coco(OBJECTS), {20: RIGHT[20]})["bbox"]
+    assert metrics["AP"] == pytest.approx(1)
     assert "evaluated 1 of the 3 annotated images" in caplog.text
 
 
-def test_labels_become_categories_and_strange_ones_are_dropped():
-    relabelled = {
+def test_labels_are_mapped_to_categories_and_unknown_ones_dropped():
+    relabeled = {
         image_id: found | {"labels": (found["labels"] == 7).long()}
         for image_id, found in RIGHT.items()
     }
-    relabelled[30] = detections((4, 0.99, SMALL))
-    figures = evaluate(coco(OBJECTS), relabelled, "bbox", "segm", label_to_category={0: 3, 1: 7})
-    assert figures["bbox"]["AP"] == figures["segm"]["AP"] == 1
+    relabeled[30] = detections((4, 0.99, SMALL))
+    metrics = evaluate(coco(OBJECTS), relabeled, "bbox", "segm", label_to_category={0: 3, 1: 7})
+    assert metrics["bbox"]["AP"] == metrics["segm"]["AP"] == 1
 
 
 @pytest.mark.parametrize("missing", ["area", "iscrowd"])
-def test_annotations_may_lack_what_follows_from_the_rest(missing):
+def test_area_and_iscrowd_have_defaults(missing):
     bare = [{k: v for k, v in entry.items() if k != missing} for entry in OBJECTS]
     assert evaluate(coco(bare), RIGHT)["bbox"] == ALL_FOUND
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 2), (5, 5, 5)], ids=["from 0", "all the same"])
-def test_ids_of_annotations_do_not_matter(numbers):
+def test_ids_of_annotations_have_no_effect(numbers):
     odd = [entry | {"id": number} for entry, number in zip(OBJECTS, numbers, strict=True)]
     assert evaluate(coco(odd), RIGHT)["bbox"]["AP"] == 1
 
 
-def test_the_given_annotations_stay_as_they_are():
+def test_the_given_annotations_are_not_changed():
     truth = coco(copy.deepcopy(OBJECTS))
     evaluate(truth, RIGHT, "bbox", "segm")
     assert truth.dataset["annotations"] == OBJECTS
@@ -240,27 +241,27 @@ def test_nothing_is_printed(capsys):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["boxes", "scores"])
-def test_detections_that_are_not_finite_find_nothing(name, value):
-    """pycocotools by itself takes boxes of nan for a hit on everything."""
+def test_detections_that_are_not_finite_match_nothing(name, value):
+    """pycocotools itself counts a box of nan as a match of every object."""
     broken = {image_id: dict(found) for image_id, found in RIGHT.items()}
     for found in broken.values():
         found[name] = torch.full_like(found[name], value)
     assert evaluate(coco(OBJECTS), broken)["bbox"]["AP"] == 0
 
 
-def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="iou_types has 'keypoints' but should hold"):
+def test_invalid_arguments_are_refused():
+    with pytest.raises(ValueError, match="iou_types must be among bbox and segm, got 'keypoints'"):
         CocoEvaluator(coco(OBJECTS), ("bbox", "keypoints"))
-    with pytest.raises(ValueError, match="image_id 11 is not among the images"):
+    with pytest.raises(ValueError, match="image_id must be in the annotations, got 11"):
         CocoEvaluator(coco(OBJECTS)).update({11: RIGHT[10]})
     boxes_only = {k: v for k, v in RIGHT[10].items() if k != "masks"}
-    with pytest.raises(ValueError, match="predictions have no masks, which iou_types segm needs"):
+    with pytest.raises(ValueError, match="predictions must have masks for iou_types segm, got"):
         CocoEvaluator(coco(OBJECTS), ("segm",)).update({10: boxes_only})
     with pytest.raises(ValueError, match="there are no images to evaluate"):
         CocoEvaluator(coco(OBJECTS)).metrics()
 
 
-def test_the_twelve_figures_are_written_in_two_lines():
+def test_the_twelve_metrics_are_formatted_in_two_lines():
     text = format_metrics(dict(zip(METRICS, range(12), strict=True)))
     assert text.splitlines()[0].startswith("AP 0.0000  AP50 1.0000  AP75 2.0000")
     assert text.splitlines()[1].endswith("ARm 10.0000  ARl 11.0000")

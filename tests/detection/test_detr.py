@@ -1,4 +1,4 @@
-"""DETR as a whole: options, batches, precision, training."""
+"""The whole model: options, batches, precision, training."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def flat(outputs: dict) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("options", ["", "--pre_norm", "--position_embedding learned"])
-def test_every_option_gives_outputs_of_the_right_shape_that_the_encoding_changes(options, spec):
+def test_outputs_have_the_right_shape_and_depend_on_irpe(options, spec):
     images, mask = images_of((64, 80), (48, 96))
     with torch.no_grad():
         outputs = network(f"{SMALL} {options} --enc_rpe2d {spec}")(images, mask)
@@ -30,19 +30,19 @@ def test_every_option_gives_outputs_of_the_right_shape_that_the_encoding_changes
     assert "aux_outputs" not in network(f"{SMALL} {options} --no-aux_loss")(images, mask)
 
 
-def test_an_image_is_judged_alike_alone_and_in_a_batch_of_its_size():
+def test_an_image_has_the_same_outputs_alone_and_in_a_batch_of_its_size():
     images, mask = images_of((64, 80), (64, 80), (64, 80))
-    # In float64: how much noise float32 leaves depends on the processor's convolutions.
+    # In float32 the rounding errors of the convolutions depend on the processor.
     images, detr = images.double(), network(f"{SMALL} --enc_rpe2d {SPECS[0]}").double()
     with torch.no_grad():
         together = flat(detr(images, mask))
         for i in range(3):
             for alone in (detr(images[i : i + 1], mask[i : i + 1]), detr(images[i : i + 1])):
-                for one, all_of_them in zip(flat(alone), together, strict=True):
-                    torch.testing.assert_close(one[0], all_of_them[i], rtol=0, atol=1e-10)
+                for one, batch in zip(flat(alone), together, strict=True):
+                    torch.testing.assert_close(one[0], batch[i], rtol=0, atol=1e-10)
 
 
-def test_heads_are_in_the_precision_of_their_weights_under_autocast():
+def test_heads_compute_in_the_data_type_of_their_weights_under_autocast():
     images, mask = images_of((64, 80), (48, 96))
     detr = network(f"{SMALL} --enc_rpe2d {SPECS[1]}")
     with torch.no_grad():
@@ -52,11 +52,11 @@ def test_heads_are_in_the_precision_of_their_weights_under_autocast():
     for actual, wanted in zip(outputs, expected, strict=True):
         assert actual.dtype == torch.float32
         torch.testing.assert_close(actual, wanted, rtol=0.1, atol=0.15)
-        # Rounded to bfloat16 they would lose nothing.
+        # The outputs are not bfloat16 values.
         assert not torch.equal(actual.bfloat16().float(), actual)
 
 
-def test_a_model_in_double_precision_computes_in_it():
+def test_a_model_in_double_precision_has_outputs_in_double_precision():
     images, mask = images_of((64, 80), (48, 96))
     detr = network(f"{SMALL} --enc_rpe2d {SPECS[0]}")
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_a_model_in_double_precision_computes_in_it():
         torch.testing.assert_close(actual, wanted.double(), rtol=0, atol=1e-4)
 
 
-def test_the_model_of_the_digit_scenes_has_the_prototypes_size():
+def test_the_model_of_the_digit_scenes_has_558000_parameters():
     flags = (
         "--backbone small --backbone_norm batch --hidden_dim 64 --nheads 4 --dim_feedforward 256 "
         "--enc_layers 2 --dec_layers 2 --num_queries 15 --num_classes 10 --pre_norm --dropout 0 "
@@ -91,7 +91,7 @@ def test_all_parameters_get_gradients_from_the_losses(options):
     assert all(p.grad.isfinite().all() for p in detr.parameters())
 
 
-def test_class_loss_weight_and_layers_reach_the_weights_of_the_losses():
+def test_loss_weights_follow_the_options_for_every_layer():
     _, criterion, _ = build_model(config(f"{SMALL} --cls_loss_coef 5 --giou_loss_coef 3"))
     names = [f"loss_{n}{layer}" for layer in ("", "_0", "_1") for n in ("ce", "bbox", "giou")]
     assert list(criterion.weight_dict) == names
@@ -99,7 +99,7 @@ def test_class_loss_weight_and_layers_reach_the_weights_of_the_losses():
     assert criterion.num_classes == 5
 
 
-def test_it_compiles_into_one_graph():
+def test_the_model_compiles_to_one_graph():
     detr = network(f"{SMALL} --enc_layers 1 --dec_layers 1 --enc_rpe2d {SPECS[0]}")
     images, mask = images_of((64, 80), (48, 96))
     torch.compiler.reset()

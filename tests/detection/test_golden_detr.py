@@ -1,4 +1,4 @@
-"""DETR against numbers recorded from the original code (tests/golden)."""
+"""DETR equals values recorded from the original code (tests/golden)."""
 
 from functools import cache
 
@@ -28,7 +28,7 @@ def max_error(actual: Tensor, key: str) -> float:
 
 @cache
 def run(tag: str) -> tuple[dict, Encoded]:
-    """Outputs and what lies before the heads, for the recorded images."""
+    """Return the outputs for the recorded images, and the results before the heads."""
     detr = network(CONFIGS[tag])
     with torch.no_grad():
         encoded = detr.encode(*images_of(*((h, w) for _, h, w in FACTS["inputs"]["image_shapes"])))
@@ -36,7 +36,7 @@ def run(tag: str) -> tuple[dict, Encoded]:
 
 
 @pytest.mark.parametrize("tag", CONFIGS)
-def test_state_dict_losses_and_initial_tables_are_those_of_the_published_models(tag):
+def test_state_dict_losses_and_initial_tables_equal_the_original(tag):
     expected = FACTS["configs"][tag]
     detr, criterion, postprocessors = build_model(config(CONFIGS[tag]))
     keys = [
@@ -54,8 +54,8 @@ def test_state_dict_losses_and_initial_tables_are_those_of_the_published_models(
         assert table.std().item() == pytest.approx(spread["std"], rel=0.05)
 
 
-def test_trained_and_frozen_parameters_are_those_of_the_original():
-    # The published models have ImageNet weights; that they are not loaded changes nothing here.
+def test_trained_and_frozen_parameters_equal_the_original():
+    # The frozen stages do not depend on whether the ImageNet weights are loaded.
     detr = build_network(parse_args([]), load=False)
     names = {True: [], False: []}
     for name, parameter in detr.named_parameters():
@@ -113,7 +113,7 @@ def test_losses_and_detections_equal_the_original(tag):
         assert max_error(detections["labels"], f"{tag}/B/post{i}/labels") == 0
 
 
-def test_zeroed_tables_change_the_logits_so_that_the_comparison_sees_the_encoding():
+def test_logits_with_zeroed_tables_are_as_far_from_the_original_as_recorded():
     detr = network(CONFIGS[RPE])
     for name, parameter in detr.named_parameters():
         if "lookup_table" in name:
@@ -126,7 +126,7 @@ def test_zeroed_tables_change_the_logits_so_that_the_comparison_sees_the_encodin
 
 
 def test_options_of_detr_keep_their_names_and_defaults():
-    # The original's device assumes a GPU.
+    # The device of the original is always a GPU.
     defaults = parse_args([]).model_dump()
     for name, value in FACTS["args_default"].items():
         assert name in defaults, name

@@ -1,4 +1,4 @@
-"""The matcher: recorded assignments, the best of all assignments, and predictions gone wrong."""
+"""The matcher: recorded assignments, lowest cost, and predictions that are not finite."""
 
 import itertools
 
@@ -15,7 +15,7 @@ CASES = golden_json("matching")["matcher"]
 
 @pytest.mark.parametrize("weights", list(CASES["basic"]["indices"]))
 @pytest.mark.parametrize("case", list(CASES))
-def test_recorded_assignments_are_met_exactly(case, weights):
+def test_assignments_equal_the_recorded_ones(case, weights):
     made = {n: recorded(f"matcher/{case}/{n}") for n in ("pred_logits", "pred_boxes")}
     matcher = HungarianMatcher(*(int(part) for part in weights.strip("()").split(",")))
     matches = matcher(made, recorded_targets(f"matcher/{case}", len(CASES[case]["sizes"])))
@@ -24,7 +24,7 @@ def test_recorded_assignments_are_met_exactly(case, weights):
     assert found == CASES[case]["indices"][weights]
 
 
-def test_the_recorded_layer_with_its_ties_is_met_exactly():
+def test_assignments_of_a_layer_with_ties_equal_the_recorded_ones():
     made = {
         "pred_logits": recorded("crit/logits")[-1],
         "pred_boxes": recorded("crit/boxes")[-1],
@@ -72,7 +72,7 @@ def test_an_image_is_matched_the_same_in_any_batch():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["pred_logits", "pred_boxes"])
-def test_predictions_that_are_not_finite_are_matched_all_the_same(name, value):
+def test_predictions_that_are_not_finite_are_matched_too(name, value):
     made, wanted = outputs(2), targets(3, 2)
     with torch.no_grad():
         made[name][0] = value
@@ -85,10 +85,10 @@ def test_predictions_that_are_not_finite_are_matched_all_the_same(name, value):
 def test_a_negative_width_is_refused():
     made, wanted = outputs(1), targets(2)
     wanted[0]["boxes"][1, 2] = -0.5
-    with pytest.raises(ValueError, match=r"boxes2\[1\] is .* but should be"):
+    with pytest.raises(ValueError, match=r"boxes2\[1\] must be .* got"):
         HungarianMatcher()(made, wanted)
 
 
 def test_costs_that_are_all_0_are_refused():
-    with pytest.raises(ValueError, match="cost_class, cost_bbox and cost_giou are all 0"):
+    with pytest.raises(ValueError, match="cost_class, cost_bbox and cost_giou must not all be 0"):
         HungarianMatcher(0, 0, 0)

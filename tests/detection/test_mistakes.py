@@ -1,4 +1,4 @@
-"""A user's mistake: one sentence, exit code 2 for usage and 1 for failure, nothing lost."""
+"""Errors of users: one line on stderr, exit code 2 for wrong usage and 1 for other failures."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ import torch
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_malformed_spec_names_its_part_and_what_is_allowed(spec, words, failure):
+def test_malformed_spec_is_refused_with_its_part_and_what_is_allowed(spec, words, failure):
     code, line = failure("--enc_rpe2d", spec)
     assert code == 2
     assert all(word in line for word in ["--enc-rpe2d", *words]), line
@@ -36,20 +36,22 @@ def test_malformed_spec_names_its_part_and_what_is_allowed(spec, words, failure)
         (["--nheads", "7"], ["nheads", "7", "256"]),
         (["--frozen_weights", "a.pth"], ["frozen_weights needs masks"]),
         (["--finetune", "a.pth", "--resume", "b.pth"], ["exclude each other"]),
-        (["--coco_path", "a", "--val_images", "b"], ["coco_path excludes"]),
+        (["--coco_path", "a", "--val_images", "b"], ["coco_path must be none", "val_images"]),
+        (["--backbone_stride", "8"], ["--backbone-stride", "8", "16 or 32"]),
+        (["--remove_difficult"], ["--remove-difficult", "true", "false"]),
         (["--lr_dorp", "100"], ["--lr_dorp", "--lr-drop"]),
         (["--set_cost_class", "0", "--set_cost_bbox", "0", "--set_cost_giou", "0"], ["all be 0"]),
         (["--eval"], ["--eval needs weights"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )
-def test_usage_mistake_names_the_option_and_what_is_allowed(argv, words, failure):
+def test_usage_mistake_names_the_option_its_value_and_what_is_allowed(argv, words, failure):
     code, line = failure(*argv)
     assert code == 2
     assert all(word in line for word in words), line
 
 
-def test_missing_data_says_what_was_expected(model_flags, tmp_path, failure):
+def test_missing_data_is_refused_with_what_was_expected(model_flags, tmp_path, failure):
     code, line = failure(*model_flags, "--coco_path", str(tmp_path / "none"))
     assert (code, "none" in line) == (1, True)
     code, line = failure(*model_flags)
@@ -64,9 +66,7 @@ def test_missing_annotations_are_named(model_flags, scenes, tmp_path, failure):
     assert "instances_val2017.json" in line
 
 
-def test_image_of_the_annotations_that_is_not_in_the_zip_is_named(
-    model_flags, scenes, tmp_path, failure
-):
+def test_annotated_image_that_is_not_in_the_zip_is_named(model_flags, scenes, tmp_path, failure):
     shutil.copytree(scenes, tmp_path / "scenes")
     path = tmp_path / "scenes" / "annotations" / "instances_train2017.json"
     content = json.loads(path.read_text())
@@ -110,7 +110,7 @@ def test_fewer_classes_than_the_data_has_are_refused(flags, failure):
 
 
 @pytest.mark.parametrize("name", ["model", "model_ema"])
-def test_weights_that_are_no_tensors_are_refused(name, flags, trained, tmp_path, failure):
+def test_weights_that_are_not_tensors_are_refused(name, flags, trained, tmp_path, failure):
     content = torch.load(trained / "checkpoint.pth", weights_only=True)
     content[name] = content["model"] | {"class_embed.weight": 3.0}
     torch.save(content, tmp_path / "odd.pth")
@@ -135,7 +135,9 @@ def test_output_dir_that_cannot_be_written_is_refused(flags, tmp_path, failure):
     assert "file" in line
 
 
-def test_weights_that_are_not_finite_stop_with_the_batch_on_disk(flags, trained, tmp_path, failure):
+def test_weights_that_are_not_finite_stop_the_run_and_save_the_batch(
+    flags, trained, tmp_path, failure
+):
     content = torch.load(trained / "checkpoint.pth", weights_only=True)
     content["model"]["bbox_embed.layers.0.weight"].fill_(float("nan"))
     torch.save(content, tmp_path / "nan.pth")

@@ -32,7 +32,7 @@ def test_padding_does_not_change_the_encoding_of_an_image(kind):
     assert padded.isfinite().all()
 
 
-def test_learned_has_the_column_first_and_a_vector_for_each():
+def test_learned_is_a_vector_per_column_then_one_per_row():
     encode = build_position_encoding("learned", 6)
     encoding = encode(torch.zeros(2, 3, 5, dtype=torch.bool))
     assert torch.equal(encoding[1, :3, 2, 4], encode.col_embed.weight[4])
@@ -41,10 +41,10 @@ def test_learned_has_the_column_first_and_a_vector_for_each():
     assert 0 <= encode.row_embed.weight.min() < encode.row_embed.weight.max() <= 1
 
 
-def test_what_cannot_be_encoded_is_refused():
+def test_invalid_kinds_and_sizes_are_refused():
     with pytest.raises(ValueError, match="must be sine or learned, got 'cosine'"):
         build_position_encoding("cosine", 12)
     with pytest.raises(ValueError, match=r"hidden_dim must be a multiple of 4 .* got 30"):
         build_position_encoding("sine", 30)
-    with pytest.raises(ValueError, match="50 rows and columns, the feature map has 4 x 51"):
+    with pytest.raises(ValueError, match=r"at most 50 x 50 .* got 4 x 51"):
         build_position_encoding("learned", 6)(torch.zeros(1, 4, 51, dtype=torch.bool))

@@ -17,7 +17,7 @@ def test_recorded_detections():
     assert torch.equal(first["labels"], recorded("post/0/labels"))
 
 
-def test_no_object_is_never_the_answer():
+def test_no_object_is_never_detected():
     made = outputs(1)
     with torch.no_grad():
         made["pred_logits"][..., -1] = 50
@@ -28,11 +28,11 @@ def test_no_object_is_never_the_answer():
 
 @pytest.mark.parametrize("shape", [(2,), (1, 2), (3, 2), (2, 3)], ids=str)
 def test_sizes_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"sizes has the shape .* but should be \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"sizes must have the shape \(2, 2\), .* got"):
         PostProcess()(outputs(2), torch.ones(shape))
 
 
-def test_a_mask_is_cut_out_of_the_padding_and_fits_the_original():
+def test_a_mask_has_the_original_size_without_padding():
     logits = torch.full((2, 40, 6, 8), -9.0)
     logits[0, 35, :, :4] = 9  # the left half of the padded image, 24 × 32
     logits[1, 2, 3:, :] = 9  # the lower half
@@ -61,6 +61,6 @@ def test_the_threshold_is_a_probability(threshold):
 
 
 @pytest.mark.parametrize("threshold", [0, 1, -0.5])
-def test_a_threshold_that_is_no_probability_is_refused(threshold):
-    with pytest.raises(ValueError, match=r"threshold is .* but should be in \(0, 1\)"):
+def test_a_threshold_out_of_range_is_refused(threshold):
+    with pytest.raises(ValueError, match=rf"threshold must be in \(0, 1\), got {threshold}"):
         PostProcessSegm(threshold)

@@ -10,7 +10,7 @@ from irpe_core import CheckpointError
 from tests.detection.models import SMALL, config, images_of, network
 from tests.recipes import fill, golden_json
 
-# Widths of the published DETR-ResNet50 panoptic model.
+# Shapes of the published DETR-ResNet50 panoptic model.
 PUBLISHED = {
     "bbox_attention.q_linear": (256, 256),
     "bbox_attention.k_linear": (256, 256),
@@ -61,16 +61,16 @@ def test_masks_have_the_resolution_of_the_finest_level(changes, stride):
     assert outputs["pred_masks"].isfinite().all()
 
 
-def test_boxes_are_those_of_the_detector_inside():
+def test_boxes_equal_those_of_the_detector():
     images, mask = images_of((64, 80), (48, 96))
     model = network(f"{SMALL} --masks")
     with torch.no_grad():
-        outputs, inside = model(images, mask), model.detr(images, mask)
-    assert torch.equal(outputs["pred_boxes"], inside["pred_boxes"])
-    assert len(outputs["aux_outputs"]) == len(inside["aux_outputs"])
+        outputs, expected = model(images, mask), model.detr(images, mask)
+    assert torch.equal(outputs["pred_boxes"], expected["pred_boxes"])
+    assert len(outputs["aux_outputs"]) == len(expected["aux_outputs"])
 
 
-def test_attention_is_zero_on_padding_and_sums_to_one_over_heads_and_places():
+def test_attention_is_zero_on_padding_and_sums_to_one_over_heads_and_tokens():
     attend = fill(AttentionMap(12, 3))
     objects, memory = torch.randn(2, 5, 12), torch.randn(2, 12, 4, 6)
     mask = torch.zeros(2, 4, 6, dtype=torch.bool)
@@ -88,7 +88,7 @@ def test_attention_is_zero_on_padding_and_sums_to_one_over_heads_and_places():
     torch.testing.assert_close(maps, expected)
 
 
-def test_the_mask_of_an_object_is_its_own_whatever_the_others_are():
+def test_the_mask_of_an_object_does_not_depend_on_the_others():
     head = fill(MaskHead(34, 32, (8, 6, 4)))
     features, maps = torch.randn(2, 32, 3, 4), torch.rand(2, 5, 2, 3, 4)
     levels = [torch.randn(2, 8, 6, 8), torch.randn(2, 6, 11, 15), torch.randn(2, 4, 21, 30)]

@@ -1,4 +1,4 @@
-"""The trainer as a whole, on a few embedded scenes: resuming, evaluating, several processes."""
+"""The whole trainer on a few built-in scenes: resuming, evaluation, several processes."""
 
 import json
 import signal
@@ -66,14 +66,14 @@ def test_run_killed_in_mid_epoch_and_resumed_ends_with_the_same_weights(flags, t
     assert last_line(tmp_path)["test_AP"] == last_line(trained)["test_AP"]
 
 
-def test_evaluation_of_a_checkpoint_gives_the_figures_of_training(flags, trained, tmp_path):
-    figures = evaluation(tmp_path, *flags, "--resume", str(trained / "checkpoint.pth"))
+def test_evaluation_of_a_checkpoint_gives_the_metrics_of_training(flags, trained, tmp_path):
+    metrics = evaluation(tmp_path, *flags, "--resume", str(trained / "checkpoint.pth"))
     expected = last_line(trained)
-    assert set(COCO) <= figures.keys()
-    assert figures == {name: expected[name] for name in figures}
+    assert set(COCO) <= metrics.keys()
+    assert metrics == {name: expected[name] for name in metrics}
 
 
-def test_batch_size_changes_no_figure(flags, trained, tmp_path):
+def test_metrics_do_not_depend_on_batch_size(flags, trained, tmp_path):
     run = [*flags, "--resume", str(trained / "checkpoint.pth")]
     one = evaluation(tmp_path / "1", *run, "--batch_size", "1")
     eight = evaluation(tmp_path / "8", *run, "--batch_size", "8")
@@ -81,7 +81,7 @@ def test_batch_size_changes_no_figure(flags, trained, tmp_path):
     assert one["test_loss"] == pytest.approx(eight["test_loss"], rel=1e-5)
 
 
-def test_two_processes_evaluate_like_one(flags, trained, tmp_path):
+def test_two_processes_have_the_metrics_of_one(flags, trained, tmp_path):
     run = [*flags, "--resume", str(trained / "checkpoint.pth")]
     one = evaluation(tmp_path / "one", *run)
     pair = [*run, "--eval", "--output_dir", str(tmp_path / "two")]
@@ -91,7 +91,7 @@ def test_two_processes_evaluate_like_one(flags, trained, tmp_path):
     assert evaluated(tmp_path / "two") == one
 
 
-def test_two_processes_train_and_one_resumes_after_them(flags, tmp_path):
+def test_one_process_resumes_a_training_of_two(flags, tmp_path):
     run = [*flags, "--batch_size", "4", "--epochs", "1", "--output_dir", str(tmp_path)]
     for process in start_pair("detection.main", *run):
         _, errors = process.communicate(timeout=120)
@@ -107,7 +107,7 @@ def test_folders_train_to_the_same_weights_as_zips(model_flags, trained, tmp_pat
     assert_same_weights(trained, tmp_path / "out")
 
 
-def test_data_set_of_ones_own_has_contiguous_labels_and_keeps_their_map(
+def test_own_data_set_has_contiguous_labels_and_their_map_in_the_checkpoint(
     model_flags, scenes, tmp_path
 ):
     files = {}
@@ -129,20 +129,17 @@ def test_data_set_of_ones_own_has_contiguous_labels_and_keeps_their_map(
     assert min(content["label_to_category"].values()) >= 100
     assert content["model"]["class_embed.weight"].shape[0] == 11
     run = [*model_flags, *own, "--resume", str(tmp_path / "out" / "checkpoint.pth")]
-    figures = evaluation(tmp_path / "eval", *run)
-    assert figures["test_AP"] == last_line(tmp_path / "out")["test_AP"]
+    metrics = evaluation(tmp_path / "eval", *run)
+    assert metrics["test_AP"] == last_line(tmp_path / "out")["test_AP"]
 
 
-def test_fine_tuning_replaces_the_class_head_and_says_so(flags, trained, tmp_path, caplog):
+def test_fine_tuning_replaces_the_class_head_and_logs_it(flags, trained, tmp_path, caplog):
     run = [*flags, "--finetune", str(trained / "checkpoint.pth"), "--num_classes", "12"]
     main([*run, "--eval", "--output_dir", str(tmp_path)])
-    assert any(
-        "class_embed.weight has new random weights for 12 classes" in r.getMessage()
-        for r in caplog.records
-    )
+    assert "class_embed.weight has new random weights for 12 classes" in caplog.messages
 
 
-def test_average_masks_accumulation_and_bfloat16_work_together(flags, tmp_path):
+def test_ema_masks_accumulation_and_bfloat16_work_together(flags, tmp_path):
     run = [*flags, "--masks", "--model_ema", "--accumulate_steps", "2", "--dtype", "bfloat16"]
     main([*run, "--batch_size", "4", "--epochs", "1", "--output_dir", str(tmp_path)])
     line = last_line(tmp_path)
@@ -168,7 +165,7 @@ def test_learning_rates_and_groups_equal_the_original():
             "rpe-2.0-product-ctx-1-k",
         ]
     )
-    # Frozen as with pretrained weights, which are not needed to name the parameters.
+    # The weights are not loaded, because only the names of the parameters are compared.
     model, _, _ = build_model(
         config.model_copy(update={"backbone_weights": "imagenet"}), load=False
     )
@@ -178,30 +175,33 @@ def test_learning_rates_and_groups_equal_the_original():
         group["names"] for group in expected["groups"]
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-    scheduler, every_step = create_schedule(config, optimizer, steps_per_epoch=10)
-    assert not every_step
-    rates = []
+    scheduler, per_step = create_schedule(config, optimizer, steps_per_epoch=10)
+    assert not per_step
+    learning_rates = []
     for _ in range(150):
-        rates.append([group["lr"] for group in optimizer.param_groups])
+        learning_rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         scheduler.step()
     recorded = golden("detr_train")
     key = next(key for key in recorded.files if recorded[key].shape == (150, 2))
     torch.testing.assert_close(
-        torch.tensor(rates), torch.from_numpy(recorded[key]).to(torch.float32), rtol=1e-6, atol=0
+        torch.tensor(learning_rates),
+        torch.from_numpy(recorded[key]).to(torch.float32),
+        rtol=1e-6,
+        atol=0,
     )
 
 
 def test_cosine_schedule_warms_up_and_ends_at_a_hundredth():
     config = parse_args(["--sched", "cosine", "--warmup_steps", "4", "--epochs", "2"])
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
-    scheduler, every_step = create_schedule(config, optimizer, steps_per_epoch=52)
-    rates = []
+    scheduler, per_step = create_schedule(config, optimizer, steps_per_epoch=52)
+    learning_rates = []
     for _ in range(105):
-        rates.append(optimizer.param_groups[0]["lr"])
+        learning_rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    assert every_step
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[-1] == pytest.approx(0.01)
-    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert per_step
+    assert learning_rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert learning_rates[-1] == pytest.approx(0.01)
+    assert learning_rates[4:] == sorted(learning_rates[4:], reverse=True)

@@ -1,4 +1,4 @@
-"""The transformer: equations of both norm orders, padding, any grid, memory."""
+"""The transformer: equations of pre-norm and post-norm, padding, grids, memory."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def transformer(spec: str = "", **options) -> Transformer:
 
 @orders
 @pytest.mark.parametrize("place", ["encoder", "decoder"])
-def test_layers_are_torchs_with_positions_added_to_queries_and_keys(place, pre_norm):
+def test_layers_equal_those_of_torch_with_positions_added_to_queries_and_keys(place, pre_norm):
     ours = transformer(pre_norm=pre_norm)
     cls = nn.TransformerEncoderLayer if place == "encoder" else nn.TransformerDecoderLayer
     layer = getattr(ours, place).layers[0]
@@ -34,14 +34,14 @@ def test_layers_are_torchs_with_positions_added_to_queries_and_keys(place, pre_n
     none = torch.zeros_like(pos)
     if place == "encoder":
         out, expected = layer(x, none, padding, (3, 5)), theirs(x, None, padding)
-        placed = layer(x, pos, padding, (3, 5))
+        with_positions = layer(x, pos, padding, (3, 5))
     else:
         out = layer(x, none, memory, none, padding)
         expected = theirs(x, memory, memory_key_padding_mask=padding)
-        placed = layer(x, pos, memory, none, padding)
+        with_positions = layer(x, pos, memory, none, padding)
     torch.testing.assert_close(out, expected)
-    # Torch's layer has no positions; what its attention would have to be given is compared.
-    assert (placed - out).abs().max() > 1e-3
+    # The layer of torch has no positions, so the inputs of the attention are compared instead.
+    assert (with_positions - out).abs().max() > 1e-3
     seen = {}
     attention = layer.self_attn
     attention.register_forward_hook(lambda _, args, out: seen.update(args=args))
@@ -52,7 +52,7 @@ def test_layers_are_torchs_with_positions_added_to_queries_and_keys(place, pre_n
 
 
 @orders
-def test_every_layer_of_the_decoder_is_normalised_and_pre_norm_ends_the_encoder_with_one(pre_norm):
+def test_decoder_outputs_are_normalized_and_a_pre_norm_encoder_has_a_last_norm(pre_norm):
     model = transformer(pre_norm=pre_norm)
     assert (model.encoder.norm is not None) == pre_norm
     features = torch.randn(2, 24, 3, 5, dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_every_layer_of_the_decoder_is_normalised_and_pre_norm_ends_the_encoder_
 @orders
 @pytest.mark.parametrize("kind", ["sine", "learned"])
 @pytest.mark.parametrize("spec", SPECS)
-def test_what_lies_in_the_padding_and_how_much_of_it_there_is_changes_nothing(spec, kind, pre_norm):
+def test_padding_has_no_effect(spec, kind, pre_norm):
     model = transformer(spec, pre_norm=pre_norm)
     encode_positions = fill(build_position_encoding(kind, 24))
     queries = torch.randn(7, 24, dtype=torch.float64)
@@ -87,7 +87,7 @@ def test_what_lies_in_the_padding_and_how_much_of_it_there_is_changes_nothing(sp
 
 @pytest.mark.parametrize("mode_on", ["ctx-1-q", "ctx-0-v", "ctx-1-qkv", "bias-0-k", "bias-1-qk"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_encoding_follows_the_grid_and_is_trained(method, mode_on):
+def test_every_irpe_follows_the_grid_and_gets_gradients(method, mode_on):
     model = transformer(f"rpe-1.5-{method}-{mode_on}")
     queries = torch.randn(7, 24, dtype=torch.float64)
     for hw in ((3, 5), (5, 3), (1, 7)):
@@ -101,7 +101,7 @@ def test_every_encoding_follows_the_grid_and_is_trained(method, mode_on):
     assert not any("rpe" in name for name, _ in model.decoder.named_parameters())
 
 
-def test_initialisation_is_xaviers_for_the_tables_too():
+def test_tables_have_xavier_initialization():
     model = Transformer(48, 3, 1, 1, 64, rpe=parse_rpe_spec("rpe-2.0-product-ctx-0-v"))
     table = model.encoder.layers[0].self_attn.rpe_v.lookup_table_weight
     assert table.shape == (3, 81, 16)
@@ -111,7 +111,7 @@ def test_initialisation_is_xaviers_for_the_tables_too():
 
 
 def peak_of_attention(spec: str, *, training: bool) -> int:
-    """Bytes of one attention of the published encoder on a feature map of 25 × 38, batch 2."""
+    """Return the peak memory in bytes of one encoder attention on 2 feature maps of 25 × 38."""
     attention = RPEMultiheadAttention(256, 8, 0.1, batch_first=True, rpe=parse_rpe_spec(spec))
     attention.train(training)
     x = torch.randn(2, 25 * 38, 256, requires_grad=training)
@@ -130,7 +130,7 @@ def peak_of_attention(spec: str, *, training: bool) -> int:
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("implementation", ["reference", "cpp"], indirect=True)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_an_encoding_on_values_needs_less_than_150_mb_more(training):
+def test_irpe_on_values_needs_less_than_150_mb_more(training):
     spec = "rpe-2.0-product-ctx-1-v"
     plain = peak_of_attention("", training=training)
     assert peak_of_attention(spec, training=training) - plain < 150e6

@@ -1,4 +1,4 @@
-"""Threads in place of processes: the collectives of evaluation, without starting torch again."""
+"""Threads instead of processes: the collectives of evaluation, without starting torch again."""
 
 import importlib
 import threading
@@ -12,7 +12,7 @@ MODULES = ("detection.coco_eval", "detection.evaluate")
 
 
 def as_processes(monkeypatch: pytest.MonkeyPatch, count: int, work: Callable[[int], Any]) -> list:
-    """What `work(rank)` returns in each of `count` threads that take themselves for processes."""
+    """Return the results of `work(rank)` in `count` threads that act as processes."""
     here = threading.local()
     barrier = threading.Barrier(count, timeout=30)
     box: list[Any] = [None] * count
