@@ -108,8 +108,8 @@ def test_initial_standard_deviations_equal_the_original():
 
 def test_stochastic_depth_rises_as_in_the_original():
     model = timm.create_model(TINY, drop_path_rate=0.1)
-    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
-    assert rates == pytest.approx(MODELS["drop_path_probs"], abs=1e-6)
+    probabilities = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
+    assert probabilities == pytest.approx(MODELS["drop_path_probs"], abs=1e-6)
 
 
 def test_weight_decay_groups_equal_the_original():

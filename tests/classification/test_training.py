@@ -130,7 +130,7 @@ def test_checkpoint_has_the_documented_entries(trained):
 
 
 def test_repeated_augmentation_uses_other_images_in_every_epoch_of_one_process(flags):
-    """The original does not shuffle again without torchrun, and never uses two thirds of the data."""
+    """The original does not shuffle again without torchrun, so that it uses a third of the data."""
     from classification.config import parse_args
     from classification.data import build_split, train_loader
 
