@@ -121,7 +121,7 @@ class DETR(nn.Module):
         return Encoded(objects, memory, projected, mask, features)
 
     def predict(self, objects: Tensor) -> dict[str, Any]:
-        """Predict classes and boxes of `objects (layers, B, Q, C)`; the result is as in `forward`."""
+        """Predict classes and boxes of `objects (layers, B, Q, C)`, in the form of `forward`."""
         with torch.autocast(objects.device.type, enabled=False):
             objects = objects.to(self.class_embed.weight.dtype)
             logits = self.class_embed(objects)

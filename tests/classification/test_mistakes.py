@@ -119,7 +119,7 @@ def test_truncated_checkpoint_is_refused(flags, trained, tmp_path, failure):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"args": ["--model", "deit"]}, ["'args' of", "is a list", "a dict"]),
+        ({"args": ["--model", "deit"]}, ["'args' of", "must be a dict", "got a list"]),
         ({"args": {"input_size": "16"}}, ["height and width in pixels, got '16'"]),
         ({"args": {"input_size": [3, 16, 16]}}, ["height and width in pixels, got [3, 16, 16]"]),
         ({"args": {"input_size": [16, None]}}, ["height and width in pixels, got [16, None]"]),
