@@ -128,10 +128,7 @@ def test_truncated_checkpoint_is_refused(flags, trained, tmp_path, failure):
         ({"head.weight": 3.0}, ["must hold tensors", "a float under 'head.weight'"]),
         ({"pos_embed": None}, ["must hold tensors", "a NoneType under 'pos_embed'"]),
         ({"pos_embed": torch.zeros(3)}, ["pos_embed is (3,), the model's is (1, 17, 32)"]),
-        (
-            {"pos_embed": torch.zeros(1, 4, 32)},
-            ["4 x 4 patches", "16 x 16, got 3"],
-        ),
+        ({"pos_embed": torch.zeros(1, 4, 32)}, ["4 x 4 patches", "16 x 16, got 3"]),
     ],
     ids=[
         *("args", "size-text", "size-three", "size-none", "size-zero", "size-other"),
