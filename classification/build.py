@@ -106,10 +106,11 @@ def create_ema(
     """Create the EMA of the weights, with the values of the checkpoint if it has an EMA.
 
     Returns:
-        The EMA. None without `model_ema`, and for the evaluation of a checkpoint without EMA.
+        The EMA. None without `model_ema`. For an evaluation, None if the checkpoint has no EMA.
     """
     weights = (checkpoint or {}).get("model_ema")
-    if not config.model_ema or (config.eval and weights is None):
+    wanted = weights is not None if config.eval else config.model_ema
+    if not wanted:
         return None
     device = "cpu" if config.model_ema_force_cpu else None
     ema = ModelEmaV3(model, decay=config.model_ema_decay, device=device)

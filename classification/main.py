@@ -1,7 +1,5 @@
 """Train and evaluate DeiT with iRPE. `python -m classification.main --help` lists the options."""
 
-import logging
-
 import timm
 from timm.scheduler import create_scheduler
 
@@ -15,7 +13,7 @@ from classification.build import (
 )
 from classification.config import ClassificationConfig, parse_args
 from classification.data import build_split, train_loader
-from datasets import DataError, ResilientDataset
+from datasets import DataError
 from engine import (
     Recipe,
     Session,
@@ -29,8 +27,6 @@ from engine import (
 from irpe_core import CheckpointError, ImplementationError, load_checkpoint, set_implementation
 
 __all__ = ["main"]
-
-logger = logging.getLogger("classification")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,7 +73,8 @@ def train(config: ClassificationConfig, session: Session) -> None:
         versions={"rpe_ops": operators},
     )
     run_training(session, recipe)
-    _warn_of_bad_images(train_data, val_data)
+    for data in (train_data, val_data):
+        data.warn_if_bad()
 
 
 def evaluate(config: ClassificationConfig, session: Session) -> None:
@@ -95,14 +92,7 @@ def evaluate(config: ClassificationConfig, session: Session) -> None:
         ema=create_ema(config, model, checkpoint),
         num_images=len(val_data),
     )
-    _warn_of_bad_images(val_data)
-
-
-def _warn_of_bad_images(*datasets: ResilientDataset) -> None:
-    """Log the number of images that could not be read; the data set has logged their names."""
-    bad = sum(dataset.bad_count for dataset in datasets)
-    if bad:
-        logger.warning("%d images could not be read and were replaced by others", bad)
+    val_data.warn_if_bad()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ __all__ = ["PUBLISHED", "build_model", "is_deit"]
 
 logger = logging.getLogger(__name__)
 
-# Model name → (size, spec). The last three have no released checkpoint.
+# Model name → (size, spec).
 PUBLISHED = {
     "deit_tiny_patch16_224_ctx_product_50_shared_k": ("tiny", "rpe-1.9-product-ctx-1-k"),
     "deit_small_patch16_224_ctx_product_50_shared_k": ("small", "rpe-1.9-product-ctx-1-k"),
@@ -38,15 +38,18 @@ PUBLISHED = {
     "deit_small_patch16_224_ctx_quant_51_shared_k": ("small", "rpe-33.0-quant-ctx-1-k"),
     "deit_small_patch16_224_ctx_cross_56_shared_k": ("small", "rpe-20.0-cross-ctx-1-k"),
 }
-_WITHOUT_CHECKPOINT = ("euc", "quant", "cross")
+_WITHOUT_CHECKPOINT = {
+    "deit_small_patch16_224_ctx_euc_20_shared_k",
+    "deit_small_patch16_224_ctx_quant_51_shared_k",
+    "deit_small_patch16_224_ctx_cross_56_shared_k",
+}
 _RELEASE = "https://github.com/wkcn/iRPE-model-zoo/releases/download/1.0"
 
 
 def _pretrained_cfg(name: str) -> dict:
     """Return what timm records about a published model: its input and the URL of its weights."""
-    released = not any(f"_{method}_" in name for method in _WITHOUT_CHECKPOINT)
     return {
-        "url": f"{_RELEASE}/{name}.pth" if released else "",
+        "url": "" if name in _WITHOUT_CHECKPOINT else f"{_RELEASE}/{name}.pth",
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": None,

@@ -66,6 +66,11 @@ class ResilientDataset(Dataset[tuple[Any, Any]]):
         """Number of bad reads so far, including those of all workers."""
         return int(self._counts[_BAD])
 
+    def warn_if_bad(self) -> None:
+        """Log the number of bad reads so far, if there are any; their names are logged already."""
+        if self.bad_count:
+            logger.warning("%d images could not be read and were replaced", self.bad_count)
+
     def __len__(self) -> int:
         return len(self.dataset)
 

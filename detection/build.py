@@ -144,7 +144,8 @@ def create_detector(
     Args:
         config: The configuration.
         num_classes: Number of classes of the data, used if the option `num_classes` is none.
-        checkpoint: Checkpoint to resume or to evaluate; None uses `finetune` or random weights.
+        checkpoint: Checkpoint to resume or to evaluate; None uses `finetune`, or
+            else `backbone_weights`, `frozen_weights` and random weights.
         device: Device of the model, the losses and the post-processing.
 
     Raises:

@@ -16,7 +16,7 @@ from datasets import (
 )
 from datasets.scenes import write_scenes
 from detection.config import DetectionConfig
-from engine import UsageError, rank, shield_worker, world_size
+from engine import rank, shield_worker, world_size
 
 __all__ = ["build_split", "train_loader", "eval_loader"]
 
@@ -59,19 +59,10 @@ def train_loader(
     """Return the training batches of this process.
 
     `loader.sampler.set_epoch(epoch, start)` sets the epoch and the first sample.
-
-    Raises:
-        UsageError: The data does not fill one optimizer step.
     """
     sampler = DistributedShuffleSampler(
         len(dataset), rank=rank(), world_size=world_size(), seed=config.seed
     )
-    if len(sampler) < config.batch_size * config.accumulate_steps:
-        raise UsageError(
-            f"batch_size x accumulate_steps must be at most {len(sampler)}, the number of images "
-            f"per epoch in each of {world_size()} process(es), "
-            f"got {config.batch_size} x {config.accumulate_steps}"
-        )
     return _loader(dataset, sampler, config, device, drop_last=True)
 
 

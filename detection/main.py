@@ -21,6 +21,7 @@ from engine import (
     run_evaluation,
     run_training,
     start_session,
+    steps_per_epoch,
 )
 from irpe_core import CheckpointError, ImplementationError, load_checkpoint, set_implementation
 
@@ -55,8 +56,8 @@ def train(config: DetectionConfig, session: Session) -> None:
     ema = create_ema(config, model, checkpoint)
     step = create_step(criterion)
     optimizer = create_optimizer(config, model)
-    steps_per_epoch = len(batches) // config.accumulate_steps
-    scheduler, schedule_per_step = create_schedule(config, optimizer, steps_per_epoch)
+    steps = steps_per_epoch(config, batches)
+    scheduler, schedule_per_step = create_schedule(config, optimizer, steps)
 
     recipe = Recipe(
         model=model,
@@ -74,6 +75,8 @@ def train(config: DetectionConfig, session: Session) -> None:
         versions={"rpe_ops": operators},
     )
     run_training(session, recipe)
+    for data in (train_data, val_data):
+        data.warn_if_bad()
 
 
 def evaluate(config: DetectionConfig, session: Session) -> None:
@@ -93,6 +96,7 @@ def evaluate(config: DetectionConfig, session: Session) -> None:
         num_images=len(val_data),
         describe=format_metrics,
     )
+    val_data.warn_if_bad()
 
 
 if __name__ == "__main__":

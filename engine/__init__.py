@@ -24,7 +24,7 @@ from engine.nonfinite import NonFiniteLossError
 from engine.optim import DTYPES, autocast, make_scaler
 from engine.provenance import provenance
 from engine.recipe import Evaluate, Recipe, run_evaluation, run_training
-from engine.run_config import RunConfig, resolve_dtype, total_batch_size
+from engine.run_config import RunConfig, resolve_dtype, steps_per_epoch, total_batch_size
 from engine.seeding import derive_seed, seed_all
 from engine.session import Session, start_session
 from engine.signals import Stopped, StopRequest, shield_worker
@@ -36,6 +36,7 @@ __all__ = [
     "dump",
     "RunConfig",
     "total_batch_size",
+    "steps_per_epoch",
     "resolve_dtype",
     "Session",
     "start_session",

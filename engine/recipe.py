@@ -23,12 +23,11 @@ from torch.utils.data import DataLoader
 from engine.checkpoint import CheckpointDir
 from engine.config import dump
 from engine.distributed import distribute, is_main
-from engine.errors import UserError
+from engine.errors import UsageError, UserError
 from engine.logging import RunLog
 from engine.loop import LoopOptions, TrainState, train_epoch
 from engine.optim import make_scaler
-from engine.provenance import provenance
-from engine.run_config import total_batch_size
+from engine.run_config import steps_per_epoch, total_batch_size
 from engine.session import Session
 from engine.signals import StopRequest
 from engine.tensors import unwrap
@@ -63,7 +62,7 @@ class Recipe:
         dtype: Type of mixed precision; float32 for none.
         clip_grad: Largest norm of all gradients together; None does not clip.
         checkpoint_extras: Further entries for every checkpoint, such as the class names.
-        versions: Further entries for the `provenance` in every checkpoint.
+        versions: Further entries for the `provenance` in every checkpoint, such as the operators.
     """
 
     model: nn.Module
@@ -75,7 +74,7 @@ class Recipe:
     evaluate: Evaluate
     best_by: str
     ema: ModelEmaV3 | None = None
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype
     clip_grad: float | None = None
     checkpoint_extras: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -105,6 +104,8 @@ def run_training(session: Session, recipe: Recipe) -> dict[str, Any]:
         Stopped: A signal asked the run to stop; its checkpoint is saved.
         NonFiniteLossError: The loss is not finite in some process.
     """
+    if session.config.eval:
+        raise UsageError("this trainer has no --eval: it can only train")
     training = _Training(session, recipe)
     training.run()
     return training.content()
@@ -159,7 +160,7 @@ class _Training:
             self.restore(session.checkpoint)
         self.options = LoopOptions(
             device=session.device,
-            steps=len(recipe.batches) // self.config.accumulate_steps,
+            steps=steps_per_epoch(self.config, recipe.batches),
             batch_size=self.config.batch_size,
             seed=self.config.seed,
             dtype=recipe.dtype,
@@ -215,7 +216,7 @@ class _Training:
         tested: dict[str, float] = {}
         if (epoch + 1) % self.config.eval_interval == 0 or epoch + 1 == self.config.epochs:
             tested = _evaluate(recipe.evaluate, unwrap(self.model), recipe.ema, options.device)
-        best = tested.get(recipe.best_by, state.best)
+        best = tested[recipe.best_by] if tested else state.best
         is_best, state.best = best > state.best, max(state.best, best)
         if not recipe.schedule_per_step:
             self.step_scheduler(epoch)
@@ -260,14 +261,14 @@ class _Training:
             **self.recipe.checkpoint_extras,
             # The name of this key is older than the term "total batch size".
             "images_per_step": self.total_batch_size,
-            "provenance": provenance() | self.recipe.versions,
+            "provenance": {**self.session.provenance, **self.recipe.versions},
         }
 
 
 def _evaluate(
     evaluate: Evaluate, model: nn.Module, ema: ModelEmaV3 | None, device: torch.device
 ) -> dict[str, float]:
-    """Return the metrics of a model and its EMA, which is moved to the device for this time."""
+    """Return the metrics of a model and its EMA, which may be on the CPU between evaluations."""
     models = {"": model}
     if ema is not None:
         models["ema_"] = ema.module.to(device)

@@ -35,12 +35,14 @@ class Session:
         device: Device of this process.
         output_dir: Existing folder for checkpoints and logs; None for none.
         checkpoint: Content of the checkpoint to resume or to evaluate; None for none.
+        provenance: Git revision and versions at the start of the run.
     """
 
     config: RunConfig
     device: torch.device
     output_dir: Path | None
     checkpoint: Mapping[str, Any] | None
+    provenance: Mapping[str, str | None]
 
 
 def start_session(
@@ -76,7 +78,7 @@ def start_session(
     checkpoint = load(source) if source else None
     if checkpoint is not None and not config.eval:
         _check_resumable(checkpoint)
-    return Session(config, device, output_dir, checkpoint)
+    return Session(config, device, output_dir, checkpoint, origin)
 
 
 def _checkpoint_to_resume(config: RunConfig) -> str | None:
@@ -86,7 +88,7 @@ def _checkpoint_to_resume(config: RunConfig) -> str | None:
         last = CheckpointDir(config.output_dir).latest()
         source = str(last) if last else None
     if source:
-        logger.info("resuming from %s", source)
+        logger.info("reading checkpoint %s", source)
     return source
 
 
