@@ -2,15 +2,13 @@
 
 import importlib
 import json
-import subprocess
+import runpy
 import sys
-from pathlib import Path
 
 import pytest
 
 from scripts.benchmark.__main__ import main
 
-ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "train": ["--size", "tiny", "--batch-size", "1", "--rounds", "1", "--device", "cpu"],
     "data": ["--count", "2", "--rounds", "1"],
@@ -30,17 +28,15 @@ def test_a_benchmark_prints_its_table_and_writes_its_results(name, tmp_path, cap
 
 
 @pytest.mark.parametrize("name", ["train", "ops", "data"])
-def test_former_commands_run_the_present_ones_with_a_warning(name):
-    done = subprocess.run(
-        [sys.executable, "-m", f"scripts.benchmark_{name}", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: python -m scripts.benchmark {name} ")
+def test_former_commands_run_the_present_ones_with_a_warning(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--help"])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_module(f"scripts.benchmark_{name}", run_name="__main__")
+    printed = capsys.readouterr()
+    assert leaving.value.code == 0
+    assert printed.out.startswith(f"usage: python -m scripts.benchmark {name} ")
     command = f"`python -m scripts.benchmark {name}`"
-    assert done.stderr == f"warning: scripts.benchmark_{name} is now {command}\n"
+    assert printed.err == f"warning: scripts.benchmark_{name} is now {command}\n"
 
 
 def test_former_modules_do_nothing_when_they_are_imported(capsys):
