@@ -28,7 +28,8 @@ class RPEConfig:
     Args:
         ratio: Finite and > 0. A larger ratio gives more and finer buckets.
         method: `euc`, `quant`, `cross` or `product`; see `irpe_core.buckets`.
-        mode: `ctx` (contextual, depends on the query, key or value) or `bias`.
+        mode: `ctx` (contextual: the table is multiplied by queries, keys or attention weights) or
+            `bias` (one number per bucket).
         shared_head: Use one table for all heads instead of one per head.
         skip: Number of tokens before the grid, such as a class token. All pairs with one of them
             share one extra bucket.
@@ -126,9 +127,15 @@ def parse_rpe_spec(spec: str, *, skip: int = 0) -> RPEConfig | None:
         return None
     parts = spec.split("-")
     if parts[0] != "rpe" or len(parts) != 6:
+        plural = "s" if len(parts) > 1 else ""
+        reason = (
+            f"has {len(parts)} part{plural} instead of 6"
+            if parts[0] == "rpe"
+            else "does not begin with 'rpe'"
+        )
         raise ValueError(
-            f"rpe spec must have the form {_FORM}, for example {_EXAMPLE}, got {spec!r}, which has "
-            f"{len(parts)} part{'s' * (len(parts) != 1)} and begins with {parts[0]!r}"
+            f"rpe spec must have the form {_FORM}, for example {_EXAMPLE}, got {spec!r}, which "
+            f"{reason}"
         )
     _, ratio, method, mode, shared_head, rpe_on = parts
     if not re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", ratio):

@@ -113,7 +113,7 @@ def _locked(part: Path, path: Path) -> Iterator[BinaryIO | None]:
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Tell whether `path` is still the open file; another process may have renamed it."""
+    """Return whether `path` is still the open file; another process may have renamed it."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:

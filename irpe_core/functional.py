@@ -146,7 +146,7 @@ def _first(encodings: tuple[nn.Module | None, ...]) -> nn.Module:
 
 
 def _share_buckets(encodings: tuple[nn.Module | None, ...]) -> bool:
-    """Tell whether all encodings have the same buckets and the same implementation."""
+    """Return whether all encodings have the same buckets and the same implementation."""
     kinds = {
         (e.config.method, e.config.ratio, e.config.skip, e.implementation)
         for e in encodings
@@ -156,7 +156,7 @@ def _share_buckets(encodings: tuple[nn.Module | None, ...]) -> bool:
 
 
 def _is_key_padding(mask: Tensor | None, q: Tensor) -> bool:
-    """Tell whether the mask is None, or a boolean mask of keys, `(B, 1, 1, L)`."""
+    """Return whether the mask is None, or a boolean mask of keys, `(B, 1, 1, L)`."""
     if mask is None:
         return True
     return mask.dtype == torch.bool and mask.shape == (q.shape[0], 1, 1, q.shape[2])

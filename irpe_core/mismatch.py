@@ -66,14 +66,14 @@ def describe_mismatch(
     return "; ".join(parts)
 
 
-def _abridge(faults: list[tuple[str, str]], most: int = 3) -> str:
+def _abridge(problems: list[tuple[str, str]], most: int = 3) -> str:
     """List at most `most` keys; keys that differ only in numbers become one, with stars."""
     groups: dict[tuple[str, str], list[str]] = {}
-    for key, fault in faults:
-        groups.setdefault((_NUMBER.sub("*", key), fault), []).append(key)
+    for key, problem in problems:
+        groups.setdefault((_NUMBER.sub("*", key), problem), []).append(key)
     texts = [
-        (keys[0] if len(keys) == 1 else pattern) + fault
-        for (pattern, fault), keys in groups.items()
+        (keys[0] if len(keys) == 1 else pattern) + problem
+        for (pattern, problem), keys in groups.items()
     ]
     rest = sum(len(keys) for keys in list(groups.values())[most:])
     return ", ".join(texts[:most]) + (f" and {rest} more" if rest else "")
@@ -116,7 +116,7 @@ def _why_nothing_is_common(found: Shapes, wanted: Shapes) -> str:
         if any(prefix + key in wanted for key in found):
             return f"lacks {prefix!r} before its names, which the model has"
         if any(prefix + key in found for key in wanted):
-            return f"has {prefix!r} before its names, which the model has not"
+            return f"has {prefix!r} before its names, which the model does not"
     return "is of another kind of model: they have no name in common"
 
 

@@ -119,7 +119,7 @@ SPEC = "rpe-2.0-product-ctx-1-k"
         (f"{SPEC} --enc_layers 1", "has 1 transformer.encoder.layers, the model 2, and has iRPE"),
         (f"{SPEC} --backbone resnet18", "has another backbone than the model"),
         (f"{SPEC} --backbone_norm frozen", "has frozen batch norms, the model ordinary ones"),
-        (f"{SPEC} --masks", "has 'detr.' before its names, which the model has not"),
+        (f"{SPEC} --masks", "has 'detr.' before its names, which the model does not"),
     ],
 )
 def test_another_detector_is_recognized(found, expected):

@@ -69,20 +69,20 @@ def test_get_rpe_config_keeps_the_names_of_the_original():
 
 
 @pytest.mark.parametrize(
-    ("spec", "parts"),
+    ("spec", "reason"),
     [
-        ("rpe", "1 part and begins with 'rpe'"),
-        ("rpe-1.9-product-ctx-1", "5 parts and begins with 'rpe'"),
-        ("rpe-1.9-product-ctx-1-k-k", "7 parts and begins with 'rpe'"),
-        ("RPE-1.9-product-ctx-1-k", "6 parts and begins with 'RPE'"),
-        (" rpe-1.9-product-ctx-1-k", "6 parts and begins with ' rpe'"),
-        ("rpe--1.9-product-ctx-1-k", "7 parts and begins with 'rpe'"),
+        ("rpe", "has 1 part instead of 6"),
+        ("rpe-1.9-product-ctx-1", "has 5 parts instead of 6"),
+        ("rpe-1.9-product-ctx-1-k-k", "has 7 parts instead of 6"),
+        ("RPE-1.9-product-ctx-1-k", "does not begin with 'rpe'"),
+        (" rpe-1.9-product-ctx-1-k", "does not begin with 'rpe'"),
+        ("rpe--1.9-product-ctx-1-k", "has 7 parts instead of 6"),
     ],
 )
-def test_the_error_of_a_malformed_spec_shows_the_form_and_the_spec(spec, parts):
+def test_the_error_of_a_malformed_spec_shows_the_form_and_the_reason(spec, reason):
     with pytest.raises(ValueError, match=r"^rpe spec must have the form rpe-\{ratio\}-") as caught:
         parse_rpe_spec(spec)
-    assert str(caught.value).endswith(f", got {spec!r}, which has {parts}")
+    assert str(caught.value).endswith(f", got {spec!r}, which {reason}")
 
 
 @pytest.mark.parametrize(

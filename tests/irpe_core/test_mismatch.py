@@ -147,7 +147,7 @@ def test_the_likely_cause_in_the_parts_of_known_models(found, wanted, expected):
 def test_the_likely_cause_of_names_that_differ_by_a_prefix():
     inner, outer = Named(a=(1,)), Named(detr__a=(1,), mask=(1,))
     assert cause(inner, outer) == "lacks 'detr.' before its names, which the model has"
-    assert cause(outer, inner) == "has 'detr.' before its names, which the model has not"
+    assert cause(outer, inner) == "has 'detr.' before its names, which the model does not"
     assert cause(inner, Named(b=(1,))).startswith("is of another kind of model")
     assert cause(nn.Identity(), inner) == "is empty"
 
