@@ -34,23 +34,23 @@ def atomic_save(obj: Any, path: str | os.PathLike[str]) -> None:
         _write(obj, temporary)
 
 
-def check_writable(directory: str | os.PathLike[str]) -> Path:
-    """Create a directory if it is missing, and write to it to find errors before training.
+def check_writable(folder: str | os.PathLike[str]) -> Path:
+    """Create a folder if it is missing, and write to it to find errors before training.
 
     Returns:
-        The directory as a path.
+        The folder as a path.
 
     Raises:
-        UserError: The directory cannot be created or written.
+        UserError: The folder cannot be created or written.
     """
-    directory = Path(directory)
+    folder = Path(folder)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
     except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
-    return directory
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return folder
 
 
 class CheckpointDir:
@@ -62,7 +62,7 @@ class CheckpointDir:
     no hard links.
 
     Args:
-        output_dir: Existing directory.
+        output_dir: Existing folder.
         keep: Number of numbered checkpoints to keep; 0 writes none.
 
     Raises:
@@ -131,7 +131,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
-        _sync_directory(path.parent)
+        _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -165,9 +165,9 @@ def _link_or_copy(source: Path, target: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _sync_directory(directory: Path) -> None:
-    """Sync a directory to the disk, so that a renaming in it is not lost."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync_folder(folder: Path) -> None:
+    """Sync a folder to the disk, so that a renaming in it is not lost."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -153,7 +153,8 @@ def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
     if bool in allowed:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options["metavar"] = "|".join(dict.fromkeys(_metavar(kind) for kind in _described(allowed)))
+        kinds = dict.fromkeys(_metavar(kind) for kind in _described(allowed))
+        options["metavar"] = "|".join(kinds) or "NONE"
         if tuple in allowed:
             options["nargs"] = "+"
     group.add_argument(flag_of(name), **options)

@@ -44,9 +44,9 @@ class LoopOptions:
         steps: Number of optimizer steps per epoch; each uses `accumulate` batches of the loader.
         batch_size: Number of images in a batch of one process, to measure images per second.
         seed: Seed of the run, from which all forward passes are seeded.
-        dtype: Type of mixed precision; float32 for none. float16 needs an enabled scaler.
+        dtype: Data type of mixed precision; float32 for none. float16 needs an enabled scaler.
         accumulate: Number of batches whose gradients are averaged for one optimizer step.
-        clip_grad: Largest norm of all gradients together; None does not clip.
+        clip_grad: Maximum norm of all gradients together; None does not clip.
         print_freq: Number of optimizer steps between printed metrics.
         checkpoint_steps: Number of optimizer steps between checkpoints within an epoch; 0 saves
             none.

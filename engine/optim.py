@@ -32,7 +32,7 @@ def optimizer_step(
     Args:
         optimizer: Optimizer whose parameters have their gradients.
         scaler: Scaler of the loss that was differentiated.
-        clip_grad: Largest norm of all gradients together; None does not clip.
+        clip_grad: Maximum norm of all gradients together; None does not clip.
 
     Returns:
         The norm before clipping, as a scalar tensor on the device; None without clipping.

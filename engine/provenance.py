@@ -49,7 +49,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str | int | None]:
 
 
 def _cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the name of the processor, or of its architecture if the system does not tell."""
+    """Return the name of the processor, or of its architecture if it is unknown."""
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.processor() or platform.machine()

@@ -35,7 +35,7 @@ class RunConfig(Config):
     output_dir: str = ""
     """Folder for checkpoints and logs; empty writes no files."""
     resume: str = ""
-    """Path or URL of a checkpoint to resume from."""
+    """Path or URL of a checkpoint to resume from, or to evaluate with --eval."""
     auto_resume: bool = False
     """Resume from the last checkpoint in output_dir if there is one."""
     eval: bool = False

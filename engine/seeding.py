@@ -1,6 +1,6 @@
 """Seeds that depend only on the position in the run.
 
-The random numbers of a training step depend only on (seed, epoch, step, rank), those of a sample
+The random numbers of a training step depend only on (seed, epoch, batch, rank), those of a sample
 only on (seed, epoch, position). Therefore no state of a random generator is saved, and a run that
 is resumed at any step draws the same numbers as an uninterrupted one.
 """
@@ -15,7 +15,7 @@ __all__ = ["derive_seed", "seed_all"]
 
 
 def derive_seed(*parts: int) -> int:
-    """Hash integers to a seed, as in `derive_seed(seed, epoch, step, rank)`.
+    """Hash integers to a seed, as in `derive_seed(seed, epoch, batch, rank)`.
 
     Different tuples give unrelated seeds, even if they differ only in order or length. The result
     is the same on every machine and with every version of Python.
