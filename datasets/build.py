@@ -47,7 +47,7 @@ def build_dataset(
         inat_category: Taxonomic rank that iNaturalist images are classified by.
         download: Let torchvision download CIFAR-100 or iNaturalist if it is missing. In a
             distributed run, download with one process first.
-        max_bad_fraction: Largest allowed share of corrupt images among the images read.
+        max_bad_fraction: Maximum fraction of corrupt images among the images read.
 
     Raises:
         DataError: The data is missing, empty or damaged, or `load_tar` is set for a data set

@@ -144,7 +144,7 @@ def label_map_of(category_names: Mapping[int, str]) -> dict[int, int]:
 
 
 def _check_sizes(path: Path, images: Sequence[Mapping[str, Any]]) -> None:
-    """Check that every image has a size; pycocotools needs it to decode the masks."""
+    """Raise DataError unless every image has a size, which pycocotools needs for the masks."""
     for entry in images:
         if "height" not in entry or "width" not in entry:
             raise DataError(f"{path}: image {entry['id']} lacks height or width, needed for masks")
@@ -203,12 +203,12 @@ def _find_problem(entry: Mapping[str, Any], names: Mapping[int, str], with_masks
 
 
 def _is_polygon(part: Any) -> bool:
-    """Check for a list of finite numbers."""
+    """Return whether a part of a segmentation is a list of finite numbers."""
     return isinstance(part, list) and _finite(part)
 
 
 def _finite(numbers: list[Any]) -> bool:
-    """Check that all entries are finite numbers."""
+    """Return whether all entries are finite numbers."""
     try:
         return math.isfinite(math.fsum(numbers))
     except (TypeError, ValueError, OverflowError):

@@ -132,7 +132,7 @@ def _walk(root: Path) -> Iterable[str]:
 
 
 def _is_sample(name: str) -> bool:
-    """Check for an image inside a folder; an image at the top level has no class."""
+    """Return whether a name is an image inside a folder; at the top level it has no class."""
     return "/" in name and is_image_name(name)
 
 

@@ -52,7 +52,7 @@ class ImageDataset(Sized, Protocol):
 
 
 def is_image_name(name: str) -> bool:
-    """Check for an image extension; hidden files such as `._x.jpg` from macOS do not count."""
+    """Return whether a name is that of an image; hidden files such as `._x.jpg` do not count."""
     base = name.rpartition("/")[2]
     return base.lower().endswith(IMAGE_EXTENSIONS) and not base.startswith(".")
 

@@ -1,4 +1,4 @@
-"""Replacement of corrupt images, with a limit on their share.
+"""Replacement of corrupt images, with a limit on their fraction.
 
 A few corrupt images must not stop a training of several days, but many of them, for example on a
 broken disk, must stop it. A corrupt image is logged with its name, counted and replaced by the next
@@ -29,15 +29,15 @@ class ResilientDataset(Dataset[tuple[Any, Any]]):
 
     It counts all reads and the bad reads, that is, those of corrupt images. The counts are in
     shared memory, so a process and its `DataLoader` workers, forked or spawned, share them. They
-    have no lock, because a lost count hardly changes the share. Each process of a distributed run
-    has its own counts.
+    have no lock, because a lost count hardly changes the fraction. Each process of a distributed
+    run has its own counts.
 
     Args:
         dataset: Data set to wrap.
-        max_bad_fraction: Largest allowed share of bad reads among all reads. Reading stops above
+        max_bad_fraction: Maximum fraction of bad reads among all reads. Reading stops above
             it; with 0 it stops at the first bad read.
-        min_bad: Number of bad reads from which on the share is checked. It prevents a stop when one
-            of the first images happens to be corrupt.
+        min_bad: Number of bad reads from which on the fraction is checked. It prevents a stop when
+            one of the first images happens to be corrupt.
 
     Raises:
         ValueError: An argument is out of range.
@@ -89,7 +89,7 @@ class ResilientDataset(Dataset[tuple[Any, Any]]):
         raise DataError(f"none of the {len(self)} images can be read")
 
     def _count_bad(self, index: int, error: CorruptImageError) -> None:
-        """Count and log a bad read; raise `DataError` above the allowed share."""
+        """Count and log a bad read; raise `DataError` above the maximum fraction."""
         self._counts[_BAD] += 1
         seen, bad = self._counts.tolist()
         if index not in self._logged:
@@ -97,6 +97,6 @@ class ResilientDataset(Dataset[tuple[Any, Any]]):
             logger.warning("%s: replaced by another image (%d replaced so far)", error, bad)
         if bad >= self.min_bad and bad > self.max_bad_fraction * seen:
             raise DataError(
-                f"{bad} of {seen} images read are corrupt, more than the allowed share of "
+                f"{bad} of {seen} images read are corrupt, more than the maximum fraction of "
                 f"{self.max_bad_fraction:g} (max_bad_fraction); the last one: {error}"
             ) from error

@@ -103,9 +103,9 @@ class SeededSampler(Sampler[tuple[int, int]], ABC):
 class DistributedShuffleSampler(SeededSampler):
     """A sampler for training: every sample once per epoch, in shuffled order.
 
-    The processes get the samples of the order in turn. If the number of samples is not divisible by
-    the number of processes, the first samples of the order are repeated at its end, so that all
-    processes have the same number of steps.
+    The processes get the samples of the order round-robin. If the number of samples is not
+    divisible by the number of processes, the first samples of the order are repeated at its end, so
+    that all processes have the same number of steps.
 
     Args:
         size: Number of samples in the data set, at least 1.
@@ -127,9 +127,9 @@ class RepeatedAugSampler(SeededSampler):
     """A sampler for repeated augmentation: several differently augmented copies of each image.
 
     In the shuffled order, each index is repeated `repeats` times. The processes get the samples of
-    this order in turn, so the copies of one image are in the same total batch. An epoch has as many
-    samples as without repetition, rounded down to a multiple of 256 (not for fewer than 256
-    images). With 3 repeats it therefore has about a third of the images, in every epoch other ones.
+    this order round-robin, so the copies of one image are in the same total batch. An epoch has as
+    many samples as without repetition, rounded down to a multiple of 256 (not for fewer than 256
+    images). With 3 repeats it therefore has about a third of the images, other ones in every epoch.
 
     Args:
         size: Number of samples in the data set, at least 1.
@@ -169,8 +169,8 @@ class RepeatedAugSampler(SeededSampler):
 class EvalSampler(SeededSampler):
     """A sampler for evaluation: every sample exactly once over all processes, in order.
 
-    The processes get whole batches in turn: batch b of the data goes to process `b % world_size`.
-    So a batch has the same samples for any number of processes, and its results are bitwise equal.
+    The processes get whole batches round-robin: batch b goes to process `b % world_size`. So a
+    batch has the same samples for any number of processes, and its results are bitwise equal.
     There is no padding: the number of batches may differ by one between processes, and is 0 for
     some if there are more processes than batches. `set_epoch` is not needed.
 

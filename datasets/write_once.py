@@ -61,6 +61,6 @@ def _move(tree: Path, root: Path, note: tuple[str, str]) -> None:
 
 
 def _is_written(root: Path, note: tuple[str, str]) -> bool:
-    """Check for a complete folder: its note exists and has the expected content."""
+    """Return whether a folder is complete: its note exists and has the expected content."""
     file = root / note[0]
     return file.is_file() and file.read_text() == note[1]

@@ -124,5 +124,5 @@ def test_an_error_in_a_worker_has_one_sentence(archive: TarArchive) -> None:
         list(loader)
     message = str(caught.value)
     assert "\n" not in message
-    assert "images read are corrupt, more than the allowed share of 0.1" in message
+    assert "images read are corrupt, more than the maximum fraction of 0.1" in message
     assert not message.startswith("datasets.")
