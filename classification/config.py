@@ -22,7 +22,8 @@ class ModelConfig(Config):
     model: str = "deit_base_patch16_224"
     """Model name in timm's registry, which includes the DeiT-iRPE models."""
     rpe: str = ""
-    """iRPE to add to every block, such as rpe-1.9-product-ctx-1-k; empty adds none."""
+    """iRPE to add to every block, such as rpe-1.9-product-ctx-1-k; empty adds none (see
+    docs/equip.md)."""
     rpe_implementation: Literal["auto", "cuda", "triton", "cpp", "reference"] = "auto"
     """Implementation of iRPE's operators; auto is the fastest that runs (see python -m rpe_ops)."""
     abs_pos_embed: bool = True
@@ -103,7 +104,8 @@ class DataConfig(Config):
     dist_eval: bool = True
     """Divide the validation set among the processes; the metrics do not change."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Maximum fraction of unreadable images; above it the run stops."""
+    """Maximum fraction of unreadable images; above it the run stops (checked from 10 unreadable
+    images on, with 0 from the first)."""
 
 
 class AugmentConfig(Config):
@@ -178,7 +180,7 @@ class OptimConfig(Config):
     warmup_lr: float = Field(1e-6, ge=0)
     """Learning rate at the start of the warm-up."""
     min_lr: float = Field(1e-5, ge=0)
-    """Minimum learning rate, reached at the end of the schedule."""
+    """Minimum learning rate of the cosine, tanh, poly and plateau schedules."""
     warmup_epochs: int = Field(5, ge=0)
     """Number of epochs of linear warm-up."""
     cooldown_epochs: int = Field(10, ge=0)
@@ -186,7 +188,8 @@ class OptimConfig(Config):
     decay_epochs: float = Field(30, gt=0)
     """Number of epochs between drops of the learning rate in the step schedule."""
     decay_rate: float = Field(0.1, gt=0)
-    """Factor of each drop in the step, multistep and plateau schedules."""
+    """Factor of each drop in the step, multistep and plateau schedules; power of the poly
+    schedule."""
     patience_epochs: int = Field(10, ge=0)
     """Number of epochs without improvement before a drop in the plateau schedule."""
     lr_noise: tuple[float, ...] | None = None
@@ -221,7 +224,7 @@ class DistillConfig(Config):
     teacher_path: str = ""
     """Path or URL of the checkpoint of the teacher."""
     distillation_alpha: float = Field(0.5, ge=0, le=1)
-    """Weight of the distillation loss, from 0 to 1; the loss on the labels has the rest."""
+    """Weight alpha of the distillation loss; the loss on the labels has the weight 1 - alpha."""
     distillation_tau: float = Field(1.0, gt=0)
     """Temperature of soft distillation."""
 

@@ -1,7 +1,7 @@
 """Top-1 accuracy, top-5 accuracy and loss over a validation set.
 
-The metrics are bitwise equal for any number of processes: the processes evaluate whole batches in
-turn, and the sums of the batches are added up in the order of the data.
+The metrics are bitwise equal for any number of processes: the processes evaluate whole batches
+round-robin, and the sums of the batches are added up in the order of the data.
 """
 
 import torch

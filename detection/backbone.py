@@ -152,7 +152,7 @@ def _load(body: nn.Sequential, config: DetectionConfig) -> None:
 
 
 def _freeze(backbone: Backbone, config: DetectionConfig) -> None:
-    """Freeze all stages if `lr_backbone` is 0, and with frozen norms the first stages, as DETR."""
+    """Freeze all stages if `lr_backbone` is 0; with frozen norms the first stages, as in DETR."""
     if config.lr_backbone <= 0:
         backbone.requires_grad_(False)
     elif config.backbone_norm == "frozen":

@@ -43,7 +43,8 @@ class TransformerConfig(Config):
     """Transformer."""
 
     enc_rpe2d: str = ""
-    """iRPE to add to every encoder layer, such as rpe-2.0-product-ctx-1-k; empty adds none."""
+    """iRPE to add to every encoder layer, such as rpe-2.0-product-ctx-1-k; empty adds none (see
+    docs/equip.md)."""
     rpe_implementation: Literal["auto", "cuda", "triton", "cpp", "reference"] = "auto"
     """Implementation of iRPE's operators; auto is the fastest that runs (see python -m rpe_ops)."""
     enc_layers: int = Field(6, ge=1)
@@ -128,7 +129,8 @@ class DataConfig(Config):
     eval_padding: bool = False
     """Evaluate batches padded to their largest image, as published; else without padding."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Maximum fraction of unreadable images; above it the run stops."""
+    """Maximum fraction of unreadable images; above it the run stops (checked from 10 unreadable
+    images on, with 0 from the first)."""
 
     @field_validator("remove_difficult")
     @classmethod
