@@ -25,7 +25,7 @@ MODULES = [
     path.relative_to(ROOT).as_posix()
     for name in PACKAGES
     for path in (ROOT / name).rglob("*.py")
-    # What an installation of rpe_ops leaves behind.
+    # An installation of rpe_ops leaves copies in rpe_ops/build.
     if "build" not in path.relative_to(ROOT).parts[:-1]
 ]
 
@@ -147,7 +147,7 @@ def test_imports_go_down_only(module):
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(("rpe_ops/", "irpe_core/"))])
-def test_the_bottom_needs_nothing_but_torch(module):
+def test_rpe_ops_and_irpe_core_need_only_torch(module):
     if module == "rpe_ops/setup.py":
         pytest.skip("an installation script")
     allowed = {*sys.stdlib_module_names, "torch", "rpe_ops", "irpe_core"}

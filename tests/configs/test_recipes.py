@@ -23,7 +23,7 @@ def test_a_recipe_is_what_the_trainer_does_by_default(path, parse_args, differs)
     assert recipe == default.model_copy(update=differs)
 
 
-# Options of other choices than those of the recipe, such as another schedule.
+# Options that the recipes do not use.
 NOT_IN_DEIT = {
     *("momentum", "decay_epochs", "decay_rate", "patience_epochs", "cooldown_epochs"),
     *("lr_noise", "lr_noise_pct", "lr_noise_std", "cutmix_minmax", "resplit"),

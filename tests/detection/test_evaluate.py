@@ -207,7 +207,7 @@ def test_bfloat16_changes_the_metrics_slightly(model):
 def test_several_processes_have_the_metrics_of_one_bit_for_bit(
     model, monkeypatch, count, pad_to_batch
 ):
-    """Of four batches, one of three processes has two, and one of five processes has none."""
+    """With four batches, some processes have two batches and others none."""
     everything = list(batches(range(IMAGES), 3))
     alone = run(model, everything, pad_to_batch=pad_to_batch)
     # Processes must not wait for each other before all batches are evaluated.

@@ -1,7 +1,7 @@
 """Check the shell commands of the documents without the work that they start.
 
 Cheap commands really run. The flags of a trainer are parsed by the trainer, also behind torchrun; a
-launcher runs with a stub of torchrun, whose arguments are then parsed likewise. A command that
+launcher runs with a stub of torchrun, whose arguments are also parsed. A command that
 `CHECKS` does not list is an error.
 """
 

@@ -21,10 +21,10 @@ DOCUMENTS = sorted(
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "bash", "yaml", "text", "bibtex"}
-# A printed line is promised after the call, or below it on lines of its own.
+# The expected output is in a comment after the call, or on comment lines below it.
 BEHIND = re.compile(r"^\s*print\(.*\)  # (.*)$")
 BELOW = re.compile(r"^# (.*)$")
-# Lines of a trainer's log are not promised.
+# Lines of a trainer's log are not compared.
 LOGGED = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 
 
