@@ -140,12 +140,14 @@ def _find(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _has_blocks(model: nn.Module) -> bool:
+    """Return whether a model has a list of blocks with an `attn` each, as timm's models have."""
     blocks = getattr(model, "blocks", None)
     is_list = isinstance(blocks, (nn.Sequential, nn.ModuleList)) and len(blocks) > 0
     return is_list and all(hasattr(block, "attn") for block in blocks)
 
 
 def _choose(model: nn.Module, layers: Sequence[int | str] | None) -> dict[str, nn.Module]:
+    """Return the attentions to replace, by name; raise ValueError if `layers` names none."""
     found = _find(model)
     if layers is None:
         if not found:
@@ -234,10 +236,12 @@ def _grid_source(model: nn.Module, grid: tuple[int, int] | str | None) -> nn.Mod
 
 
 def _has_irpe(module: nn.Module) -> bool:
+    """Return whether a module contains an attention with iRPE."""
     return any(isinstance(each, _Attention) for each in module.modules())
 
 
 def _check_grid(grid: tuple[int, int] | None) -> None:
+    """Raise ValueError unless the grid is None or two whole numbers >= 1."""
     if grid is None:
         return
     if (
@@ -249,10 +253,12 @@ def _check_grid(grid: tuple[int, int] | None) -> None:
 
 
 def _equip(attention: nn.Module, config: RPEConfig, grid: tuple[int, int] | None) -> _Attention:
+    """Return an attention with iRPE and with the layers of the given attention."""
     is_torch = isinstance(attention, nn.MultiheadAttention)
     kind = RPEMultiheadAttention if is_torch else RPEAttention
     return kind.from_attention(attention, config, grid)
 
 
 def _name(module: nn.Module) -> str:
+    """Return the class name of a module."""
     return type(module).__name__

@@ -114,6 +114,7 @@ torch.library.impl("irpe_core::bucket_ids", "default", compute_bucket_ids)
 
 @torch.library.register_fake("irpe_core::bucket_ids")
 def _fake_bucket_ids(method, axis, height, width, ratio, skip, device) -> Tensor:
+    """Return an empty result of the operator `bucket_ids`, for tracing."""
     tokens = skip + height * width
     return torch.empty(tokens, tokens, dtype=torch.int64, device=device)
 
@@ -155,6 +156,7 @@ torch.library.impl("irpe_core::axis_offsets", "default", compute_axis_offsets)
 
 @torch.library.register_fake("irpe_core::axis_offsets")
 def _fake_axis_offsets(method, height, width, ratio, device) -> tuple[Tensor, Tensor]:
+    """Return an empty result of the operator `axis_offsets`, for tracing."""
     terms = 2 if method == "cross" else 1
     rows = 2 * height - 1 if method in ("euc", "quant") else 1
     empty = functools.partial(torch.empty, dtype=torch.int32, device=device)
@@ -168,6 +170,7 @@ _axis_offsets_op = torch.ops.irpe_core.axis_offsets.default
 def _grid_buckets(
     config: RPEConfig, height: int, width: int, axis_offsets: tuple[Tensor, Tensor]
 ) -> GridBuckets:
+    """Return the buckets of a grid made of its axis offsets."""
     return GridBuckets(*axis_offsets, height, width, config.skip, config.num_buckets, config.side)
 
 
@@ -273,6 +276,7 @@ class BucketCache:
         return _grid_buckets(config, height, width, axis_offsets)
 
     def _get(self, key: tuple, compute: Callable[[], Any], like: Tensor) -> Any:
+        """Return the entry of a key; compute it if it is not in the cache."""
         # While tracing, sizes may be symbolic and tensors fake. They must not enter the cache.
         if torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter):
             return compute()
@@ -289,6 +293,7 @@ class BucketCache:
         return entry
 
     def _keep(self, key: tuple, entry: Any) -> None:
+        """Add an entry, and drop the least recently used ones to make room for it."""
         with self._lock:
             if key in self._entries:
                 return
@@ -300,10 +305,12 @@ class BucketCache:
 
 
 def _tensors(entry: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the tensors of an entry."""
     return (entry,) if isinstance(entry, Tensor) else entry
 
 
 def _nbytes(entry: Tensor | tuple[Tensor, ...]) -> int:
+    """Return the size of an entry in bytes."""
     return sum(tensor.nbytes for tensor in _tensors(entry))
 
 

@@ -58,6 +58,7 @@ def load_checkpoint(source: str | Path) -> dict:
 
 
 def _read_torch(path: Path) -> object:
+    """Read a file of `torch.save` without running code in it."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -75,6 +76,7 @@ def _read_torch(path: Path) -> object:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from a safetensors file."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -89,6 +91,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _normalize(checkpoint: object, path: Path) -> dict:
+    """Return the content of a file in the form that `load_checkpoint` promises."""
     entries = checkpoint if isinstance(checkpoint, dict) else {}
     if entries and all(isinstance(value, Tensor) for value in entries.values()):
         checkpoint = {"model": entries}
@@ -126,6 +129,7 @@ def _check_weights(weights: object, place: str) -> None:
 
 
 def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes that wrappers add to all names."""
     for prefix in _WRAPPERS:
         if weights and all(key.startswith(prefix) for key in weights):
             return _unwrapped({key[len(prefix) :]: value for key, value in weights.items()})
@@ -170,4 +174,5 @@ def load_weights(
 
 
 def _shape(value: object) -> tuple[int, ...] | None:
+    """Return the shape of a tensor; None for another object."""
     return tuple(value.shape) if isinstance(value, Tensor) else None

@@ -75,6 +75,7 @@ class RPEConfig:
 
 
 def _check_rpe_on(rpe_on: str, mode: str) -> None:
+    """Raise ValueError unless `rpe_on` has different letters that the mode allows."""
     if (
         not isinstance(rpe_on, str)
         or not rpe_on

@@ -84,6 +84,7 @@ def download(
 
 
 def _file_name(url: str) -> str:
+    """Return the file name in a URL; raise CheckpointError if there is none."""
     try:
         parts = urlsplit(url)
         name, host = Path(parts.path).name, parts.hostname
@@ -157,6 +158,7 @@ def _complete(file: BinaryIO, url: str, part: Path, sha256: str | None, progress
 
 
 def _notes(part: Path) -> Path:
+    """Return the path of the notes (URL and version) about a partial file."""
     return part.with_name(f"{part.name}.json")
 
 

@@ -82,6 +82,7 @@ class _TableRPE(nn.Module):
         self.implementation = "auto"
 
     def _bucket_ids(self, x: Tensor, height: int | None, width: int | None) -> Tensor:
+        """Return the bucket ids of the tokens of `x`, from the cache."""
         grid = resolve_grid(x.shape[-2], self.config.skip, height, width)
         return BUCKET_CACHE.get(self.config, *grid, self.axis, like=x)
 
@@ -95,6 +96,7 @@ class _TableRPE(nn.Module):
             nn.init.zeros_(parameter)
 
     def extra_repr(self) -> str:
+        """Return the configuration for `print(module)`."""
         c = self.config
         return (
             f"{c.method}, ratio={c.ratio}, buckets={c.num_buckets}, heads={self.table_heads}, "
@@ -245,6 +247,7 @@ def build_rpe(
         return None, None, None
 
     def build(letter: str) -> nn.Module | None:
+        """Build the encoding of one letter; None if `rpe_on` does not have it."""
         if letter not in config.rpe_on:
             return None
         if letter == "v":

@@ -56,6 +56,7 @@ def set_implementation(module: nn.Module, implementation: str, device: torch.dev
 
 
 def _describe(implementation: str, device: torch.device, gather: str) -> str:
+    """Describe the operators that will run for a choice of the implementation."""
     fused = _fused_implementation(implementation, device)
     if fused is not None:
         return f"fused attention by {fused}"
@@ -142,6 +143,7 @@ def rpe_attention(
 
 
 def _first(encodings: tuple[nn.Module | None, ...]) -> nn.Module:
+    """Return the first encoding that is not None."""
     return next(encoding for encoding in encodings if encoding is not None)
 
 
@@ -173,6 +175,7 @@ def _fused_attention(
     scale: float,
     implementation: str,
 ) -> Tensor:
+    """Compute attention with encodings by the fused operator."""
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         # Autocast treats torch's attention in the same way.
         dtype = torch.get_autocast_dtype(q.device.type)

@@ -110,6 +110,7 @@ def _causes(found: Shapes, wanted: Shapes, method: str | None) -> Iterator[str]:
 
 
 def _why_nothing_is_common(found: Shapes, wanted: Shapes) -> str:
+    """Describe why a checkpoint and a model have no name in common."""
     if not found:
         return "is empty"
     for prefix in {key.split(".")[0] + "." for key in {*found, *wanted}}:
@@ -139,6 +140,7 @@ class _Tables(NamedTuple):
 
 
 def _tables(shapes: Shapes) -> _Tables | None:
+    """Describe the encodings of a state dict; None if it has none."""
     hits = [(match, shapes[key]) for key in shapes if (match := TABLE.search(key))]
     # An untrusted file may hold tensors of any shape under these names.
     hits = [(m, shape) for m, shape in hits if len(shape) == (2 if m[3] == "bias" else 3)]
@@ -160,6 +162,7 @@ def _tables(shapes: Shapes) -> _Tables | None:
 def _causes_in_tables(
     found: _Tables | None, wanted: _Tables | None, method: str | None
 ) -> Iterator[str]:
+    """Yield the differences of the encodings of a checkpoint and a model."""
     if found is None or wanted is None:
         if found:
             yield f"has iRPE on {_letters(found)}, the model has none"
@@ -184,16 +187,19 @@ def _causes_in_tables(
 
 
 def _letters(tables: _Tables) -> str:
+    """Return the letters with an encoding, separated by commas."""
     return ", ".join(tables.letters)
 
 
 def _sharing(tables: _Tables) -> str:
+    """Say in words whether the heads share a table."""
     if tables.heads == 1:
         return "tables that the heads share"
     return f"a table for each of {tables.heads} heads"
 
 
 def _other_buckets(found: int, wanted: int, method: str | None) -> str:
+    """Describe another number of buckets, and its cause if the numbers show it."""
     if abs(found - wanted) == 1:
         return (
             f"has tables of {found} buckets, the model of {wanted}: one bucket is for skipped "

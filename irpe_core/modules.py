@@ -146,6 +146,7 @@ class RPEAttention(nn.Module):
         return self._cut(self.qkv(x))
 
     def _cut(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """Split joint projections `(B, L, 3·H·d)` into queries, keys and values `(B, H, L, d)`."""
         # Splitting before the heads saves a copy of the gradients in the backward pass.
         heads = self.num_heads, self.head_dim
         return tuple(part.unflatten(-1, heads).transpose(1, 2) for part in qkv.chunk(3, -1))
@@ -175,6 +176,7 @@ class _RPEEvaAttention(RPEAttention):
         return super().forward(x, attn_mask, is_causal)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values `(B, H, L, d)` by the projections that EVA has."""
         if self.qkv is None:
             parts = [project(x) for project in (self.q_proj, self.k_proj, self.v_proj)]
             return self._cut(torch.cat(parts, -1))

@@ -73,6 +73,7 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
+        """Build `rpe_q`, `rpe_k` and `rpe_v`."""
         self.rpe_q, self.rpe_k, self.rpe_v = (
             encoding and encoding.to(device=device, dtype=dtype)
             for encoding in build_rpe(rpe, self.head_dim, self.num_heads)
@@ -267,5 +268,6 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
 
 
 def _check_shape(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError if a mask has another shape."""
     if tuple(mask.shape) != shape:
         raise ValueError(f"{name} must have the shape {shape}, got {tuple(mask.shape)}")

@@ -71,6 +71,7 @@ def reason_against(
 
 
 def _reason_against_class(attention: nn.Module, classes: set[str]) -> str:
+    """Describe why an attention of an unsupported class cannot be replaced."""
     name = type(attention).__name__.lower()
     words = {*attention.state_dict(), *inspect.signature(attention.forward).parameters}
     if "window" in name:
@@ -85,6 +86,7 @@ def _reason_against_class(attention: nn.Module, classes: set[str]) -> str:
 
 
 def _reason_against_timm(attention: nn.Module) -> str:
+    """Return why an attention of timm cannot be replaced; empty if it can."""
     state = {name.split(".")[0] for name in attention.state_dict()}
     extra = sorted(state - _TIMM_STATE)
     arguments = set(inspect.signature(attention.forward).parameters)
@@ -93,6 +95,7 @@ def _reason_against_timm(attention: nn.Module) -> str:
 
 
 def _reason_against_torch(attention: nn.MultiheadAttention) -> str:
+    """Return why an `nn.MultiheadAttention` cannot be replaced; empty if it can."""
     if not attention._qkv_same_embed_dim:
         return "has keys or values of another width than its queries: it is not self-attention"
     if attention.bias_k is not None or attention.add_zero_attn:

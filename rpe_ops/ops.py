@@ -45,16 +45,19 @@ torch.library.define(
 
 @torch.library.impl("rpe_ops::gather", "default")
 def _gather(lookup: Tensor, bucket_ids: Tensor, implementation: str) -> Tensor:
+    """Run `gather` of an implementation."""
     return implementations.load(implementation).gather(lookup, bucket_ids)
 
 
 @torch.library.impl("rpe_ops::bucket_sum", "default")
 def _bucket_sum(pairs: Tensor, bucket_ids: Tensor, num_buckets: int, implementation: str) -> Tensor:
+    """Run `bucket_sum` of an implementation."""
     return implementations.load(implementation).bucket_sum(pairs, bucket_ids, num_buckets)
 
 
 @torch.library.impl("rpe_ops::attention", "default")
 def _attention(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the forward pass of attention of an implementation."""
     tables, buckets, rest, implementation = _split(rest)
     forward = implementations.load(implementation).attention_forward
     # The operator computes in the dtype of its inputs, so autocast must not change the dtype of the
@@ -65,6 +68,7 @@ def _attention(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.impl("rpe_ops::attention_backward", "default")
 def _attention_backward(grad_out, q, k, v, *rest) -> tuple[Tensor, ...]:
+    """Run the backward pass of attention of an implementation."""
     tables, buckets, rest, implementation = _split(rest)
     backward = implementations.load(implementation).attention_backward
     with torch.autocast(q.device.type, enabled=False):
@@ -80,6 +84,7 @@ def _split(rest: tuple) -> tuple[tuple, GridBuckets, tuple, str]:
 
 @torch.library.register_fake("rpe_ops::gather")
 def _gather_fake(lookup: Tensor, bucket_ids: Tensor, implementation: str) -> Tensor:
+    """Return an empty result of `gather`, for tracing."""
     return lookup.new_empty(*lookup.shape[:-1], bucket_ids.shape[-1])
 
 
@@ -87,11 +92,13 @@ def _gather_fake(lookup: Tensor, bucket_ids: Tensor, implementation: str) -> Ten
 def _bucket_sum_fake(
     pairs: Tensor, bucket_ids: Tensor, num_buckets: int, implementation: str
 ) -> Tensor:
+    """Return an empty result of `bucket_sum`, for tracing."""
     return pairs.new_empty(*pairs.shape[:-1], num_buckets)
 
 
 @torch.library.register_fake("rpe_ops::attention")
 def _attention_fake(q, k, v, table_k, table_q, table_v, *rest):
+    """Return empty results of `attention`, for tracing."""
     wide = torch.promote_types(q.dtype, torch.float32)
     sums = (0,) if table_v is None else (*q.shape[:-1], table_v.shape[1])
     return _new_with_adjacent_heads(q), q.new_empty(sums), q.new_empty(q.shape[:-1], dtype=wide)
@@ -99,6 +106,7 @@ def _attention_fake(q, k, v, table_k, table_q, table_v, *rest):
 
 @torch.library.register_fake("rpe_ops::attention_backward")
 def _attention_backward_fake(grad_out, q, k, v, table_k, table_q, table_v, *rest):
+    """Return empty results of `attention_backward`, for tracing."""
     tables = [q.new_empty(0 if x is None else x.shape) for x in (table_k, table_q, table_v)]
     return (*(_new_with_adjacent_heads(x) for x in (q, k, v)), *tables)
 
@@ -109,27 +117,32 @@ def _new_with_adjacent_heads(q: Tensor) -> Tensor:
 
 
 def _gather_setup(ctx, inputs, output) -> None:
+    """Keep what the derivative of `gather` needs."""
     lookup, bucket_ids, ctx.implementation = inputs
     ctx.num_buckets = lookup.shape[-1]
     ctx.save_for_backward(bucket_ids)
 
 
 def _gather_backward(ctx, grad: Tensor):
+    """Return the gradient of `gather`: a bucket sum."""
     (bucket_ids,) = ctx.saved_tensors
     return bucket_sum(grad, bucket_ids, ctx.num_buckets, ctx.implementation), None, None
 
 
 def _bucket_sum_setup(ctx, inputs, output) -> None:
+    """Keep what the derivative of `bucket_sum` needs."""
     _, bucket_ids, _, ctx.implementation = inputs
     ctx.save_for_backward(bucket_ids)
 
 
 def _bucket_sum_backward(ctx, grad: Tensor):
+    """Return the gradient of `bucket_sum`: a gather."""
     (bucket_ids,) = ctx.saved_tensors
     return gather(grad, bucket_ids, ctx.implementation), None, None, None
 
 
 def _attention_setup(ctx, inputs, output) -> None:
+    """Keep what the derivative of `attention` needs."""
     *tensors, ctx.scale, ctx.dropout_p, ctx.implementation = inputs
     # The first eight inputs are tensors: q, k, v, three tables and two axis offsets. The five sizes
     # of the grid follow.
@@ -140,6 +153,7 @@ def _attention_setup(ctx, inputs, output) -> None:
 
 
 def _attention_grad(ctx, grad_out: Tensor | None, *_):
+    """Return the gradients of `attention` for each of its 18 inputs."""
     if grad_out is None:
         return (None,) * 18
     saved = ctx.saved_tensors
@@ -152,6 +166,7 @@ def _attention_grad(ctx, grad_out: Tensor | None, *_):
 
 
 def _no_second_derivative(ctx, *grads: Tensor | None):
+    """Raise RuntimeError, because `attention_backward` has no derivative."""
     raise RuntimeError(
         "rpe_ops.attention has no second derivative: if you need one, choose an implementation "
         "of irpe_core.rpe_attention that is not fused, such as 'reference'"
