@@ -30,7 +30,7 @@ from PIL import Image
 from datasets.image_sources import ImageSource, open_images
 from datasets.images import decode_rgb
 from engine.provenance import machine
-from scripts.benchmark.timing import median_ratio
+from scripts.benchmark.timing import median_ratio, positive_int
 
 __all__ = ["main"]
 
@@ -44,13 +44,35 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--images", type=Path, help="folder of JPEG files (default: generated)")
-    parser.add_argument("--count", type=int, default=500, help="number of images to read")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds after one warm-up")
     parser.add_argument(
-        "--scratch", type=Path, help="folder for temporary files (default: that of the system)"
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="Folder of .jpg files to read (default: generated images)",
     )
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--count",
+        type=positive_int,
+        default=500,
+        metavar="N",
+        help="Number of images to read (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive_int,
+        default=9,
+        metavar="N",
+        help="Number of timed rounds, after one warm-up round (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        metavar="FOLDER",
+        help="Folder for temporary files (default: that of the system)",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSON file to write (default: none)"
+    )
     return parser.parse_args(argv)
 
 

@@ -1,9 +1,9 @@
 """Measure time and memory of attention with iRPE, for every implementation that runs here.
 
     OMP_NUM_THREADS=2 python -m scripts.benchmark ops --output benchmarks/ops_cpu.json
-    python -m scripts.benchmark ops --dtype bfloat16 --output benchmarks/ops_h200.json
+    python -m scripts.benchmark ops --dtype bfloat16 --output benchmarks/ops_gpu.json
 
-Contenders:
+Compared attentions:
 
     sdpa               torch's attention without encodings, the baseline
     fused              `rpe_ops.attention`
@@ -15,7 +15,7 @@ Contenders:
                        on values a tensor of (L, L, d)
     flex_attention     FlexAttention of torch, compiled; its score function reads the lookup
 
-All contenders run alternately in one process. Times are medians, and ratios are to `sdpa` of the
+All attentions run alternately in one process. Times are medians, and ratios are to `sdpa` of the
 same round. Memory is the peak of forward and backward above what was allocated before. Batch sizes
 are those of the recipes on a GPU, and smaller on a CPU.
 """
@@ -35,7 +35,7 @@ import rpe_ops
 from engine.provenance import machine
 from irpe_core import bucket_ids, build_rpe, parse_rpe_spec, rpe_attention, set_implementation
 from scripts.benchmark.peak_memory import peak_memory
-from scripts.benchmark.timing import clock, median_ratio
+from scripts.benchmark.timing import clock, median_ratio, positive_int
 
 __all__ = ["main"]
 
@@ -69,7 +69,7 @@ SHAPES = {
     "DETR 25x42": Shape(2, 2, 8, 32, (25, 42), 0, 2.0),
     "DETR 50x84": Shape(2, 1, 8, 32, (50, 84), 0, 2.0),
 }
-Contender = Callable[..., Tensor]
+Attention = Callable[..., Tensor]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -82,20 +82,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device, such as cpu or cuda:0",
+        help="Device, such as cpu or cuda:0 (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="dtype of all tensors",
-    )
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds after two warm-ups")
-    parser.add_argument(
-        "--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="attentions to measure"
+        help="Data type of all tensors (default: %(default)s)",
     )
     parser.add_argument(
-        "--output", type=Path, help="JSON file to write, with a chart of the same name (.png)"
+        "--rounds",
+        type=positive_int,
+        default=9,
+        metavar="N",
+        help="Number of timed rounds, after two warm-up rounds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=SHAPES,
+        default=list(SHAPES),
+        help="Attention sizes to measure (default: all)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="JSON file to write, and a chart of the same name as .png (default: none)",
     )
     return parser.parse_args(argv)
 
@@ -158,7 +171,7 @@ def measure(
     rounds: int,
     not_run: dict[str, str],
 ) -> dict[str, dict[str, float]]:
-    """Return milliseconds, ratios to `sdpa` and peak memory of every contender."""
+    """Return milliseconds, ratios to `sdpa` and peak memory of every attention."""
     torch.manual_seed(0)
     batch = shape.batch if device.type == "cuda" else shape.cpu_batch
     length = shape.skip + shape.grid[0] * shape.grid[1]
@@ -166,14 +179,14 @@ def measure(
     inputs = [x.detach().requires_grad_() for x in joint.permute(2, 0, 3, 1, 4).unbind(0)]
     grad = torch.randn(batch, shape.heads, length, shape.dim, device=device, dtype=dtype)
     tasks, peaks = {}, {}
-    for name, contender in contenders(shape, letters, device, dtype, not_run).items():
+    for name, attention in attentions(shape, letters, device, dtype, not_run).items():
 
-        def forward(contender: Contender = contender) -> None:
+        def forward(attention: Attention = attention) -> None:
             with torch.no_grad():
-                contender(*inputs)
+                attention(*inputs)
 
-        def both(contender: Contender = contender) -> None:
-            torch.autograd.backward(contender(*inputs), grad)
+        def both(attention: Attention = attention) -> None:
+            torch.autograd.backward(attention(*inputs), grad)
             for x in inputs:
                 x.grad = None
 
@@ -200,9 +213,9 @@ def measure(
     }
 
 
-def contenders(
+def attentions(
     shape: Shape, letters: str, device: torch.device, dtype: torch.dtype, not_run: dict[str, str]
-) -> dict[str, Contender]:
+) -> dict[str, Attention]:
     """Return the attentions to measure by name, each a function of q, k and v.
 
     The reasons why others are not measured are added to `not_run`.
@@ -216,7 +229,7 @@ def contenders(
             nn.init.normal_(module.lookup_table_weight, std=0.02)
     rpe = [getattr(modules, letter, None) for letter in "qkv"]
 
-    def ours(implementation: str) -> Contender:
+    def ours(implementation: str) -> Attention:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             set_implementation(modules, implementation, device)
             height, width = shape.grid
@@ -224,7 +237,7 @@ def contenders(
 
         return attend
 
-    found: dict[str, Contender] = {"sdpa": F.scaled_dot_product_attention}
+    found: dict[str, Attention] = {"sdpa": F.scaled_dot_product_attention}
     for name, reason in rpe_ops.available_implementations(device, "attention").items():
         # Triton's interpreter, which runs on a CPU, is made for tests and not for speed.
         if not reason and name != "reference" and not (name == "triton" and device.type == "cpu"):
@@ -248,7 +261,7 @@ def contenders(
     return found
 
 
-def flattened_index(rpe: list[nn.Module | None], index: Tensor, buckets: int) -> Contender:
+def flattened_index(rpe: list[nn.Module | None], index: Tensor, buckets: int) -> Attention:
     """Return attention that flattens the lookups of all queries and reads `i·K + bucket(i, j)`."""
     flat = (index + buckets * torch.arange(len(index), device=index.device)[:, None]).flatten()
     rpe_q, rpe_k, rpe_v = rpe
@@ -272,7 +285,7 @@ def flattened_index(rpe: list[nn.Module | None], index: Tensor, buckets: int) ->
     return attend
 
 
-def flex(rpe_k: nn.Module, index: Tensor) -> Contender:
+def flex(rpe_k: nn.Module, index: Tensor) -> Attention:
     """Return compiled FlexAttention whose score function reads the lookup."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -284,7 +297,7 @@ def flex(rpe_k: nn.Module, index: Tensor) -> Contender:
 
 
 def print_table(title: str, rows: dict) -> None:
-    """Print times, ratios and peak memory of every contender."""
+    """Print times, ratios and peak memory of every attention."""
     print(f"\n{title:<28} {'forward':>16} {'+ backward':>18} {'peak':>10}")
     for name, row in rows.items():
         cells = [row["forward"], row["forward + backward"]]

@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 import classification.models  # noqa: F401  (registers the models)
+import rpe_ops
 from detection.build import build_model
 from detection.config import parse_args as detection_config
 from engine.provenance import machine
 from irpe_core import set_implementation
-from scripts.benchmark.timing import clock, median_ratio
+from scripts.benchmark.timing import clock, median_ratio, positive_int
 
 __all__ = ["main"]
 
@@ -40,24 +41,52 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--recipe", choices=("deit", "detr"), default="deit", help="model family")
     parser.add_argument(
-        "--size", choices=("tiny", "small", "base"), default="small", help="size of DeiT"
+        "--recipe",
+        choices=("deit", "detr"),
+        default="deit",
+        help="Model family: DeiT or DETR (default: %(default)s)",
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="images per step")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds after two warm-ups")
+    parser.add_argument(
+        "--size",
+        choices=("tiny", "small", "base"),
+        default="small",
+        help="Size of DeiT (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="Number of images per step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive_int,
+        default=7,
+        metavar="N",
+        help="Number of timed rounds, after two warm-up rounds (default: %(default)s)",
+    )
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device, such as cpu or cuda:0",
+        help="Device, such as cpu or cuda:0 (default: %(default)s)",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of autocast"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="Data type of automatic mixed precision (default: %(default)s)",
     )
     parser.add_argument(
-        "--implementation", default="auto", help="implementation of the iRPE operators"
+        "--implementation",
+        choices=("auto", *rpe_ops.IMPLEMENTATIONS),
+        default="auto",
+        help="Implementation of the iRPE operators (default: %(default)s)",
     )
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSON file to write (default: none)"
+    )
     return parser.parse_args(argv)
 
 
@@ -152,7 +181,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         shape = (608, 800)
         models = {f"detr_r50 {spec}".strip(): Detector(spec).to(device) for spec in SPECS}
     base, *with_rpe = models
-    operators = [set_implementation(models[name], args.implementation, device) for name in with_rpe]
+    try:
+        operators = [
+            set_implementation(models[name], args.implementation, device) for name in with_rpe
+        ]
+    except rpe_ops.ImplementationError as error:
+        raise SystemExit(f"error: {error}") from error
     images = torch.randn(args.batch_size, 3, *shape, device=device)
 
     results = {}

@@ -44,6 +44,22 @@ def test_former_modules_do_nothing_when_they_are_imported(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["data", "--rounds", "0"], "--rounds: must be a whole number >= 1, got '0'"),
+        (["ops", "--rounds", "many"], "--rounds: must be a whole number >= 1, got 'many'"),
+        (["train", "--batch-size", "-1"], "--batch-size: must be a whole number >= 1, got '-1'"),
+        (["train", "--implementation", "foo"], "--implementation: invalid choice: 'foo'"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_without_a_traceback(argv, message, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(argv)
+    assert leaving.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [[], ["speed"]])
 def test_an_unknown_benchmark_is_refused_with_the_known_ones(argv, capsys):
     with pytest.raises(SystemExit) as leaving:
