@@ -30,6 +30,11 @@ from scripts.export.models import (
 )
 from scripts.export.program import export, require_onnx
 
+_DESCRIPTION = """
+Export a trained model as .pt2 or .onnx. Besides the options of the group Export, only those of the
+model have an effect. With the checkpoint of a detector, the options are those of detection.main.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export the model that the flags name."""
@@ -44,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         DetectorExport if is_detector else ClassifierExport,
         argv,
         prog="python -m scripts.export",
-        description=__doc__.partition("\n")[0],
+        description=_DESCRIPTION,
     )
     _check_sources(options, checkpoint)
     output = Path(options.output)
@@ -60,7 +65,7 @@ def _check_sources(options: ExportOptions, checkpoint: dict | None) -> None:
     """Raise UsageError unless exactly one option gives the weights."""
     others = [name for name in ("pretrained", "finetune", "resume") if getattr(options, name, "")]
     if checkpoint is not None and others:
-        raise UsageError(f"{others[0]} and checkpoint exclude each other: both give the weights")
+        raise UsageError(f"{others[0]} and checkpoint exclude each other: both set the weights")
     if checkpoint is None and (others != ["pretrained"] or options.checkpoint or options.use_ema):
         raise UsageError(
             "--checkpoint must give the weights, or --pretrained with --model and without --use-ema"

@@ -43,7 +43,8 @@ class ExportOptions(Config):
 
     @field_validator("output")
     @classmethod
-    def _known_format(cls, output: str) -> str:
+    def _check_output(cls, output: str) -> str:
+        """Refuse a file name of another format."""
         if not output.endswith((".pt2", ".onnx")):
             raise ValueError("must end in .pt2 (torch.export) or .onnx")
         return output
