@@ -29,6 +29,8 @@ from scripts.zoo.rows import ROOT, TASKS, ZOO, Zoo, load_zoo
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are instances of UsageError."""
+
     def error(self, message: str) -> NoReturn:
         """Raise UsageError instead of printing the usage."""
         raise UsageError(f"{message} (--help lists all options)")
@@ -65,11 +67,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             type=Path,
             default=ZOO,
             metavar="FILE",
-            help="Rows of the zoo (default: configs/zoo.yaml)",
+            help="YAML file of the model zoo (default: configs/zoo.yaml)",
         )
         if name != "readme":
             command.add_argument(
-                "--rows", nargs="+", metavar="ROW", help="Names of rows or tasks (default: all)"
+                "--rows",
+                nargs="+",
+                metavar="ROW",
+                help="Rows to use: names from `list`, or classification or detection "
+                "(default: all)",
             )
         if name == "list":
             command.add_argument(
@@ -111,9 +117,12 @@ def _add_evaluation(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--device", default="auto", help="Device: auto, cpu, cuda or cuda:N (default: auto)"
     )
-    command.add_argument("--dtype", help="Autocast data type, as for the trainers")
+    command.add_argument("--dtype", help="Data type of automatic mixed precision (default: auto)")
     command.add_argument(
-        "--num-workers", type=int, metavar="N", help="Data loading workers per process"
+        "--num-workers",
+        type=int,
+        metavar="N",
+        help="Number of data loading processes per process (default: as in the trainer)",
     )
     command.add_argument(
         "--batch-size",

@@ -171,7 +171,7 @@ def _evaluate(row: Row, options: EvalOptions, folder: Path, prefix: str) -> Reco
 
 
 def _check_has_rpe(row: Row, checkpoint: Path) -> None:
-    """Raise CheckpointError if the row has iRPE and the checkpoint has not.
+    """Raise CheckpointError if the row has iRPE but the checkpoint does not.
 
     The trainer accepts such a checkpoint and evaluates tables with their initial values.
     """

@@ -93,9 +93,11 @@ class _Elements:
                 module.register_forward_hook(self._add_attention)
 
     def _add_output(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Count one MAC per element of an output."""
         self.count += output.numel()
 
     def _add_attention(self, module: RPEAttention, inputs: tuple[Any, ...], out: Tensor) -> None:
+        """Count the scaled inputs of an attention and the dense product of its values."""
         on = [rpe is not None for rpe in (module.rpe_q, module.rpe_v)]
         # Queries, keys and values each have as many elements as the input.
         self.count += inputs[0].numel() * (1 + sum(on))
