@@ -6,7 +6,7 @@
 `buckets.png` shows the bucket of every key around one query on a grid of 14 x 14 tokens, at the
 ratios of the paper's ablation. With `--checkpoint`, `learned_table.png` shows what a trained table
 of the product method on k adds to the logits of an average query: `mean(q)·d^-0.5·T[:, bucket]` for
-every head and layer, laid out as the square of (2B+1) x (2B+1) buckets.
+every head and layer, laid out as the square of all buckets.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def draw_methods(path: Path) -> None:
         fontsize=13,
     )
     content = io.BytesIO()
-    figure.savefig(content, dpi=90)
+    figure.savefig(content, dpi=120)
     plt.close(figure)
     # A palette makes the file a quarter as large.
     Image.open(content).convert("RGB").quantize(128).save(path, optimize=True)
@@ -88,7 +88,7 @@ def _draw_method(axes: Axes, method: str) -> None:
     axes.plot(QUERY[1], QUERY[0], marker="*", markersize=15, color="black")
     for i, j in _labeled_cells(joint):
         text = "\n".join(str(int(x[int(i), int(j)])) for x in rows)
-        size = 6.5 if method == "cross" else 8.5
+        size = 8 if method == "cross" else 8.5
         axes.text(j, i, text, ha="center", va="center", fontsize=size, linespacing=1)
     number = len(joint.unique())
     kinds = "pairs of buckets" if method == "cross" else "buckets"
@@ -171,7 +171,8 @@ def draw_learned_table(checkpoint: dict, path: Path) -> None:
     images = torch.stack([data[i][0] for i in range(min(IMAGES, len(data)))])
     encodings = mean_encodings(model, images)
     if model.global_pool == "token":
-        # Of the last layer only the class token is read: its table gets no gradient.
+        # The class token alone is read after the last layer, so the table of this layer gets no
+        # gradient.
         encodings.pop()
 
     side = rpe.config.side
@@ -205,7 +206,7 @@ def draw_learned_table(checkpoint: dict, path: Path) -> None:
 
 
 def _distances(config: RPEConfig, length: int) -> list[list[str]]:
-    """Return the first and the last distance of each bucket along one axis, from -B to B."""
+    """Return the first and the last distance of each bucket along one axis, in rising order."""
     offsets = torch.arange(1 - length, length)
     index = piecewise_index(offsets, config.ratio, 2 * config.ratio, 8 * config.ratio)
     ends = []
@@ -216,12 +217,20 @@ def _distances(config: RPEConfig, length: int) -> list[list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw what the flags ask for."""
+    """Draw the methods and, with `--checkpoint`, the tables of a classifier."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m examples.draw_buckets",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", help="classifier whose tables are drawn too")
-    parser.add_argument("--output", type=Path, default=Path("docs/images"), help="folder to write")
+    parser.add_argument("--checkpoint", help="Checkpoint of a classifier; also draw its tables")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("docs/images"),
+        metavar="FOLDER",
+        help="Output folder (default: docs/images)",
+    )
     args = parser.parse_args(argv)
     mpl.use("Agg")
     try:

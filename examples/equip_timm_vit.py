@@ -48,13 +48,15 @@ def main(argv: list[str] | None = None) -> None:
         description="Add iRPE to a trained ViT and fine-tune it.",
     )
     parser.add_argument(
-        "--rpe", default="rpe-1.9-product-ctx-1-qkv", help="iRPE to add (default: %(default)s)"
+        "--rpe",
+        default="rpe-1.9-product-ctx-1-qkv",
+        help="iRPE to add, see docs/equip.md (default: %(default)s)",
     )
     parser.add_argument(
         "--epochs",
         type=int,
         default=15,
-        help="epochs before iRPE is added, and again afterwards (default: %(default)s)",
+        help="Number of epochs before iRPE is added, and again afterwards (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     try:
