@@ -144,7 +144,11 @@ def _identity(row: Row) -> dict[str, str]:
     if row.task == "classification":
         return {"model": row.name, "iRPE on": " ".join(row.rpe.rpe_on) if row.rpe else "—"}
     config = row.config
-    return {"enc_rpe2d": config.enc_rpe2d, "buckets": _buckets(row), "epochs": str(config.epochs)}
+    return {
+        "iRPE (--enc_rpe2d)": config.enc_rpe2d,
+        "buckets": _buckets(row),
+        "epochs": str(config.epochs),
+    }
 
 
 def _links(row: Row, *, with_logs: bool) -> dict[str, str]:
