@@ -11,7 +11,7 @@ import torch
     ("spec", "words"),
     [
         ("rpe-2.0-product-ctx-1", ["5 parts", "rpe-{ratio}"]),
-        ("foo-2.0-product-ctx-1-k", ["'foo'"]),
+        ("foo-2.0-product-ctx-1-k", ["does not begin with 'rpe'"]),
         ("rpe-0-product-ctx-1-k", ["ratio", "> 0"]),
         ("rpe-nan-product-ctx-1-k", ["ratio", "'nan'"]),
         ("rpe-2.0-round-ctx-1-k", ["method", "'round'", "euc, quant, cross, product"]),
