@@ -200,3 +200,28 @@ def test_a_package_lists_its_public_names(package):
     assert module.__doc__
     assert len(set(module.__all__)) == len(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_every_module_lists_its_public_names():
+    modules = [ROOT / module for module in MODULES]
+    modules += [*(ROOT / "scripts").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    exempt = {"__main__.py", "setup.py"}
+    without = [
+        path.relative_to(ROOT).as_posix()
+        for path in modules
+        if path.name not in exempt
+        and path.parent.name != "former"
+        and _has_public_names(tree := ast.parse(path.read_text()))
+        and not any(_assigns_all(node) for node in tree.body)
+    ]
+    assert without == []
+
+
+def _has_public_names(tree: ast.Module) -> bool:
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return any(isinstance(node, kinds) and not node.name.startswith("_") for node in tree.body)
+
+
+def _assigns_all(node: ast.stmt) -> bool:
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+    return any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets)
