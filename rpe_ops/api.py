@@ -146,5 +146,4 @@ def attention(
     if dropout_p > 0:
         seed.random_()
     rest = (key_padding, seed, scale, dropout_p, chosen)
-    out, _, _ = ops.attention(q, k, v, *tables.values(), *buckets, *rest)
-    return out
+    return ops.attend(q, k, v, *tables.values(), *buckets, *rest)

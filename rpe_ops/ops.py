@@ -13,7 +13,9 @@ from torch import Tensor
 from rpe_ops import implementations
 from rpe_ops.grid import GridBuckets
 
-__all__ = ["gather", "bucket_sum", "attention", "attention_backward"]
+__all__ = ["gather", "bucket_sum", "attention", "attention_backward", "attend"]
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 torch.library.define(
     "rpe_ops::gather", "(Tensor lookup, Tensor bucket_ids, str implementation) -> Tensor"
@@ -55,7 +57,6 @@ def _bucket_sum(pairs: Tensor, bucket_ids: Tensor, num_buckets: int, implementat
     return implementations.load(implementation).bucket_sum(pairs, bucket_ids, num_buckets)
 
 
-@torch.library.impl("rpe_ops::attention", "default")
 def _attention(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward pass of attention of an implementation."""
     tables, buckets, rest, implementation = _split(rest)
@@ -66,7 +67,6 @@ def _attention(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
         return forward(q, k, v, *tables, buckets, *rest)
 
 
-@torch.library.impl("rpe_ops::attention_backward", "default")
 def _attention_backward(grad_out, q, k, v, *rest) -> tuple[Tensor, ...]:
     """Run the backward pass of attention of an implementation."""
     tables, buckets, rest, implementation = _split(rest)
@@ -75,6 +75,10 @@ def _attention_backward(grad_out, q, k, v, *rest) -> tuple[Tensor, ...]:
         grads = backward(grad_out, q, k, v, *tables, buckets, *rest)
     # A torch.library operator cannot return None, so an empty tensor means "no gradient".
     return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+
+
+torch.library.impl("rpe_ops::attention", "default", _attention)
+torch.library.impl("rpe_ops::attention_backward", "default", _attention_backward)
 
 
 def _split(rest: tuple) -> tuple[tuple, GridBuckets, tuple, str]:
@@ -152,12 +156,12 @@ def _attention_setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _attention_grad(ctx, grad_out: Tensor | None, *_):
+def _attention_grad(ctx, grad_out: Tensor | None, *_, backward=None):
     """Return the gradients of `attention` for each of its 18 inputs."""
     if grad_out is None:
         return (None,) * 18
     saved = ctx.saved_tensors
-    grads = attention_backward(
+    grads = (backward or attention_backward)(
         grad_out, *saved[:8], *ctx.grid, *saved[8:], ctx.scale, ctx.dropout_p, ctx.implementation
     )
     tables = zip(grads[3:], saved[3:6], strict=True)
@@ -171,6 +175,50 @@ def _no_second_derivative(ctx, *grads: Tensor | None):
         "rpe_ops.attention has no second derivative: if you need one, choose an implementation "
         "of irpe_core.rpe_attention that is not fused, such as 'reference'"
     )
+
+
+class _EagerAttention(torch.autograd.Function):
+    """`rpe_ops::attention` and its derivative without the dispatcher, for eager execution.
+
+    The autograd of `torch.library` runs in Python and costs more time on the host than a small
+    attention on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        """Compute attention; the inputs are those of the operator."""
+        output = _attention(*inputs)
+        _attention_setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_out, *_):
+        """Compute the gradients, like the operator."""
+        # With create_graph, the operator raises the error about the second derivative.
+        backward = attention_backward if torch.is_grad_enabled() else _attention_backward
+        return _attention_grad(ctx, grad_out, backward=backward)
+
+
+def _is_eager(tensors: tuple) -> bool:
+    """Return whether nothing but autograd has to see the operator.
+
+    Tracers, dispatch modes (such as `FlopCounterMode`), function transforms and tensor subclasses
+    work through the dispatcher.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and all(type(x) in _PLAIN for x in tensors if x is not None)
+    )
+
+
+def attend(*inputs) -> Tensor:
+    """Return `out` of `rpe_ops::attention`, on the path with the least cost on the host."""
+    if not _is_eager(inputs[:8]):
+        return attention(*inputs)[0]
+    run = _EagerAttention.apply if torch.is_grad_enabled() else _attention
+    return run(*inputs)[0]
 
 
 torch.library.register_autograd("rpe_ops::gather", _gather_backward, setup_context=_gather_setup)

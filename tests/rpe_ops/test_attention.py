@@ -4,9 +4,12 @@ Its values are tested in tests/irpe_core/test_functional.py (every combination) 
 test_cpu_attention.py and test_triton_kernels.py (the kernels, every dtype).
 """
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,6 +17,7 @@ import rpe_ops
 import rpe_ops.flops
 from irpe_core import RPEConfig
 from irpe_core.buckets import grid_buckets
+from rpe_ops import ops
 from rpe_ops.dropout import keep_mask
 from tests.rpe_ops.extension import provide_library
 
@@ -75,6 +79,46 @@ def test_opcheck(implementation, given):
     backward = (torch.randn_like(outputs[0]), *arguments[:15], *outputs)
     backward = [x.detach() if isinstance(x, Tensor) else x for x in backward]
     torch.library.opcheck(torch.ops.rpe_ops.attention_backward.default, (*backward, *numbers))
+
+
+@pytest.mark.parametrize("rpe_on", ["", "k", "qkv"])
+def test_eager_attention_equals_the_operator_bit_for_bit(implementation, rpe_on):
+    q, k, v, *tables = inputs(torch.float32)
+    tables = [x if name in rpe_on else None for name, x in zip("kqv", tables, strict=True)]
+    padding = torch.arange(LENGTH).expand(2, -1) > 9
+    tail = (padding, torch.ones(1, dtype=torch.int64), 0.3, 0.1, implementation)
+    arguments = (q, k, v, *tables, *grid_buckets(CONFIG, *GRID), *tail)
+    wanted = [x for x in (q, k, v, *tables) if x is not None]
+    eager, operator = ops.attend(*arguments), ops.attention(*arguments)[0]
+    assert "EagerAttention" in eager.grad_fn.name()
+    assert "EagerAttention" not in operator.grad_fn.name()
+    assert torch.equal(eager, operator)
+    grad_out = torch.randn_like(eager)
+    grads = [torch.autograd.grad(out, wanted, grad_out) for out in (eager, operator)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_modes_transforms_and_subclasses_get_the_operator():
+    class Recorder(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    class Subclass(Tensor):
+        pass
+
+    arguments = inputs(torch.float32)
+    with Recorder():
+        attend(*arguments, implementation="reference").sum().backward()
+    assert "rpe_ops.attention.default" in Recorder.names
+    assert "rpe_ops.attention_backward.default" in Recorder.names
+    assert ops._is_eager(tuple(arguments))
+    assert not ops._is_eager((arguments[0].as_subclass(Subclass), *arguments[1:]))
+    seen = []
+    torch.func.vmap(lambda x: (seen.append(ops._is_eager((x,))), x)[1])(torch.ones(2, 3))
+    assert seen == [False]
 
 
 def test_a_second_derivative_is_an_error(implementation):
