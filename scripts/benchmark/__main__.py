@@ -3,6 +3,7 @@
     python -m scripts.benchmark train     training step and evaluation, with and without iRPE
     python -m scripts.benchmark ops       attention of every implementation, time and memory
     python -m scripts.benchmark data      reading images from a zip and from a folder
+    python -m scripts.benchmark host      host time of a layer, with the launches left out
 
 Each benchmark has its own options, for example `python -m scripts.benchmark train --help`.
 """
@@ -20,9 +21,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m scripts.benchmark",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s {train,ops,data} [--option VALUE ...]",
+        usage="%(prog)s {train,ops,data,host} [--option VALUE ...]",
     )
-    parser.add_argument("benchmark", choices=("train", "ops", "data"), help="benchmark to run")
+    parser.add_argument(
+        "benchmark", choices=("train", "ops", "data", "host"), help="benchmark to run"
+    )
     name = parser.parse_args(argv[:1]).benchmark
     importlib.import_module(f"scripts.benchmark.{name}").main(argv[1:])
 

@@ -2,13 +2,17 @@
 
 import importlib
 import json
+import os
 import runpy
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from scripts.benchmark.__main__ import main
 
+ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "train": ["--size", "tiny", "--batch-size", "1", "--rounds", "1", "--device", "cpu"],
     "data": ["--count", "2", "--rounds", "1"],
@@ -65,4 +69,18 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones(argv, capsys):
     with pytest.raises(SystemExit) as leaving:
         main(argv)
     assert leaving.value.code == 2
-    assert "{train,ops,data}" in capsys.readouterr().err
+    assert "{train,ops,data,host}" in capsys.readouterr().err
+
+
+def test_the_host_time_of_a_layer_is_measured_without_a_gpu(tmp_path):
+    output = tmp_path / "host.json"
+    command = [sys.executable, "-m", "scripts.benchmark", "host", "--calls", "3"]
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [*command, "--output", str(output)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("µs") == 12
+    times = json.loads(output.read_text())["microseconds"]
+    assert all(0 < us < 1e6 for passes in times.values() for us in passes.values())
