@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rpe_ops
-from engine.provenance import machine
 from irpe_core import bucket_ids, build_rpe, parse_rpe_spec, rpe_attention, set_implementation
+from irpe_core.functional import attention_weights, logit_bias
 from scripts.benchmark.peak_memory import peak_memory
 from scripts.benchmark.timing import clock, median_ratio, positive_int
 
@@ -115,6 +115,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print tables, and write JSON and a chart."""
+    # `engine` needs pydantic, which the GPU benchmark does without.
+    from engine.provenance import machine
+
     args = parse_args(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     report = {"machine": machine(device), "dtype": args.dtype, "rounds": args.rounds}
@@ -214,11 +217,18 @@ def measure(
 
 
 def attentions(
-    shape: Shape, letters: str, device: torch.device, dtype: torch.dtype, not_run: dict[str, str]
+    shape: Shape,
+    letters: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    not_run: dict[str, str],
+    *,
+    interpreted: bool = False,
 ) -> dict[str, Attention]:
     """Return the attentions to measure by name, each a function of q, k and v.
 
-    The reasons why others are not measured are added to `not_run`.
+    The reasons why others are not measured are added to `not_run`. Triton's interpreter, which runs
+    on a CPU, is made for tests and not for speed, so it is left out unless `interpreted` is set.
     """
     spec = f"rpe-{shape.ratio}-product-ctx-1-{letters}"
     config = parse_rpe_spec(spec, skip=shape.skip)
@@ -239,11 +249,13 @@ def attentions(
 
     found: dict[str, Attention] = {"sdpa": F.scaled_dot_product_attention}
     for name, reason in rpe_ops.available_implementations(device, "attention").items():
-        # Triton's interpreter, which runs on a CPU, is made for tests and not for speed.
-        if not reason and name != "reference" and not (name == "triton" and device.type == "cpu"):
+        left_out = name == "triton" and device.type == "cpu" and not interpreted
+        if not reason and name != "reference" and not left_out:
             found[f"fused, {name}"] = ours(name)
     if device.type == "cuda" and rpe_ops.can_run("cuda", device):
         found["composed, cuda"] = ours("cuda")
+    if "fused, triton" in found:
+        found["composed, triton"] = composed(modules, "triton", shape.grid, device)
     found["torch.gather"] = ours("reference")
     index = bucket_ids("product", *shape.grid, shape.ratio, shape.skip, device=device)
     # The (L, L, d) tensor of the values and its gradients must fit into memory.
@@ -259,6 +271,24 @@ def attentions(
     else:
         not_run["flex_attention qkv"] = "it cannot encode values"
     return found
+
+
+def composed(
+    modules: nn.ModuleDict, implementation: str, grid: tuple[int, int], device: torch.device
+) -> Attention:
+    """Return attention that is composed although the implementation has a fused one."""
+    rpe_q, rpe_k, rpe_v = (getattr(modules, letter, None) for letter in "qkv")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        set_implementation(modules, implementation, device)
+        scale = q.shape[-1] ** -0.5
+        bias = logit_bias(q, k, rpe_q, rpe_k, grid, scale)
+        if rpe_v is None:
+            return F.scaled_dot_product_attention(q, k, v, bias)
+        weights = attention_weights(q * scale, k, bias, has_mask=False)
+        return weights @ v + rpe_v(weights, *grid)
+
+    return attend
 
 
 def flattened_index(rpe: list[nn.Module | None], index: Tensor, buckets: int) -> Attention:

@@ -3,11 +3,14 @@
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["clock", "median_ratio", "positive_int"]
+__all__ = ["clock", "median_ratio", "positive_int", "timed"]
+
+# About 1.5 ms of a GPU, longer than the host needs to launch the kernels of one attention.
+_DELAY_CYCLES = 3_000_000
 
 
 def clock(device: torch.device) -> float:
@@ -15,6 +18,30 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def timed(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Return the seconds of `work()` on the device and those of the host that launches it.
+
+    On a GPU, events measure the device. The device is delayed first, so that the host launches
+    ahead of it and is not measured. On a CPU both are the same time.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - start
+        return seconds, seconds
+    torch.cuda.synchronize(device)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    # A private function of torch, which may be missing in other versions.
+    getattr(torch.cuda, "_sleep", lambda cycles: None)(_DELAY_CYCLES)
+    events[0].record()
+    start = time.perf_counter()
+    work()
+    host = time.perf_counter() - start
+    events[1].record()
+    events[1].synchronize()
+    return events[0].elapsed_time(events[1]) / 1e3, host
 
 
 def median_ratio(times: Sequence[float], base: Sequence[float]) -> float:

@@ -20,12 +20,8 @@ import timm
 import torch
 from torch import nn
 
-import classification.models  # noqa: F401  (registers the models)
 import rpe_ops
-from detection.build import build_model
-from detection.config import parse_args as detection_config
-from engine.provenance import machine
-from irpe_core import set_implementation
+from irpe_core import add_irpe, set_implementation
 from scripts.benchmark.timing import clock, median_ratio, positive_int
 
 __all__ = ["main"]
@@ -91,11 +87,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Classifier(nn.Module):
-    """A DeiT that returns its loss in training."""
+    """A model of timm that returns its loss in training.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: Name of the model in timm.
+        spec: Spec of the encodings to add; empty for none.
+        options: Options of the model.
+    """
+
+    def __init__(self, name: str, spec: str = "", **options) -> None:
         super().__init__()
-        self.model = timm.create_model(name)
+        self.model = timm.create_model(name, **options)
+        if spec:
+            add_irpe(self.model, spec)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits = self.model(images)
@@ -109,6 +113,9 @@ class Detector(nn.Module):
     """A DETR of the published recipe that returns its loss in training."""
 
     def __init__(self, spec: str) -> None:
+        from detection.build import build_model
+        from detection.config import parse_args as detection_config
+
         super().__init__()
         config = detection_config(["--enc_rpe2d", spec, "--backbone_weights", "none"])
         self.model, self.criterion, _ = build_model(config)
@@ -126,16 +133,20 @@ class Detector(nn.Module):
 
 
 def train_step(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Callable[[], None]:
-    """Return a function that does one step: forward, backward, AdamW."""
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+    """Return a function that does one step: forward, backward, AdamW, scaled in float16."""
+    device = images.device.type
+    trained = (p for p in model.parameters() if p.requires_grad)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device == "cuda")
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
     def step() -> None:
         model.train()
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             loss = model(images)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
     return step
 
@@ -169,6 +180,10 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table and write JSON."""
+    # The GPU benchmark uses the rest of this module without pydantic, which these need.
+    import classification.models  # noqa: F401  (registers the models)
+    from engine.provenance import machine
+
     args = parse_args(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.manual_seed(0)

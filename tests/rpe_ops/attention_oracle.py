@@ -62,7 +62,7 @@ def attend(
         for x in (q, k, v, table_k, table_q, table_v)
     ]
     q, k, v, table_k, table_q, table_v = inputs
-    selected = one_hot_buckets(config, height, width)
+    selected = one_hot_buckets(config, height, width).to(q.device)
     logits = scale * q @ k.transpose(-2, -1)
     if table_k is not None:
         logits = logits + _encoding(scale * q, table_k, selected)
