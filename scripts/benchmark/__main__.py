@@ -4,6 +4,7 @@
     python -m scripts.benchmark ops       attention of every implementation, time and memory
     python -m scripts.benchmark data      reading images from a zip and from a folder
     python -m scripts.benchmark host      host time of a layer, with the launches left out
+    python -m scripts.benchmark gpu       everything that needs a GPU: correctness, speed, training
 
 Each benchmark has its own options, for example `python -m scripts.benchmark train --help`.
 """
@@ -14,21 +15,22 @@ import sys
 from collections.abc import Sequence
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark that the first argument names, with the remaining arguments."""
+BENCHMARKS = ("train", "ops", "data", "host", "gpu")
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Run the benchmark that the first argument names, and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="python -m scripts.benchmark",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s {train,ops,data,host} [--option VALUE ...]",
+        usage=f"%(prog)s {{{','.join(BENCHMARKS)}}} [--option VALUE ...]",
     )
-    parser.add_argument(
-        "benchmark", choices=("train", "ops", "data", "host"), help="benchmark to run"
-    )
+    parser.add_argument("benchmark", choices=BENCHMARKS, help="benchmark to run")
     name = parser.parse_args(argv[:1]).benchmark
-    importlib.import_module(f"scripts.benchmark.{name}").main(argv[1:])
+    return importlib.import_module(f"scripts.benchmark.{name}").main(argv[1:])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
