@@ -14,7 +14,6 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-
 BENCHMARKS = ("train", "ops", "data", "host", "gpu")
 
 

@@ -70,6 +70,8 @@ def attention_workload(
     *,
     grid: tuple[int, int] = (7, 9),
     dim: int = 32,
+    batch: int = 2,
+    heads: int = 3,
     dropout_p: float = 0.0,
 ) -> Workload:
     """Return `rpe_ops.attention` with encodings on queries, keys and values."""
@@ -77,7 +79,7 @@ def attention_workload(
     # Made before a CUDA graph is captured, because it copies from the host.
     buckets = functools.cache(lambda device: grid_buckets(config, *grid, device))
     sizes = buckets(torch.device("cpu"))
-    shapes = [(2, 3, sizes.num_tokens, dim)] * 3
+    shapes = [(batch, heads, sizes.num_tokens, dim)] * 3
     shapes += [(1, dim, sizes.num_lookups)] * 2 + [(1, sizes.num_lookups, dim)]
     inputs = [torch.randn(shape).to(device, dtype) for shape in [*shapes, shapes[0]]]
     inputs[3:6] = [table / 4 for table in inputs[3:6]]
@@ -102,11 +104,11 @@ def attention_workload(
 
 
 def gather_workload(
-    implementation: str, dtype: torch.dtype, device: torch.device | str
+    implementation: str, dtype: torch.dtype, device: torch.device | str, *, tokens: int = 63
 ) -> Workload:
     """Return gather and bucket sum, with their gradients."""
-    ids = torch.randint(50, (63, 63))
-    inputs = [torch.randn(2, 3, 63, n).to(device, dtype) for n in (50, 63)]
+    ids = torch.randint(50, (tokens, tokens))
+    inputs = [torch.randn(2, 3, tokens, n).to(device, dtype) for n in (50, tokens)]
     on_device = functools.cache(lambda device: ids.to(device))
 
     def run(lookup: Tensor, pairs: Tensor) -> list[Tensor]:

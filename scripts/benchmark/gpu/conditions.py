@@ -22,6 +22,11 @@ __all__ = ["checks", "problem", "require_implementation"]
 
 _WORKLOADS = {"attention": attention_workload, "gather": gather_workload}
 _DTYPES = (torch.bfloat16, torch.float32)
+# Sizes of a dry run, because Triton's interpreter is slow.
+_TINY = {
+    "attention": {"grid": (1, 2), "dim": 16, "batch": 1, "heads": 1},
+    "gather": {"tokens": 5},
+}
 
 
 def require_implementation(implementation: str, setup: Setup, operator: str) -> None:
@@ -71,8 +76,8 @@ def checks(setup: Setup, implementation: str, operator: str) -> dict[str, Check]
 def _run(check, setup: Setup, operator: str, dtype: torch.dtype, implementation: str) -> dict:
     """Run a check of a workload."""
     require_implementation(implementation, setup, operator)
-    options = {"grid": (2, 2), "dim": 16} if setup.dry_run and operator == "attention" else {}
-    workload = _WORKLOADS[operator](implementation, dtype, setup.device, **options)
+    sizes = _TINY[operator] if setup.dry_run else {}
+    workload = _WORKLOADS[operator](implementation, dtype, setup.device, **sizes)
     return check(setup, workload)
 
 
@@ -160,8 +165,8 @@ def _graph_with_dropout(setup: Setup, implementation: str) -> dict:
 def _case(setup: Setup, **settings):
     """Return a case with encodings on queries, keys and values."""
     tests = import_tests("rpe_ops.attention_cases")
-    small = {"grid": (2, 2)} if setup.dry_run else {"grid": (5, 5), "dim": 32}
-    return tests.Case(rpe_on="qkv", skip=1, batch=2, heads=2, **small, **settings)
+    sizes = {"grid": (1, 2)} if setup.dry_run else {"grid": (5, 5), "dim": 32}
+    return tests.Case(rpe_on="qkv", skip=1, batch=2, heads=2, **sizes, **settings)
 
 
 def _checked(setup: Setup, implementation: str, given) -> dict:
@@ -177,7 +182,7 @@ def _large_strides(setup: Setup, axis: str, implementation: str) -> dict:
     """Check queries, keys, values and gradients whose elements are far apart in memory."""
     given = problem(setup, implementation, _case(setup, dtype=torch.bfloat16))
     setup.require_memory(9)
-    shape = batch, heads, length, dim = given.q.shape
+    shape = _, heads, length, dim = given.q.shape
     size = given.q.numel()
     far = 2 ** (31 if setup.on_gpu else 12)
     # Every step along the axis skips all other elements of the four tensors.
@@ -212,10 +217,8 @@ def _large_output(setup: Setup, implementation: str) -> dict:
     """Check outputs and gradients with more than 2³¹ elements, by a batch of equal images."""
     require_implementation(implementation, setup, "attention")
     setup.require_memory(50)
-    grid = (13, 15) if setup.on_gpu else (2, 2)
-    workload = attention_workload(
-        implementation, torch.bfloat16, setup.device, grid=grid, dim=64 if setup.on_gpu else 16
-    )
+    sizes = _TINY["attention"] if setup.dry_run else {"grid": (13, 15), "dim": 64}
+    workload = attention_workload(implementation, torch.bfloat16, setup.device, **sizes)
     q, k, v, *tables, grad = workload.inputs
     small = [x[:1] for x in (q, k, v)]
     expected = workload.run(*small, *tables, grad[:1])
@@ -239,18 +242,18 @@ def _compiled(setup: Setup, mode: str, implementation: str) -> dict:
             setup.require_gpu(f"the mode {mode}")
         options = {"backend": "aot_eager"}
     config = RPEConfig(ratio=1.9, method="product", skip=1, rpe_on="qkv")
-    module = RPEAttention(48, 3, config, (2, 2) if setup.dry_run else (7, 9)).to(setup.device)
+    heads, grid = (1, (1, 2)) if setup.dry_run else (3, (7, 9))
+    module = RPEAttention(16 * heads, heads, config, grid).to(setup.device)
     for name, parameter in module.named_parameters():
         if "lookup_table" in name:
             nn.init.normal_(parameter, std=0.25)
     set_implementation(module, implementation, setup.device)
     torch.compiler.reset()
     compiled = torch.compile(module, fullgraph=True, **options)
-    tokens = module.grid[0] * module.grid[1] + 1
     result: dict = {}
     # A mode with CUDA graphs records in the first calls and replays in later ones.
     for _ in range(4 if setup.on_gpu else 1):
-        x = torch.randn(2, tokens, 48, device=setup.device)
+        x = torch.randn(2, grid[0] * grid[1] + 1, 16 * heads, device=setup.device)
         expected = _module_results(module, module, x)
         result = close(_module_results(compiled, module, x), expected, 2000)
     return result

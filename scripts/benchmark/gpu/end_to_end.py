@@ -25,7 +25,7 @@ __all__ = ["checks"]
 
 # The trainers of classification and detection need these.
 _TRAINER_NEEDS = ("pydantic", "yaml", "torchvision", "timm", "tqdm", "sklearn", "PIL")
-_SHOWN_CHARACTERS = 1500
+_SHOWN_LINES = 3
 
 
 def checks(setup: Setup) -> dict[str, Check]:
@@ -120,8 +120,8 @@ def _finish(runs: dict[Path, subprocess.Popen]) -> None:
         text = folder.with_suffix(".txt").read_text()
         print(f"--- {folder.name}\n{text}", flush=True)
         if status:
-            end = text.strip()[-_SHOWN_CHARACTERS:]
-            raise RuntimeError(f"the training {folder.name} ended with {status}: {end}")
+            last = " | ".join(text.strip().splitlines()[-_SHOWN_LINES:])
+            raise RuntimeError(f"the training {folder.name} ended with {status}: {last}")
 
 
 def _require_trainer(*others: str) -> None:
@@ -174,11 +174,13 @@ def _scenes(setup: Setup) -> dict:
     (gates,) = require("scripts.quickstart.detection")
     from datasets.scenes import SceneOptions, write_scenes
 
-    epochs = ["--epochs", "1", "--warmup_steps", "1"] if setup.dry_run else []
+    # The trainer writes its own scenes, but reads others as it reads COCO.
+    tiny = ["--dataset_file", "coco", "--epochs", "1", "--warmup_steps", "1"]
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         options = SceneOptions(train=16, val=4) if setup.dry_run else None
-        data = ["--coco_path", str(write_scenes(root / "scenes", options)), *epochs]
+        data = ["--coco_path", str(write_scenes(root / "scenes", options))]
+        data += tiny if setup.dry_run else []
         folder = root / "detection"
         _finish({folder: _start(setup, "detection", folder, *data)})
         line = json.loads((folder / "log.txt").read_text().splitlines()[-1])

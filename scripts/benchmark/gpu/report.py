@@ -190,12 +190,12 @@ def _skipped(entries: dict[str, dict]) -> str:
     for name, entry in entries.items():
         if entry["status"] == "skipped":
             reasons.setdefault(_line(entry["message"]), []).append(name)
-    return "\n".join(f"- Skipped: {'; '.join(_few(n))}: {why}" for why, n in reasons.items())
+    return "\n".join(f"- Skipped ({why}): {', '.join(_few(n))}" for why, n in reasons.items())
 
 
 def _few(names: list[str]) -> Iterator[str]:
     """Return the first names, and the number of the others."""
-    yield from names[:4]
+    yield from (f"`{name}`" for name in names[:4])
     if len(names) > 4:
         yield f"and {len(names) - 4} more"
 
