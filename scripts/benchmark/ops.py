@@ -21,6 +21,7 @@ are those of the recipes on a GPU, and smaller on a CPU.
 """
 
 import argparse
+import copy
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -240,10 +241,11 @@ def attentions(
     rpe = [getattr(modules, letter, None) for letter in "qkv"]
 
     def ours(implementation: str) -> Attention:
+        encodings = encodings_of(modules, implementation, device)
+
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            set_implementation(modules, implementation, device)
             height, width = shape.grid
-            return rpe_attention(q, k, v, *rpe, height=height, width=width)
+            return rpe_attention(q, k, v, *encodings, height=height, width=width)
 
         return attend
 
@@ -273,14 +275,23 @@ def attentions(
     return found
 
 
+def encodings_of(
+    modules: nn.ModuleDict, implementation: str, device: torch.device
+) -> list[nn.Module | None]:
+    """Return copies of the encodings on q, k and v, with this implementation."""
+    # The implementation is set once, because that would add to the time of every call.
+    copies = copy.deepcopy(modules)
+    set_implementation(copies, implementation, device)
+    return [getattr(copies, letter, None) for letter in "qkv"]
+
+
 def composed(
     modules: nn.ModuleDict, implementation: str, grid: tuple[int, int], device: torch.device
 ) -> Attention:
     """Return attention that is composed although the implementation has a fused one."""
-    rpe_q, rpe_k, rpe_v = (getattr(modules, letter, None) for letter in "qkv")
+    rpe_q, rpe_k, rpe_v = encodings_of(modules, implementation, device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        set_implementation(modules, implementation, device)
         scale = q.shape[-1] ** -0.5
         bias = logit_bias(q, k, rpe_q, rpe_k, grid, scale)
         if rpe_v is None:

@@ -57,7 +57,7 @@ def checks(setup: Setup) -> dict[str, Check]:
     for name, batch in flex:
         found[f"flex_attention: {name}, B {batch}, k"] = partial(_flex, setup, name, batch)
     for name, batch, letters in sweeps:
-        for field, factor in _tile_changes()[: 2 if setup.dry_run else None]:
+        for field, factor in _tile_changes()[: 1 if setup.dry_run else None]:
             title = f"tiles, {field} x {factor:g}: {name}, B {batch}, {letters}"
             found[title] = partial(_tiles, setup, name, batch, letters, field, factor)
     return found
@@ -145,11 +145,11 @@ def _forward_and_backward(attention: ops.Attention, inputs: list[Tensor], grad: 
 def _times(tasks: dict[str, tuple[Callable, Callable]], setup: Setup) -> dict:
     """Return the seconds of the device and of the host by attention, pass and round."""
     times: dict = {}
-    for number in range(2 if setup.dry_run else _ROUNDS + 2):
+    for number in range(1 if setup.dry_run else _ROUNDS + 2):
         for name, passes in tasks.items():
             for kind, work in zip(("forward", "both"), passes, strict=True):
                 seconds, host = timed(work, setup.device)
-                if number >= 1 + (not setup.dry_run):
+                if number >= 2 or setup.dry_run:
                     times.setdefault((name, kind), []).append(seconds)
                     times.setdefault((name, kind, "host"), []).append(host)
     return times

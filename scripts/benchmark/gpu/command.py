@@ -4,8 +4,9 @@
     python -m scripts.benchmark gpu --output cpu.json --dry_run    the same code on a CPU, tiny
 
 Sections: correctness (CUDA and Triton against float64), extension (the CUDA extension is built and
-tested), attention (time and memory over flash attention), train (images per second over models
-without iRPE) and end_to_end (NCCL, gradient scaling, digits and scenes trained to their gates).
+tested), end_to_end (NCCL, gradient scaling, digits and scenes trained to their gates), attention
+(time and memory over flash attention) and train (images per second over models without iRPE). The
+first three run at the same time, the others alone.
 
 Every result is in FILE at once. The same command continues with the checks that have no result. A
 report in Markdown is written to FILE with .md instead of .json, and the output of all checks to
@@ -153,6 +154,8 @@ def _environment(args: argparse.Namespace) -> dict[str, str]:
     if args.dry_run:
         environment |= {"IRPE_BENCHMARK_DRY_RUN": "1", "TRITON_INTERPRET": "1"}
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    # Several processes run at a time, and the work is on the GPU.
+    environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "4")
     return environment
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import rpe_ops
-from irpe_core import RPEAttention, RPEConfig, set_implementation
+from irpe_core import RPEAttention, RPEConfig, build_rpe, rpe_attention, set_implementation
 from rpe_ops import implementations
 from scripts.benchmark.gpu.comparison import (
     Workload,
@@ -59,6 +59,9 @@ def checks(setup: Setup, implementation: str, operator: str) -> dict[str, Check]
             "another device": _another_device,
         }.items():
             found[f"{name}, {short(dtype)}"] = partial(_run, check, setup, operator, dtype)
+    if operator == "gather":
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            found[f"composed attention, {short(dtype)}"] = partial(_composed, setup, dtype)
     if operator == "attention":
         found["CUDA graph with dropout"] = partial(_graph_with_dropout, setup)
         for axis in ("batch", "head", "token"):
@@ -142,7 +145,7 @@ def _cuda_graph(setup: Setup, workload: Workload) -> dict:
             x.copy_(torch.randn_like(x) / 2)
         graph.replay()
         torch.cuda.synchronize()
-        result = close(outputs, workload.run(*static), 2)
+        result = close(outputs, workload.run(*static), 8)
     return result
 
 
@@ -181,7 +184,7 @@ def _checked(setup: Setup, implementation: str, given) -> dict:
 def _large_strides(setup: Setup, axis: str, implementation: str) -> dict:
     """Check queries, keys, values and gradients whose elements are far apart in memory."""
     given = problem(setup, implementation, _case(setup, dtype=torch.bfloat16))
-    setup.require_memory(9)
+    setup.require_memory(6)
     shape = _, heads, length, dim = given.q.shape
     size = given.q.numel()
     far = 2 ** (31 if setup.on_gpu else 12)
@@ -193,13 +196,56 @@ def _large_strides(setup: Setup, axis: str, implementation: str) -> dict:
     }[axis]
     strides[place] = 4 * size + far // (shape[place] - 1)
     memory = torch.empty(
-        strides[place] * shape[place] + 4 * size, dtype=given.q.dtype, device=setup.device
+        strides[place] * (shape[place] - 1) + 4 * size, dtype=given.q.dtype, device=setup.device
     )
     for i, name in enumerate(("q", "k", "v", "grad_out")):
         view = memory.as_strided(shape, strides, i * size)
         view.copy_(getattr(given, name))
         setattr(given, name, view)
     return _checked(setup, implementation, given)
+
+
+def _composed(setup: Setup, dtype: torch.dtype, implementation: str) -> dict:
+    """Compare attention that is composed of gather, bucket sum and torch with float64.
+
+    The logits of composed attention have the precision of `dtype`, so more is allowed.
+    """
+    require_implementation(implementation, setup, "gather")
+    worst: dict = {}
+    for letters in ("k", "qkv"):
+        config = RPEConfig(ratio=1.9, method="product", skip=1, rpe_on=letters)
+        heads, grid = (1, (1, 2)) if setup.dry_run else (3, (7, 9))
+        encodings = nn.ModuleList(x for x in build_rpe(config, 32, heads) if x is not None)
+        for parameter in encodings.parameters():
+            nn.init.normal_(parameter, std=0.25)
+        encodings.to(setup.device, dtype)
+        shape = (2, heads, grid[0] * grid[1] + 1, 32)
+        inputs = [torch.randn(shape).to(setup.device, dtype) for _ in range(4)]
+        actual = _composed_results(encodings, letters, implementation, grid, inputs)
+        wide = [x.double() for x in inputs]
+        expected = _composed_results(encodings.double(), letters, "reference", grid, wide)
+        found = close(actual, expected, 32 if dtype.itemsize == 2 else 64)
+        worst = found if found["roundings"] >= worst.get("roundings", 0.0) else worst
+    return worst
+
+
+def _composed_results(
+    encodings: nn.ModuleList,
+    letters: str,
+    implementation: str,
+    grid: tuple[int, int],
+    inputs: list[Tensor],
+) -> list[Tensor]:
+    """Return the output and all gradients of composed attention."""
+    set_implementation(encodings, implementation, inputs[0].device)
+    given = iter(encodings)
+    rpe = [next(given) if letter in letters else None for letter in "qkv"]
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    height, width = grid
+    # A mask of single pairs prevents the fused operator.
+    mask = inputs[0].new_ones(1, 1, *inputs[0].shape[2:3] * 2, dtype=torch.bool)
+    out = rpe_attention(*leaves, *rpe, height=height, width=width, attn_mask=mask)
+    return [out.detach(), *torch.autograd.grad(out, [*leaves, *encodings.parameters()], inputs[3])]
 
 
 def _any_strides(setup: Setup, implementation: str) -> dict:

@@ -4,7 +4,6 @@ The gates are those of the quickstart: `scripts.quickstart.classification` and
 `scripts.quickstart.detection`.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,12 +18,21 @@ from torch import nn
 from irpe_core import RPEAttention, RPEConfig
 from scripts.benchmark.gpu.client import ROOT
 from scripts.benchmark.gpu.comparison import close
-from scripts.benchmark.gpu.setup import Check, Setup, SkipError, require
+from scripts.benchmark.gpu.setup import Check, Setup, require, require_packages
 
 __all__ = ["checks"]
 
 # The trainers of classification and detection need these.
-_TRAINER_NEEDS = ("pydantic", "yaml", "torchvision", "timm", "tqdm", "sklearn", "PIL")
+_TRAINER_NEEDS = (
+    "pydantic",
+    "yaml",
+    "torchvision",
+    "timm",
+    "tqdm",
+    "sklearn",
+    "PIL",
+    "pycocotools",
+)
 _SHOWN_LINES = 3
 
 
@@ -124,20 +132,9 @@ def _finish(runs: dict[Path, subprocess.Popen]) -> None:
             raise RuntimeError(f"the training {folder.name} ended with {status}: {last}")
 
 
-def _require_trainer(*others: str) -> None:
-    """Skip the check unless all packages that a trainer needs are installed.
-
-    Raises:
-        SkipError: Some are missing.
-    """
-    missing = [n for n in (*_TRAINER_NEEDS, *others) if importlib.util.find_spec(n) is None]
-    if missing:
-        raise SkipError(f"needs {', '.join(missing)}")
-
-
 def _digits(setup: Setup) -> dict:
     """Train classifiers of digits, evaluate one, and check the gates of the quickstart."""
-    _require_trainer()
+    require_packages(*_TRAINER_NEEDS)
     from datasets.embedded import write_digits
     from scripts.quickstart import classification as gates
 
@@ -170,7 +167,7 @@ def _digits(setup: Setup) -> dict:
 
 def _scenes(setup: Setup) -> dict:
     """Train a detector on scenes and check the gate of the quickstart."""
-    _require_trainer("pycocotools", "scipy", "matplotlib")
+    require_packages(*_TRAINER_NEEDS, "scipy", "matplotlib")
     (gates,) = require("scripts.quickstart.detection")
     from datasets.scenes import SceneOptions, write_scenes
 
@@ -180,7 +177,8 @@ def _scenes(setup: Setup) -> dict:
         root = Path(name)
         options = SceneOptions(train=16, val=4) if setup.dry_run else None
         data = ["--coco_path", str(write_scenes(root / "scenes", options))]
-        data += tiny if setup.dry_run else []
+        # Results do not depend on the number of these processes.
+        data += tiny if setup.dry_run else ["--num_workers", "4"]
         folder = root / "detection"
         _finish({folder: _start(setup, "detection", folder, *data)})
         line = json.loads((folder / "log.txt").read_text().splitlines()[-1])

@@ -57,7 +57,7 @@ def _equations(setup: Setup, implementation: str, dtype: torch.dtype) -> dict:
     """Check values and gradients of all sizes, layouts and types of bucket ids."""
     require_implementation(implementation, setup, "gather")
     count, worst = 0, 0.0
-    sizes = _SIZES[3:5] if setup.dry_run else _SIZES
+    sizes = [((2,), 2, 5, 3), ((1, 1), 1, 1, 1)] if setup.dry_run else _SIZES
     for size, layout, id_dtype in itertools.product(sizes, _LAYOUTS, (torch.int32, torch.int64)):
         leading, queries, keys, buckets = size
         ids = torch.randint(buckets, (queries, keys), dtype=id_dtype, device=setup.device)

@@ -153,7 +153,7 @@ def _train(entries: dict[str, dict]) -> str:
         for spec, row in (entry.get("result") or {}).get("rows", {}).items():
             if "step_ms" not in row:
                 continue
-            busy = f"{row['kernels_ms']:.1f}" if "kernels_ms" in row else ""
+            busy = f"{row['kernels_ms']:.1f}" if "kernels_ms" in row else row.get("profile", "")
             host = f"{100 * row['host_bound']:.0f} %" if row.get("host_bound") is not None else ""
             speed = [f"{row['images_per_second']:.1f}", _ratio(row["ratio"])]
             rows.append([name, spec, *speed, f"{row['step_ms']:.1f}", busy, host, row["operators"]])

@@ -51,11 +51,13 @@ class Results:
         Raises:
             OtherResultsError: They are others.
         """
-        other = [name for name in _SAME if self.sections and self.machine[name] != machine[name]]
+        other = [
+            name for name in _SAME if self.sections and self.machine.get(name) != machine[name]
+        ]
         if other:
             name = other[0]
             raise OtherResultsError(
-                f"{self.path} has results with {name} {self.machine[name]!r}, now it is "
+                f"{self.path} has results with {name} {self.machine.get(name)!r}, now it is "
                 f"{machine[name]!r}: use --restart or another file"
             )
         self.machine = machine

@@ -28,9 +28,9 @@ class Section:
 
 
 SECTIONS = {
-    "correctness": Section("Correctness against float64", 120, 8, 120, 0),
-    "extension": Section("CUDA extension", 120, 1, 300, 0),
-    "attention": Section("Attention", 110, 1, 120, 1, is_timed=True),
-    "train": Section("Training steps", 130, 1, 180, 2, is_timed=True),
-    "end_to_end": Section("Training from end to end", 100, 3, 180, 3),
+    "correctness": Section("Correctness against float64", 170, 8, 120, 0),
+    "extension": Section("CUDA extension", 170, 1, 280, 0),
+    "end_to_end": Section("Training from end to end", 170, 3, 280, 0),
+    "attention": Section("Attention", 130, 1, 120, 1, is_timed=True),
+    "train": Section("Training steps", 160, 1, 180, 2, is_timed=True),
 }

@@ -15,7 +15,16 @@ import torch
 
 from scripts.benchmark.gpu.client import ROOT
 
-__all__ = ["Check", "Setup", "SkipError", "import_tests", "machine", "poisoned_memory", "require"]
+__all__ = [
+    "Check",
+    "Setup",
+    "SkipError",
+    "import_tests",
+    "machine",
+    "poisoned_memory",
+    "require",
+    "require_packages",
+]
 
 Check = Callable[[], dict]
 
@@ -83,6 +92,17 @@ def require(*modules: str) -> list[ModuleType]:
         return [importlib.import_module(name) for name in modules]
     except ImportError as error:
         raise SkipError(f"needs {modules[0]}: {error}") from error
+
+
+def require_packages(*names: str) -> None:
+    """Skip the check unless packages are installed.
+
+    Raises:
+        SkipError: Some are missing; the message lists all of them.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SkipError(f"needs {', '.join(missing)}")
 
 
 def import_tests(module: str) -> ModuleType:

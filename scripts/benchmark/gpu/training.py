@@ -15,7 +15,7 @@ from torch import nn
 
 from irpe_core import set_implementation
 from scripts.benchmark.gpu.comparison import short
-from scripts.benchmark.gpu.setup import Check, Setup, SkipError, require
+from scripts.benchmark.gpu.setup import Check, Setup, require, require_packages
 from scripts.benchmark.timing import clock, median_ratio
 
 __all__ = ["checks"]
@@ -36,7 +36,7 @@ _CASES = [
     ("DeiT-B", 128, _BF16, True),
     ("DeiT-S", 256, _FP16, True),
 ]
-_TINY = [("DeiT-S", 2, _BF16, False), ("DeiT-S", 2, _FP32, True), ("DETR-R50", 1, _FP32, False)]
+_TINY = [("DeiT-S", 2, _BF16, False), ("DeiT-S", 2, _FP32, True), ("DETR-R50", 1, _BF16, False)]
 _STEPS, _ROUNDS = 4, 4
 _KERNELS = 14
 
@@ -82,10 +82,7 @@ def _measure(setup: Setup, model: str, batch: int, dtype: torch.dtype, is_compil
 def _benchmark(model: str):
     """Import `scripts.benchmark.train`, and for DETR what its model needs."""
     if model.startswith("DETR"):
-        try:
-            require("detection.build")
-        except SkipError as error:
-            raise SkipError(f"DETR {error}") from error
+        require_packages("pydantic", "yaml", "torchvision", "pycocotools", "scipy", "tqdm")
     (module,) = require("scripts.benchmark.train")
     return module
 
