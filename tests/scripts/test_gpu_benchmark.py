@@ -161,6 +161,27 @@ def test_a_crash_or_an_endless_check_ends_only_that_check(tmp_path, monkeypatch,
     assert "correctness 2/5: crash: failed" in capsys.readouterr().out
 
 
+def test_on_a_gpu_only_sections_that_are_not_timed_share_processes(tmp_path):
+    output = tmp_path / "gpu.json"
+    checks = " ".join(f"c{i}" for i in range(200))
+    worker = ["env", f"CHECKS={checks}", sys.executable, "-c", PRETENDER]
+    assert main(["--output", str(output), "--lanes", "3"], worker) == 0
+    processes = {}
+    for name in SECTIONS:
+        assert set(statuses(output, name).values()) == {"passed"}, name
+        found = results_of(output, name).values()
+        assert len(found) == 200
+        processes[name] = {entry["result"]["pid"] for entry in found}
+    assert {name: len(pids) for name, pids in processes.items()} == {
+        "correctness": 3,
+        "extension": 1,
+        "end_to_end": 3,
+        "attention": 1,
+        "train": 1,
+    }
+    assert len(set.union(*processes.values())) == 9
+
+
 def test_a_process_that_always_crashes_ends_the_section(tmp_path):
     output = tmp_path / "cpu.json"
     assert pretend(output, " ".join(f"crash{i}" for i in range(9))) == 1
@@ -187,10 +208,8 @@ def test_the_time_ends_a_section_and_the_rest_follows_in_the_next_run(tmp_path):
 
 def test_a_stopped_run_leaves_its_results(tmp_path):
     output = tmp_path / "cpu.json"
-    code = (
-        "import sys; from tests.scripts import test_gpu_benchmark as t; from pathlib import Path\n"
-    )
-    code += "sys.exit(t.pretend(Path(sys.argv[1]), 'a hang b'))"
+    code = "import pathlib, sys; from tests.scripts import test_gpu_benchmark as tests\n"
+    code += "sys.exit(tests.pretend(pathlib.Path(sys.argv[1]), 'a hang b'))"
     run = subprocess.Popen(
         [sys.executable, "-c", code, str(output)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )

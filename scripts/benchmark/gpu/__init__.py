@@ -6,6 +6,6 @@ that run checks), `results` (the JSON file) and `report` (the Markdown file). Mo
 processes: `worker` (the loop), `setup` (device and errors) and one module per section.
 """
 
-from scripts.benchmark.gpu.command import main
+from scripts.benchmark.gpu.command import main, parse_args
 
-__all__ = ["main"]
+__all__ = ["main", "parse_args"]

@@ -27,7 +27,7 @@ from scripts.benchmark.gpu.results import OtherResultsError, Results
 from scripts.benchmark.gpu.schedule import Run
 from scripts.benchmark.gpu.sections import SECTIONS
 
-__all__ = ["main"]
+__all__ = ["main", "parse_args"]
 
 # Seconds for the first process to start, which imports torch and finds the GPU.
 _START_LIMIT = 120

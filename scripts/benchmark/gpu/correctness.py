@@ -136,15 +136,16 @@ def _check_case(setup: Setup, implementation: str, case) -> dict:
 
 
 def _deviation(actual, expected, dtype: torch.dtype, rounds_lookups: bool) -> dict:
-    """Return the largest deviation of an output or gradient in roundings, and its name."""
+    """Return the deviation that is nearest to the allowed one, in roundings, and its name."""
     found = {}
     for name, x, y in zip(actual._fields, actual, expected, strict=True):
         if x is not None and y is not None:
-            wide = name == "lse" and not rounds_lookups
-            found[name] = roundings(x, y, torch.promote_types(dtype, FLOAT32) if wide else dtype)
-    name = max(found, key=found.get)
-    allowed = 32 if dtype.itemsize > 2 else 8 if rounds_lookups else 4
-    return {"dtype": short(dtype), "of": name, "roundings": found[name], "allowed": allowed}
+            is_wide = name == "lse" and not rounds_lookups
+            precision = torch.promote_types(dtype, FLOAT32) if is_wide else dtype
+            allowed = 32 if precision.itemsize > 2 else 8 if rounds_lookups else 4
+            found[name] = {"roundings": roundings(x, y, precision), "allowed": allowed}
+    name = max(found, key=lambda name: found[name]["roundings"] / found[name]["allowed"])
+    return {"dtype": short(dtype), "of": name, **found[name]}
 
 
 def _injected_error(setup: Setup) -> dict:

@@ -24,14 +24,8 @@ __all__ = ["checks"]
 
 # The trainers of classification and detection need these.
 _TRAINER_NEEDS = (
-    "pydantic",
-    "yaml",
-    "torchvision",
-    "timm",
-    "tqdm",
-    "sklearn",
-    "PIL",
-    "pycocotools",
+    *("pydantic", "yaml", "torchvision", "timm", "tqdm", "sklearn", "PIL"),
+    *("pycocotools", "scipy", "matplotlib"),
 )
 _SHOWN_LINES = 3
 
@@ -167,7 +161,7 @@ def _digits(setup: Setup) -> dict:
 
 def _scenes(setup: Setup) -> dict:
     """Train a detector on scenes and check the gate of the quickstart."""
-    require_packages(*_TRAINER_NEEDS, "scipy", "matplotlib")
+    require_packages(*_TRAINER_NEEDS)
     (gates,) = require("scripts.quickstart.detection")
     from datasets.scenes import SceneOptions, write_scenes
 

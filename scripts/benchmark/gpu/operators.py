@@ -44,10 +44,10 @@ def checks(setup: Setup, implementation: str, *, large: bool = True) -> dict[str
     if large:
         found |= {
             f"gather, {implementation}: more than 2^31 elements": partial(
-                _large, setup, implementation
+                setup.alone, 12, _large, setup, implementation
             ),
             f"gather, {implementation}: strides above 2^31 elements": partial(
-                _large_strides, setup, implementation
+                setup.alone, 6, _large_strides, setup, implementation
             ),
         }
     return found
@@ -110,7 +110,6 @@ def _check_sum(actual: Tensor, pairs: Tensor, dense: Tensor, size: tuple) -> flo
 def _large(setup: Setup, implementation: str) -> dict:
     """Check gather and bucket sum of more than 2³¹ pairs."""
     require_implementation(implementation, setup, "gather")
-    setup.require_memory(12)
     side, buckets = (4096, 50) if setup.on_gpu else (32, 5)
     slices = 2**31 // side**2 + 1 if setup.on_gpu else 3
     options = {"implementation": implementation, "check_bounds": False}
@@ -131,7 +130,6 @@ def _large(setup: Setup, implementation: str) -> dict:
 def _large_strides(setup: Setup, implementation: str) -> dict:
     """Check lookups and pairs whose slices are far apart in memory."""
     require_implementation(implementation, setup, "gather")
-    setup.require_memory(9)
     far = 2 ** (31 if setup.on_gpu else 12) + 8
     memory = torch.empty(far + 4096, dtype=torch.bfloat16, device=setup.device)
     ids = torch.randint(13, (9, 7), device=setup.device)

@@ -120,14 +120,13 @@ class Run:
             self.results.record(name, "list of the checks", entry)
             self.say(f"{name}: failed: {listed['error']}")
             return
-        self.release(client)
         pending = [c for c in self.results.plan(name, listed["checks"]) if self.only in c]
         self.say(f"{name}: {len(pending)} checks, {deadline - began:.0f} s")
         queue = _Queue(pending, deadline)
-        lanes = min(section.lanes, self.lanes, len(pending)) if self.on_gpu else 1
+        lanes = max(1, min(section.lanes, self.lanes, len(pending))) if self.on_gpu else 1
         threads = [
-            threading.Thread(target=self._lane, args=(name, section, queue), daemon=True)
-            for _ in range(lanes)
+            threading.Thread(target=self._lane, args=(name, section, queue, first), daemon=True)
+            for first in [client, *[None] * (lanes - 1)]
         ]
         for thread in threads:
             thread.start()
@@ -139,9 +138,8 @@ class Run:
         seconds = time.monotonic() - began
         self.say(f"{name}: over after {seconds:.0f} s{', ' if queue.note else ''}{queue.note}")
 
-    def _lane(self, name: str, section: Section, queue: "_Queue") -> None:
+    def _lane(self, name: str, section: Section, queue: "_Queue", client: Client | None) -> None:
         """Run checks of the queue in one process, and in a new one after a crash."""
-        client = None
         for check in queue:
             client = client or self.client()
             timeout = min(section.limit, self.end - time.monotonic())

@@ -1,10 +1,12 @@
 """What every check gets: the device, the sizes of a dry run, and the errors that skip a check."""
 
+import fcntl
 import hashlib
 import importlib
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +29,10 @@ __all__ = [
 ]
 
 Check = Callable[[], dict]
+
+
+# Seconds that a check waits for memory which other processes hold.
+_MEMORY_SECONDS = 40
 
 
 class SkipError(Exception):
@@ -68,18 +74,31 @@ class Setup:
         if not self.on_gpu:
             raise SkipError(f"{what} needs CUDA, this is a dry run on the CPU")
 
-    def require_memory(self, gigabytes: float) -> None:
-        """Skip the check unless so much GPU memory is free.
+    def alone(self, gigabytes: float, check: Callable[..., dict], *arguments) -> dict:
+        """Run a check that needs much GPU memory, one such check at a time.
 
         Raises:
-            SkipError: Less is free.
+            SkipError: Less memory is free, also after a while.
         """
         if not self.on_gpu:
-            return
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info()
-        if free < 1e9 * gigabytes:
-            raise SkipError(f"needs {gigabytes:.0f} GB of GPU memory, {free / 1e9:.0f} GB are free")
+            return check(*arguments)
+        self.build.mkdir(parents=True, exist_ok=True)
+        with (self.build / "large.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._wait_for_memory(gigabytes)
+            try:
+                return check(*arguments)
+            finally:
+                torch.cuda.empty_cache()
+
+    def _wait_for_memory(self, gigabytes: float) -> None:
+        """Wait until other processes leave so much GPU memory free."""
+        for _ in range(_MEMORY_SECONDS):
+            free, _ = torch.cuda.mem_get_info()
+            if free > 1e9 * gigabytes:
+                return
+            time.sleep(1)
+        raise SkipError(f"needs {gigabytes:.0f} GB of GPU memory, {free / 1e9:.0f} GB are free")
 
 
 def require(*modules: str) -> list[ModuleType]:
