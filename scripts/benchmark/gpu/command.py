@@ -15,6 +15,7 @@ the reason. Exit status: 1 if a check of correctness failed, 2 for an invalid op
 """
 
 import argparse
+import hashlib
 import os
 import signal
 import sys
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None, worker: Sequence[str] = WORKER) -> i
 
 def _environment(args: argparse.Namespace) -> dict[str, str]:
     """Return the variables of the processes that run checks."""
-    build = args.output.with_suffix(".build").resolve()
+    build = _build_folder()
     path = os.pathsep.join([str(ROOT), str(build), os.environ.get("PYTHONPATH", "")])
     environment = {"IRPE_BENCHMARK_BUILD": str(build), "PYTHONPATH": path}
     if args.dry_run:
@@ -157,6 +158,13 @@ def _environment(args: argparse.Namespace) -> dict[str, str]:
     # Several processes run at a time, and the work is on the GPU.
     environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "4")
     return environment
+
+
+def _build_folder() -> Path:
+    """Return the folder of the compiled extension, one per checkout, in the user's cache."""
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
+    root = Path(cache or "~/.cache").expanduser().absolute()
+    return root / "irpe_gpu_benchmark" / hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]
 
 
 def _begin(run: Run) -> str:

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import rpe_ops
-from irpe_core import RPEAttention, RPEConfig, build_rpe, rpe_attention, set_implementation
 from rpe_ops import implementations
+from scripts.benchmark.gpu import modules
 from scripts.benchmark.gpu.comparison import (
     Workload,
     attention_workload,
@@ -16,9 +15,16 @@ from scripts.benchmark.gpu.comparison import (
     gather_workload,
     short,
 )
-from scripts.benchmark.gpu.setup import Check, Setup, SkipError, import_tests, poisoned_memory
+from scripts.benchmark.gpu.setup import (
+    Check,
+    Setup,
+    SkipError,
+    import_tests,
+    poisoned_memory,
+    require_implementation,
+)
 
-__all__ = ["checks", "problem", "require_implementation"]
+__all__ = ["checks", "problem"]
 
 _WORKLOADS = {"attention": attention_workload, "gather": gather_workload}
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -27,17 +33,6 @@ _TINY = {
     "attention": {"grid": (1, 2), "dim": 16, "batch": 1, "heads": 1},
     "gather": {"tokens": 5},
 }
-
-
-def require_implementation(implementation: str, setup: Setup, operator: str) -> None:
-    """Skip the check if an implementation cannot run.
-
-    Raises:
-        SkipError: It cannot run.
-    """
-    reason = rpe_ops.available_implementations(setup.device, operator)[implementation]
-    if reason:
-        raise SkipError(f"{implementation} cannot run: {reason}")
 
 
 def problem(setup: Setup, implementation: str, case):
@@ -61,7 +56,7 @@ def checks(setup: Setup, implementation: str, operator: str) -> dict[str, Check]
             found[f"{name}, {short(dtype)}"] = partial(_run, check, setup, operator, dtype)
     if operator == "gather":
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            found[f"composed attention, {short(dtype)}"] = partial(_composed, setup, dtype)
+            found[f"composed attention, {short(dtype)}"] = partial(modules.composed, setup, dtype)
     if operator == "attention":
         found["CUDA graph with dropout"] = partial(_graph_with_dropout, setup)
         for axis in ("batch", "head", "token"):
@@ -71,7 +66,7 @@ def checks(setup: Setup, implementation: str, operator: str) -> dict[str, Check]
         found["any strides"] = partial(_any_strides, setup)
         found["more than 2^31 elements"] = partial(setup.alone, 50, partial(_large_output, setup))
         for mode in ("default", "reduce-overhead"):
-            found[f"torch.compile, {mode}"] = partial(_compiled, setup, mode)
+            found[f"torch.compile, {mode}"] = partial(modules.compiled, setup, mode)
     return {
         f"{operator}, {implementation}: {name}": partial(check, implementation)
         for name, check in found.items()
@@ -206,49 +201,6 @@ def _large_strides(setup: Setup, axis: str, implementation: str) -> dict:
     return _checked(setup, implementation, given)
 
 
-def _composed(setup: Setup, dtype: torch.dtype, implementation: str) -> dict:
-    """Compare attention that is composed of gather, bucket sum and torch with float64.
-
-    The logits of composed attention have the precision of `dtype`, so more is allowed.
-    """
-    require_implementation(implementation, setup, "gather")
-    worst: dict = {}
-    for letters in ("k", "qkv"):
-        config = RPEConfig(ratio=1.9, method="product", skip=1, rpe_on=letters)
-        heads, grid = (1, (1, 2)) if setup.dry_run else (3, (7, 9))
-        encodings = nn.ModuleList(x for x in build_rpe(config, 32, heads) if x is not None)
-        for parameter in encodings.parameters():
-            nn.init.normal_(parameter, std=0.25)
-        encodings.to(setup.device, dtype)
-        shape = (2, heads, grid[0] * grid[1] + 1, 32)
-        inputs = [torch.randn(shape).to(setup.device, dtype) for _ in range(4)]
-        actual = _composed_results(encodings, letters, implementation, grid, inputs)
-        wide = [x.double() for x in inputs]
-        expected = _composed_results(encodings.double(), letters, "reference", grid, wide)
-        found = close(actual, expected, 8 if dtype.itemsize == 2 else 32)
-        worst = found if found["roundings"] >= worst.get("roundings", 0.0) else worst
-    return worst
-
-
-def _composed_results(
-    encodings: nn.ModuleList,
-    letters: str,
-    implementation: str,
-    grid: tuple[int, int],
-    inputs: list[Tensor],
-) -> list[Tensor]:
-    """Return the output and all gradients of composed attention."""
-    set_implementation(encodings, implementation, inputs[0].device)
-    given = iter(encodings)
-    rpe = [next(given) if letter in letters else None for letter in "qkv"]
-    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
-    height, width = grid
-    # A mask of single pairs prevents the fused operator.
-    mask = inputs[0].new_ones(1, 1, *inputs[0].shape[2:3] * 2, dtype=torch.bool)
-    out = rpe_attention(*leaves, *rpe, height=height, width=width, attn_mask=mask)
-    return [out.detach(), *torch.autograd.grad(out, [*leaves, *encodings.parameters()], inputs[3])]
-
-
 def _any_strides(setup: Setup, implementation: str) -> dict:
     """Check inputs that are transposed, have gaps or strides of 0."""
     given = problem(setup, implementation, _case(setup))
@@ -277,37 +229,3 @@ def _large_output(setup: Setup, implementation: str) -> dict:
             found = close([part], [y.expand_as(part)], 8)
             worst["roundings"] = max(worst["roundings"], found["roundings"])
     return worst
-
-
-def _compiled(setup: Setup, mode: str, implementation: str) -> dict:
-    """Compare a compiled attention module with the same module that is not compiled."""
-    require_implementation(implementation, setup, "attention")
-    options: dict = {"mode": mode}
-    if not setup.on_gpu:
-        if mode != "default":
-            setup.require_gpu(f"the mode {mode}")
-        options = {"backend": "aot_eager"}
-    config = RPEConfig(ratio=1.9, method="product", skip=1, rpe_on="qkv")
-    heads, grid = (1, (1, 2)) if setup.dry_run else (3, (7, 9))
-    module = RPEAttention(16 * heads, heads, config, grid).to(setup.device)
-    for name, parameter in module.named_parameters():
-        if "lookup_table" in name:
-            nn.init.normal_(parameter, std=0.25)
-    set_implementation(module, implementation, setup.device)
-    torch.compiler.reset()
-    compiled = torch.compile(module, fullgraph=True, **options)
-    result: dict = {}
-    # A mode with CUDA graphs records in the first calls and replays in later ones.
-    for _ in range(4 if setup.on_gpu else 1):
-        x = torch.randn(2, grid[0] * grid[1] + 1, 16 * heads, device=setup.device)
-        expected = _module_results(module, module, x)
-        result = close(_module_results(compiled, module, x), expected, 2000)
-    return result
-
-
-def _module_results(call, module: nn.Module, x: Tensor) -> list[Tensor]:
-    """Return copies of the output and of all gradients."""
-    x = x.clone().requires_grad_()
-    out = call(x)
-    grads = torch.autograd.grad(out.square().sum(), [x, *module.parameters()])
-    return [y.detach().clone() for y in (out, *grads)]

@@ -1,6 +1,6 @@
 """Section `extension`: the CUDA extension is built, emulated on the CPU, and compared on the GPU.
 
-The library is built into a folder next to the results, which is on the path of the later sections.
+The library is built into a folder of the user's cache, which is on the path of the later sections.
 """
 
 import os

@@ -8,8 +8,7 @@ from torch import Tensor
 
 import rpe_ops
 from scripts.benchmark.gpu.comparison import short
-from scripts.benchmark.gpu.conditions import require_implementation
-from scripts.benchmark.gpu.setup import Check, Setup, poisoned_memory
+from scripts.benchmark.gpu.setup import Check, Setup, poisoned_memory, require_implementation
 
 __all__ = ["checks"]
 

@@ -106,34 +106,46 @@ def _correctness(entries: dict[str, dict]) -> str:
 
 
 def _attention(entries: dict[str, dict]) -> str:
-    """Return one table of times and memory per shape."""
+    """Return one table of times and memory per shape, and one per sweep of tiles."""
+    head = ["attention", "forward ms", "ratio", "forward + backward ms", "ratio", "peak MB"]
+    tables: dict[str, dict[str, dict]] = {}
+    notes: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        result = entry.get("result") or {}
+        is_sweep = name.startswith("tiles, ")
+        title = f"Tiles: {name.partition(': ')[2]}" if is_sweep else name
+        kept = tables.setdefault(title, {})
+        for attention, row in result.get("rows", {}).items():
+            tiles = "; ".join(result.get("tiles", []))
+            is_changed = is_sweep and attention in name
+            kept[f"{attention}: {tiles}" if is_changed else attention] = row
+        for what, why in (result.get("not run") or {}).items():
+            notes.setdefault(title, []).append(f"- Not run: {what} ({_line(why)})")
     text = [
         "Ratios are to torch's flash attention without encodings in the same round (in float32 to "
         "torch's choice). Peak memory is above what was allocated before. Host is the time of the "
         "CPU until all kernels of forward and backward are launched."
     ]
-    head = ["attention", "forward ms", "ratio", "forward + backward ms", "ratio", "peak MB"]
-    for name, entry in entries.items():
-        result = entry.get("result") or {}
-        rows = [
-            [
-                attention,
-                f"{row['forward_ms']:.3f}",
-                _ratio(row["forward_ratio"]),
-                f"{row['both_ms']:.3f}",
-                _ratio(row["both_ratio"]),
-                f"{row['peak_mb']:.1f}",
-                f"{row['host_us']:.0f}",
-            ]
-            for attention, row in result.get("rows", {}).items()
-        ]
-        if not rows:
-            continue
-        text.append(f"### {name}\n\n" + _grid([*head, "host µs"], rows))
-        text += [f"Tiles: {', '.join(result['tiles'])}."] if result.get("tiles") else []
-        not_run = result.get("not run") or {}
-        text += [f"Not run: {what}: {_line(why)}." for what, why in not_run.items()]
-    return "\n\n".join(text)
+    for title, rows in tables.items():
+        if rows:
+            lines = [[name, *_cells(row)] for name, row in rows.items()]
+            text.append(f"### {title}\n\n" + _grid([*head, "host µs"], lines))
+            text.append("\n".join(notes.get(title, [])))
+    return "\n\n".join(part for part in text if part)
+
+
+def _cells(row: dict) -> list[str]:
+    """Return times, ratios, memory and host time of an attention."""
+    times = [
+        cell
+        for kind in ("forward", "both")
+        for cell in (f"{row[f'{kind}_ms']:.3f}", _ratio(row[f"{kind}_ratio"]))
+    ]
+    return [
+        *times,
+        f"{row['peak_mb']:.{0 if row['peak_mb'] >= 100 else 2}f}",
+        f"{row['host_us']:.0f}",
+    ]
 
 
 def _train(entries: dict[str, dict]) -> str:

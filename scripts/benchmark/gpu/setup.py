@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 
+import rpe_ops
 from scripts.benchmark.gpu.client import ROOT
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "machine",
     "poisoned_memory",
     "require",
+    "require_implementation",
     "require_packages",
 ]
 
@@ -111,6 +113,17 @@ def require(*modules: str) -> list[ModuleType]:
         return [importlib.import_module(name) for name in modules]
     except ImportError as error:
         raise SkipError(f"needs {modules[0]}: {error}") from error
+
+
+def require_implementation(implementation: str, setup: Setup, operator: str) -> None:
+    """Skip the check if an implementation cannot run.
+
+    Raises:
+        SkipError: It cannot run.
+    """
+    reason = rpe_ops.available_implementations(setup.device, operator)[implementation]
+    if reason:
+        raise SkipError(f"{implementation} cannot run: {reason}")
 
 
 def require_packages(*names: str) -> None:
