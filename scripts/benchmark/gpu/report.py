@@ -141,11 +141,9 @@ def _cells(row: dict) -> list[str]:
         for kind in ("forward", "both")
         for cell in (f"{row[f'{kind}_ms']:.3f}", _ratio(row[f"{kind}_ratio"]))
     ]
-    return [
-        *times,
-        f"{row['peak_mb']:.{0 if row['peak_mb'] >= 100 else 2}f}",
-        f"{row['host_us']:.0f}",
-    ]
+    memory = row["peak_mb"]
+    digits = 0 if memory >= 100 else 2
+    return [*times, f"{memory:.{digits}f}", f"{row['host_us']:.0f}"]
 
 
 def _train(entries: dict[str, dict]) -> str:
