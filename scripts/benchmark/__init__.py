@@ -1,1 +1,1 @@
-"""Benchmarks of training, operators and data reading: `python -m scripts.benchmark`."""
+"""Benchmarks of training, operators, data reading and a GPU: `python -m scripts.benchmark`."""

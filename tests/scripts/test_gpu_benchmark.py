@@ -1,7 +1,7 @@
 """The GPU benchmark without a GPU: a dry run, its report, continuation, and found errors.
 
 Checks really run in the dry runs. For crashes and time limits, a process that only follows the
-protocol takes the place of the one that runs checks.
+protocol replaces the one that runs checks.
 """
 
 import json
