@@ -5,19 +5,19 @@ delayed so that it never waits for the host; the time of the host is measured ap
 of a check run alternately, and a ratio is the median of the ratios in the same round.
 """
 
+import itertools
 import statistics
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from scripts.benchmark import ops
+from scripts.benchmark.gpu.choices import FACTORS, changed_tiles, families, family, tile_fields
 from scripts.benchmark.gpu.comparison import short
 from scripts.benchmark.gpu.setup import Check, Setup, SkipError, require
 from scripts.benchmark.peak_memory import peak_memory
@@ -50,6 +50,7 @@ def checks(setup: Setup) -> dict[str, Check]:
     cases = [("tiny", 1, "k", _FP32), ("tiny", 1, "qkv", _BF16)] if setup.dry_run else _CASES
     flex = [("tiny", 1)] if setup.dry_run else _FLEX
     sweeps = [("tiny", 1, "k")] if setup.dry_run else _SWEEPS
+    changes = list(itertools.product(tile_fields(), FACTORS))
     found: dict[str, Check] = {}
     for number, (name, batch, letters, dtype) in enumerate(cases):
         title = f"{name}, B {batch}, {letters}, {short(dtype)}"
@@ -58,7 +59,10 @@ def checks(setup: Setup) -> dict[str, Check]:
         for name, batch in flex if number == min(7, len(cases) - 1) else ():
             found[f"flex_attention: {name}, B {batch}, k"] = partial(_flex, setup, name, batch)
     for name, batch, letters in sweeps:
-        for field, factor in _tile_changes()[: 1 if setup.dry_run else None]:
+        for kernels in families():
+            title = f"tiles, kernels {kernels}: {name}, B {batch}, {letters}"
+            found[title] = partial(_family, setup, name, batch, letters, kernels)
+        for field, factor in changes[: 1 if setup.dry_run else None]:
             title = f"tiles, {field} x {factor:g}: {name}, B {batch}, {letters}"
             found[title] = partial(_tiles, setup, name, batch, letters, field, factor)
     return found
@@ -167,69 +171,28 @@ def _row(times: dict, name: str) -> dict[str, float | None]:
     return row
 
 
-def _launcher() -> ModuleType:
-    """Return the module that chooses the tiles of the Triton kernels.
-
-    Raises:
-        SkipError: It has no choice of tiles that can be replaced.
-    """
-    (module,) = require("rpe_ops.triton_kernels.launch")
-    if not hasattr(module, "choose_tiles") or not hasattr(module, "Tiles"):
-        raise SkipError("the launcher of the Triton kernels has no choice of tiles")
-    return module
-
-
-def _tile_changes() -> list[tuple[str, float]]:
-    """Return fields of the tiles, each with a factor; one change if there is no choice."""
-    try:
-        fields = _launcher().Tiles._fields
-    except SkipError:
-        return [("sizes", 1.0)]
-    return [(field, factor) for field in fields for factor in (2.0, 0.5)]
-
-
 def _tiles(setup: Setup, name: str, batch: int, letters: str, field: str, factor: float) -> dict:
     """Measure the fused attention by Triton with other tiles than the chosen ones."""
+    with changed_tiles(field, factor) as chosen:
+        result = _changed(setup, name, batch, letters, f"{field} x {factor:g}")
+    if not chosen:
+        raise SkipError(f"no tiles of this shape have the size {field}")
+    return result | {"tiles": list(chosen)}
+
+
+def _family(setup: Setup, name: str, batch: int, letters: str, kernels: str) -> dict:
+    """Measure the fused attention by one family of Triton kernels."""
+    with family(kernels):
+        return _changed(setup, name, batch, letters, f"kernels {kernels}")
+
+
+def _changed(setup: Setup, name: str, batch: int, letters: str, change: str) -> dict:
+    """Measure the fused attention by Triton under a change of its choices."""
     shape, dtype = _shape(setup, name, batch), _FP32 if setup.dry_run else _BF16
     found = ops.attentions(shape, letters, setup.device, dtype, {}, interpreted=setup.dry_run)
     if "fused, triton" not in found:
         raise SkipError("Triton cannot run")
-    fused = found["fused, triton"]
-    changed = f"{field} x {factor:g}"
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return fused(q, k, v)
-
-    with _changed_tiles(field, factor) as chosen:
-        result = _rows(setup, shape, dtype, {BASE: _flash_attention, changed: attend})
-    # A tile that cannot be compiled is a finding of the sweep and not a failure.
-    result["not run"] = result.pop("errors")
-    return result | {"tiles": sorted(chosen)}
-
-
-@contextmanager
-def _changed_tiles(field: str, factor: float) -> Iterator[set[str]]:
-    """Multiply a field of all tiles that are chosen; yields their descriptions."""
-    launcher, chosen = _launcher(), set()
-    original = launcher.choose_tiles
-    package = launcher.__name__.rpartition(".")[0]
-    modules = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith(package) and getattr(module, "choose_tiles", None) is original
-    ]
-
-    def choose(*args, **kwargs):
-        tiles = original(*args, **kwargs)
-        value = max(1, int(getattr(tiles, field) * factor))
-        tiles = tiles._replace(**{field: value})
-        chosen.add(str(tiles))
-        return tiles
-
-    for module in modules:
-        module.choose_tiles = choose
-    try:
-        yield chosen
-    finally:
-        for module in modules:
-            module.choose_tiles = original
+    attentions = {BASE: _flash_attention, change: found["fused, triton"]}
+    result = _rows(setup, shape, dtype, attentions)
+    # A choice that cannot be compiled is a finding of the sweep and not a failure.
+    return result | {"not run": result.pop("errors")}

@@ -8,12 +8,14 @@ then all combinations of methods, grids, data types and settings in a random ord
 
 import itertools
 import random
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 
 from rpe_ops import reference
 from scripts.benchmark.gpu import conditions, operators
+from scripts.benchmark.gpu.choices import families, family
 from scripts.benchmark.gpu.comparison import roundings, short
 from scripts.benchmark.gpu.setup import Check, Setup, import_tests, poisoned_memory
 
@@ -35,6 +37,8 @@ def checks(setup: Setup) -> dict[str, Check]:
     kernels = "triton"
     others = [name for name in ("cpp", "reference") if setup.dry_run or name == "reference"]
     found |= _of_cases(setup, kernels, selected)
+    for name in families():
+        found |= _of_cases(setup, kernels, selected, name)
     found |= operators.checks(setup, kernels)
     found |= conditions.checks(setup, kernels, "attention")
     found |= conditions.checks(setup, kernels, "gather")
@@ -44,12 +48,13 @@ def checks(setup: Setup) -> dict[str, Check]:
     return found | _of_cases(setup, kernels, _all_cases(cases, setup.dry_run))
 
 
-def _of_cases(setup: Setup, implementation: str, cases: list) -> dict[str, Check]:
-    """Return one check per case."""
+def _of_cases(
+    setup: Setup, implementation: str, cases: list, kernels: str = ""
+) -> dict[str, Check]:
+    """Return one check per case, of the chosen kernels or of one family."""
+    title = f"attention, {implementation}{f' {kernels}' if kernels else ''}"
     return {
-        f"attention, {implementation}: {_describe(case)}": partial(
-            _check_case, setup, implementation, case
-        )
+        f"{title}: {_describe(case)}": partial(_check_case, setup, implementation, case, kernels)
         for case in cases
     }
 
@@ -120,11 +125,11 @@ def _all_cases(cases, dry_run: bool) -> list:
     return small[:2] if dry_run else found
 
 
-def _check_case(setup: Setup, implementation: str, case) -> dict:
+def _check_case(setup: Setup, implementation: str, case, kernels: str = "") -> dict:
     """Compare all outputs and gradients of a case."""
     problem = conditions.problem(setup, implementation, case)
     tests = import_tests("rpe_ops.attention_cases")
-    with poisoned_memory():
+    with poisoned_memory(), family(kernels) if kernels else nullcontext():
         actual = problem.by_kernels()
     if problem.buckets.num_tokens <= _ORACLE_TOKENS:
         expected = problem.by_oracle()

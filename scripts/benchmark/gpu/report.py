@@ -116,9 +116,10 @@ def _attention(entries: dict[str, dict]) -> str:
         title = f"Tiles: {name.partition(': ')[2]}" if is_sweep else name
         kept = tables.setdefault(title, {})
         for attention, row in result.get("rows", {}).items():
+            # The base of a sweep is measured with every change; the first is shown.
             tiles = "; ".join(result.get("tiles", []))
-            is_changed = is_sweep and attention in name
-            kept[f"{attention}: {tiles}" if is_changed else attention] = row
+            is_changed = tiles and attention in name
+            kept.setdefault(f"{attention}: {tiles}" if is_changed else attention, row)
         for what, why in (result.get("not run") or {}).items():
             notes.setdefault(title, []).append(f"- Not run: {what} ({_line(why)})")
     text = [
