@@ -5,6 +5,7 @@
     python -m scripts.benchmark data      reading images from a zip and from a folder
     python -m scripts.benchmark host      host time of a layer, with the launches left out
     python -m scripts.benchmark gpu       everything that needs a GPU: correctness, speed, training
+    python -m scripts.benchmark static    estimates of the Triton kernels, without a GPU
 
 Each benchmark has its own options, for example `python -m scripts.benchmark train --help`.
 """
@@ -14,7 +15,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-BENCHMARKS = ("train", "ops", "data", "host", "gpu")
+BENCHMARKS = ("train", "ops", "data", "host", "gpu", "static")
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:

@@ -1,0 +1,447 @@
+"""Read the disassembly of a kernel: instructions, basic blocks, loops, and how often they run.
+
+A loop is a natural loop of the control flow: a back edge to a block that dominates its source. Its
+trip count is that of the loop in the source whose body its instructions belong to by the debug
+information (`trip_counts`). Blocks in a loop that every trip passes run once per trip. A block
+that some trips skip runs as often as the branch of the source it belongs to, and once per trip if
+it belongs to none, so it is rather counted too often.
+"""
+
+import ast
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from scripts.benchmark.kernel_model.trip_counts import Counts, Place
+
+__all__ = [
+    "KINDS",
+    "Block",
+    "Instruction",
+    "Loop",
+    "Program",
+    "Trips",
+    "Weights",
+    "access_bytes",
+    "disassemble",
+    "kind_of",
+    "mma_macs",
+    "parse",
+    "weigh",
+]
+
+# Kinds of instructions, by the beginning of the opcode; the first match counts.
+_KINDS = {
+    "tensor": r"[HIDBQ]MMA|[HIQB]GMMA",
+    "MUFU": r"MUFU",
+    "FP32": r"F(ADD|MUL|FMA|MNMX|SETP|SET|SEL|CHK|SWZADD)|H(ADD2|MUL2|FMA2|MNMX2|SETP2|SET2)",
+    "convert": r"F2F|F2I|I2F|I2FP|F2FP|FRND|F2IP|I2I",
+    "shuffle": r"SHFL|REDUX|MATCH|VOTE",
+    "shared": r"LDS|STS|STAS|ATOMS",
+    "local": r"LDL|STL",
+    "global": r"LDG|STG|LD$|ST$|ATOM|RED$|RED\.|UTMA|UBLKCP|CCTL",
+    "control": r"BRA|BRX|EXIT|RET|CALL|BAR|BSSY|BSYNC|BREAK|NOP|DEPBAR|LDGDEPBAR|WARPSYNC|WARPGROUP"
+    r"|YIELD|MEMBAR|ERRBAR|FENCE|SYNCS|NANOSLEEP|UCGABAR|BMOV|JMP|KILL|ARRIVES|ACQ|BPT",
+    "integer": r"I(MAD|ADD|ABS|SETP|MNMX|DP|SCADD)|VIADD|VIMNMX|VABSDIFF|LOP|PLOP|SHF|SHL|SHR|LEA|SEL"
+    r"|PRMT|SGXT|BMSK|POPC|FLO|BREV|P2R|R2P|MOV|U",
+    "other": r"",
+}
+KINDS = tuple(_KINDS)
+
+_TOOLS = Path("backends", "nvidia", "bin")
+_LINE = re.compile(
+    r"/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>[^;]*);"
+)
+_SOURCE = re.compile(r'"([^"]+)", line (\d+)')
+_LABEL = re.compile(r"^(\.L_\w+):")
+_BRANCH = re.compile(r"BRA|JMP|CALL|EXIT|RET")
+_TARGET = re.compile(r"`\((\.L_\w+)\)")
+
+
+class Instruction(NamedTuple):
+    """An instruction of the machine code.
+
+    Attributes:
+        address: Bytes from the beginning of the kernel.
+        guard: Predicate with its `@`, or an empty text.
+        opcode: Opcode with its modifiers.
+        operands: Operands as text.
+        place: Lines of the source that the instruction belongs to.
+    """
+
+    address: int
+    guard: str
+    opcode: str
+    operands: tuple[str, ...]
+    place: Place
+
+    @property
+    def kind(self) -> str:
+        """Kind of the instruction, one of `KINDS`."""
+        return kind_of(self.opcode)
+
+
+class Block(NamedTuple):
+    """A basic block: its instructions, and the numbers of the blocks that can follow."""
+
+    instructions: list[Instruction]
+    following: list[int]
+
+
+class Loop(NamedTuple):
+    """A loop of the machine code.
+
+    Attributes:
+        header: Number of the first block.
+        blocks: Numbers of all blocks, also those of inner loops.
+        latches: Numbers of the blocks with a back edge.
+        parent: Position of the enclosing loop in the list of loops, or -1.
+    """
+
+    header: int
+    blocks: frozenset[int]
+    latches: frozenset[int]
+    parent: int
+
+
+class Program(NamedTuple):
+    """Control flow of a kernel, without blocks that cannot be reached."""
+
+    blocks: dict[int, Block]
+    dominators: dict[int, set[int]]
+    loops: list[Loop]
+
+    def innermost(self, block: int) -> int:
+        """Return the position of the innermost loop with a block, or -1."""
+        inside = [n for n, loop in enumerate(self.loops) if block in loop.blocks]
+        return min(inside, key=lambda n: len(self.loops[n].blocks), default=-1)
+
+
+@cache
+def kind_of(opcode: str) -> str:
+    """Return the kind of an opcode."""
+    return next(kind for kind, pattern in _KINDS.items() if re.match(pattern, opcode))
+
+
+def mma_macs(opcode: str) -> int:
+    """Return the multiplications of a tensor core instruction of one warp."""
+    shape = re.search(r"[A-Z]GMMA\.(\d+)x(\d+)x(\d+)", opcode)
+    if shape:
+        # Four warps issue it together.
+        return int(shape[1]) * int(shape[2]) * int(shape[3]) // 4
+    shape = re.search(r"MMA\.(\d{1,2}?)(8)(\d{1,3})\.", opcode)
+    if not shape:
+        raise ValueError(f"the shape of the instruction must be known, got {opcode}")
+    return int(shape[1]) * int(shape[2]) * int(shape[3])
+
+
+def disassemble(cubin: bytes) -> str:
+    """Return the disassembly of a compiled kernel with the lines of its source."""
+    import triton
+
+    tool = Path(triton.__file__).parent / _TOOLS / "nvdisasm"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [str(tool), "-c", "-gi", str(path)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def parse(text: str) -> Program:
+    """Read a disassembly of one kernel."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    place: Place = ()
+    for line in text.splitlines():
+        if line.lstrip().startswith("//## File"):
+            lines.append(line)
+        elif label := _LABEL.match(line.strip()):
+            labels[label[1]] = len(instructions)
+        elif match := _LINE.search(line):
+            if lines:
+                place, lines = _place(lines), []
+            operands = tuple(x.strip() for x in match["rest"].split(",")) if match["rest"] else ()
+            guard = (match["guard"] or "").strip()
+            instructions.append(
+                Instruction(int(match["address"], 16), guard, match["opcode"], operands, place)
+            )
+    return _program(_blocks(instructions, labels))
+
+
+def _place(lines: list[str]) -> Place:
+    """Return the place that comments name: one comment per call, innermost first."""
+    found = [_SOURCE.search(line) for line in reversed(lines)]
+    return tuple((match[1], int(match[2])) for match in found if match)
+
+
+def _blocks(instructions: list[Instruction], labels: dict[str, int]) -> dict[int, Block]:
+    """Split instructions into basic blocks, which are numbered by their first instruction."""
+    starts = {0, *labels.values()}
+    for n, instruction in enumerate(instructions):
+        if _BRANCH.match(instruction.opcode):
+            starts.add(n + 1)
+    ordered = sorted(n for n in starts if n < len(instructions))
+    blocks = {}
+    for start, end in zip(ordered, [*ordered[1:], len(instructions)], strict=True):
+        last = instructions[end - 1]
+        guarded = last.guard not in ("", "@PT", "@!UPT") or _conditional(last)
+        following = [end] if end < len(instructions) else []
+        if re.match(r"EXIT|RET", last.opcode):
+            following = following if guarded else []
+        elif _BRANCH.match(last.opcode):
+            # A call of a label in the kernel is a branch. Calls of functions return.
+            target = _TARGET.search(", ".join(last.operands))
+            if target and target[1] in labels:
+                following = [labels[target[1]], *(following if guarded else [])]
+        blocks[start] = Block(instructions[start:end], following)
+    return blocks
+
+
+def _conditional(branch: Instruction) -> bool:
+    """Return whether a branch has a predicate among its operands, such as `BRA.U UP0, ...`."""
+    return bool(re.match(r"BRA", branch.opcode)) and any(
+        re.fullmatch(r"!?U?P\d", operand) for operand in branch.operands
+    )
+
+
+def _program(blocks: dict[int, Block]) -> Program:
+    """Find the blocks that can be reached, their dominators and the natural loops."""
+    reached, waiting = set(), [0]
+    while waiting:
+        n = waiting.pop()
+        if n not in reached:
+            reached.add(n)
+            waiting += blocks[n].following
+    blocks = {n: block for n, block in blocks.items() if n in reached}
+    before: dict[int, set[int]] = {n: set() for n in blocks}
+    for n, block in blocks.items():
+        for after in block.following:
+            before[after].add(n)
+    dominators = {n: set(blocks) for n in blocks} | {0: {0}}
+    changed = True
+    while changed:
+        changed = False
+        for n in sorted(blocks):
+            if n == 0:
+                continue
+            new = {n} | set.intersection(*(dominators[m] for m in before[n]))
+            changed |= new != dominators[n]
+            dominators[n] = new
+    bodies: dict[int, set[int]] = {}
+    latches: dict[int, set[int]] = {}
+    for n, block in blocks.items():
+        for header in block.following:
+            if header in dominators[n]:
+                body, waiting = bodies.setdefault(header, {header}), [n]
+                latches.setdefault(header, set()).add(n)
+                while waiting:
+                    m = waiting.pop()
+                    if m not in body:
+                        body.add(m)
+                        waiting += before[m]
+    # A block without an edge to a header, in the order of the code, is a plain trap at the end.
+    headers = sorted(bodies, key=lambda header: (-len(bodies[header]), header))
+    loops: list[Loop] = []
+    for header in headers:
+        outer = [n for n, loop in enumerate(loops) if header in loop.blocks]
+        parent = min(outer, key=lambda n: len(loops[n].blocks), default=-1)
+        loops.append(Loop(header, frozenset(bodies[header]), frozenset(latches[header]), parent))
+    return Program(blocks, dominators, loops)
+
+
+@cache
+def _source_tree(name: str) -> ast.Module:
+    """Return the syntax tree of a file."""
+    return ast.parse(Path(name).read_text())
+
+
+@cache
+def _nest(name: str, line: int) -> tuple[tuple[tuple[int, bool], ...], int]:
+    """Return the loops around a line, with whether each is unrolled, and its innermost branch.
+
+    The branch is the line of its first statement, or 0 without one inside the innermost loop.
+    """
+    loops: list[tuple[int, bool]] = []
+    branch = 0
+    for node in ast.walk(_source_tree(name)):
+        bodies = [x for x in (getattr(node, "body", None), getattr(node, "orelse", None)) if x]
+        if not isinstance(node, ast.For | ast.While | ast.If):
+            continue
+        for body in bodies:
+            if body[0].lineno <= line <= body[-1].end_lineno:
+                if isinstance(node, ast.If):
+                    # `elif` is a branch that holds another `if` only.
+                    branch = body[0].lineno
+                else:
+                    static = isinstance(node, ast.For) and "static_range" in ast.unparse(node.iter)
+                    loops.append((node.lineno, static))
+    # `ast.walk` goes from the outside to the inside, so the last branch found is the innermost.
+    if branch and loops and branch < loops[-1][0]:
+        branch = 0
+    return tuple(loops), branch
+
+
+@cache
+def _loops_around(place: Place) -> tuple[Place, ...]:
+    """Return the loops of the source around a place, outermost first, without unrolled ones."""
+    found = []
+    for depth, (name, line) in enumerate(place):
+        for loop, static in _nest(name, line)[0]:
+            if not static:
+                found.append((*place[:depth], (name, loop)))
+    return tuple(found)
+
+
+def _branch_around(place: Place) -> Place | None:
+    """Return the innermost branch of the source around a place."""
+    for depth in range(len(place) - 1, -1, -1):
+        name, line = place[depth]
+        branch = _nest(name, line)[1]
+        if branch:
+            return (*place[:depth], (name, branch))
+        if _nest(name, line)[0]:
+            return None
+    return None
+
+
+class Trips(NamedTuple):
+    """Trips of a loop of the machine code, per program.
+
+    Attributes:
+        address: Address of the first instruction.
+        source: Loop of the source, or None if it is not known.
+        source_trips: Trips of the loop of the source, over all its entries.
+        copies: Copies of the body of the source in one trip of the machine code.
+        trips: Trips of the loop of the machine code.
+    """
+
+    address: int
+    source: Place | None
+    source_trips: float
+    copies: int
+    trips: float
+
+
+class Weights(NamedTuple):
+    """How often the parts of a kernel run, per program.
+
+    Attributes:
+        blocks: Runs of every block.
+        loops: Trips of every loop of the machine code.
+        warnings: What could not be connected.
+    """
+
+    blocks: dict[int, float]
+    loops: list[Trips]
+    warnings: list[str]
+
+
+def weigh(program: Program, counts: Counts) -> Weights:
+    """Return how often every block runs, per program."""
+    sources = _connect(program, counts)
+    own = [_own_instructions(program, n) for n in range(len(program.loops))]
+    rows: list[Trips] = []
+    warnings: list[str] = []
+    for n, source in enumerate(sources):
+        address = program.blocks[program.loops[n].header].instructions[0].address
+        if source is None:
+            warnings.append(f"loop at {address:#x}: no loop of the source, counted once")
+            rows.append(Trips(address, None, 1.0, 1, 1.0))
+            continue
+        same = [m for m, other in enumerate(sources) if other == source]
+        smallest = min(same, key=lambda m: len(own[m]))
+        copies = {m: _copies(own[m], own[smallest]) for m in same}
+        trips = 0.0
+        for length, times in counts.entered[source].items():
+            # ptxas unrolls a loop and puts the rest of the trips into a smaller one.
+            rest = length
+            for m in sorted(same, key=lambda m: (-copies[m], m)):
+                done, rest = divmod(rest, copies[m])
+                trips += done * times if m == n else 0
+        total = counts.trips(source)
+        rows.append(Trips(address, source, total, copies[n], trips / counts.programs))
+    runs = {}
+    for b, block in program.blocks.items():
+        n = program.innermost(b)
+        runs[b] = rows[n].trips if n >= 0 else 1.0
+        if not _always(program, b, n):
+            branches = Counter(_branch_around(x.place) for x in block.instructions)
+            branch = branches.most_common(1)[0][0]
+            if branch is not None:
+                runs[b] = min(runs[b], counts.branches.get(branch, 0) / counts.programs)
+    return Weights(runs, rows, warnings)
+
+
+def _always(program: Program, block: int, loop: int) -> bool:
+    """Return whether every trip of a loop, or every program for -1, passes a block."""
+    if loop < 0:
+        ends = {n for n, x in program.blocks.items() if not x.following}
+    else:
+        ends = program.loops[loop].latches
+    return any(block in program.dominators[n] for n in ends)
+
+
+def _own_instructions(program: Program, loop: int) -> list[Instruction]:
+    """Return the instructions of a loop that are in none of its inner loops."""
+    blocks = sorted(b for b in program.loops[loop].blocks if program.innermost(b) == loop)
+    return [x for b in blocks for x in program.blocks[b].instructions]
+
+
+def _connect(program: Program, counts: Counts) -> list[Place | None]:
+    """Return the loop of the source for every loop of the machine code.
+
+    Innermost loops first: the deepest loop of the source that holds most of the instructions. The
+    loop of the source around it that holds some of the outer loop's own instructions is the outer
+    loop's, and so on. Instructions of an inner loop that were moved out of it therefore do not
+    count.
+    """
+    found: list[Place | None] = [None] * len(program.loops)
+    for n in range(len(program.loops) - 1, -1, -1):
+        paths = [_loops_around(x.place) for x in _own_instructions(program, n)]
+        children = [
+            found[m] for m, loop in enumerate(program.loops) if loop.parent == n and found[m]
+        ]
+        votes: Counter[Place] = Counter()
+        for path in paths:
+            votes.update(x for x in path if x in counts.entered)
+        if children:
+            around = [set(_around(child)) for child in children]
+            allowed = set.intersection(*around)
+            votes = Counter({x: v for x, v in votes.items() if x in allowed})
+            # The deepest with instructions that are in no deeper one.
+            exact = Counter(path[-1] for path in paths if path and path[-1] in votes)
+            chosen = max(exact or votes, key=_depth, default=None)
+        else:
+            enough = [x for x, v in votes.items() if v >= 0.6 * len(paths)]
+            chosen = max(enough, key=_depth, default=None)
+        found[n] = chosen
+    return found
+
+
+def _depth(loop: Place) -> int:
+    """Return the number of loops around a loop of the source, itself included."""
+    return len(_around(loop)) + 1
+
+
+def _around(loop: Place) -> tuple[Place, ...]:
+    """Return the loops of the source around a loop of the source."""
+    return tuple(x for x in _loops_around(loop) if x != loop)
+
+
+def _copies(large: list[Instruction], small: list[Instruction]) -> int:
+    """Return how often the body of a small loop is in a large one, by their instructions."""
+    few, many = (Counter((x.place, x.opcode) for x in part) for part in (small, large))
+    ratios = sorted(many[key] / times for key, times in few.items() if key in many)
+    return max(1, round(ratios[len(ratios) // 2])) if ratios else 1
+
+
+def access_bytes(opcode: str) -> int:
+    """Return the bytes that one thread loads or stores with an instruction of global memory."""
+    if match := re.search(r"\.(128|64)\b", opcode):
+        return int(match[1]) // 8
+    return 1 if re.search(r"\.[US]8", opcode) else 2 if re.search(r"\.[US]16", opcode) else 4
