@@ -1,135 +1,137 @@
 """Bounds on the time of one launch, from its machine code and the trips of its loops."""
 
+import re
 import subprocess
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
+import triton
 from torch import Tensor
 
 from scripts.benchmark.kernel_model import sass
-from scripts.benchmark.kernel_model.gpus import GPUS, programs_per_sm
+from scripts.benchmark.kernel_model.gpus import GPUS, Gpu, programs_per_sm
 from scripts.benchmark.kernel_model.latency import warp_cycles
-from scripts.benchmark.kernel_model.launches import Launch, compile_launch
+from scripts.benchmark.kernel_model.launches import Launch, Work, compile_launch, tensor_bytes
+from scripts.benchmark.kernel_model.opcodes import KINDS, access_bytes, mma_macs, unit_cycles
 from scripts.benchmark.kernel_model.trip_counts import ROOT, Counts
 
-__all__ = ["estimate", "memory_bytes"]
+__all__ = ["BOUNDS", "estimate", "estimate_torch"]
+
+BOUNDS = ("issue", "unit", "latency", "memory")
 
 
-def estimate(launch: Launch, counts: Counts, architecture: int, pairs: int) -> dict[str, Any]:
-    """Compile a launch and return its resources, instructions per pair and bounds.
+def estimate(launch: Launch, counts: Counts, gpu: Gpu, pairs: int) -> dict[str, Any]:
+    """Compile a launch, and return its resources, instructions per pair and bounds.
 
     Args:
         launch: Launch at the sizes of the whole layer.
         counts: Trips of its loops.
-        architecture: 80 or 90.
+        gpu: GPU.
         pairs: Pairs of a query and a key in the layer.
     """
-    gpu = GPUS[architecture]
+    architecture = next(number for number, other in GPUS.items() if other == gpu)
     compiled = compile_launch(launch, architecture)
-    program = sass.parse(sass.disassemble(compiled.asm["cubin"]))
+    cubin = compiled.asm["cubin"]
+    program = sass.parse(_tool("nvdisasm", cubin, "-c", "-gi"))
     weights = sass.weigh(program, counts)
-    per_warp = dict.fromkeys(sass.KINDS, 0.0)
-    macs = requested = 0.0
+    # Runs of every opcode, per warp.
+    runs: Counter[str] = Counter()
     for b, block in program.blocks.items():
         for x in block.instructions:
-            per_warp[x.kind] += weights.blocks[b]
-            if x.kind == "tensor":
-                macs += weights.blocks[b] * sass.mma_macs(x.opcode)
-            if x.kind == "global":
-                requested += weights.blocks[b] * 32 * sass.access_bytes(x.opcode)
-    warps = launch.num_warps
-    registers = _registers(compiled.asm["cubin"])
-    resident = programs_per_sm(gpu, registers, compiled.metadata.shared, warps)
-    schedulers = 4 * gpu.sms * gpu.clock
-    all_warps = warps * launch.programs
-    units = {kind: n * gpu.cycles[kind] for kind, n in per_warp.items() if kind in gpu.cycles}
-    units["tensor"] = macs * 4 / gpu.mma
+            runs[x.opcode] += weights.blocks[b]
+    kinds = dict.fromkeys(KINDS, 0.0)
+    units: Counter[str] = Counter()
+    macs = requested = 0.0
+    for opcode, times in runs.items():
+        kind = sass.kind_of(opcode)
+        kinds[kind] += times
+        for unit, cycles in unit_cycles(opcode, gpu).items():
+            units[unit] += times * cycles
+        macs += times * mma_macs(opcode) if kind == "tensor" else 0
+        requested += times * 32 * access_bytes(opcode) if kind == "global" else 0
+    warps, shared = launch.num_warps, compiled.metadata.shared
+    registers = int(re.search(r"REG:(\d+)", _tool("cuobjdump", cubin, "--dump-resource-usage"))[1])
+    resident = programs_per_sm(gpu, registers, shared, warps)
     busiest = max(units, key=units.get)
-    cycles = warp_cycles(program, weights)
-    moved = memory_bytes(launch)
+    moved = launch_bytes(launch)
+    # The busiest SM has this many warps per scheduler, and gets its programs in so many waves.
+    per_scheduler = -(-launch.programs // gpu.sms) * warps / 4
+    waves = -(-launch.programs // (gpu.sms * max(1, resident)))
     bounds = {
-        "issue": 1e6 * sum(per_warp.values()) * all_warps / schedulers,
-        "unit": 1e6 * units[busiest] * all_warps / schedulers,
-        "latency": 1e6 * cycles * launch.programs / (max(1, resident) * gpu.sms * gpu.clock),
-        "memory": 1e6 * moved / gpu.memory,
+        "issue": sum(kinds.values()) * per_scheduler / gpu.clock,
+        "unit": units[busiest] * per_scheduler / gpu.clock,
+        "latency": warp_cycles(program, weights) * waves / gpu.clock,
+        "memory": moved / gpu.memory,
     }
+    threads = 32 * warps * launch.programs / pairs
     return {
         "programs": launch.programs,
         "warps": warps,
         "registers": registers,
-        "shared_bytes": compiled.metadata.shared,
+        "shared_bytes": shared,
         "spill_instructions": sum(
             x.kind == "local" for block in program.blocks.values() for x in block.instructions
         ),
         "programs_per_sm": resident,
         "warps_per_sm": resident * warps,
-        "per_pair": {k: round(n * 32 * all_warps / pairs, 3) for k, n in per_warp.items()},
-        "instructions_per_pair": round(sum(per_warp.values()) * 32 * all_warps / pairs, 2),
+        "per_pair": {kind: round(times * threads, 3) for kind, times in kinds.items()},
+        "instructions_per_pair": round(sum(kinds.values()) * threads, 2),
         "busiest_unit": busiest,
-        "microseconds": {name: round(x, 2) for name, x in bounds.items()},
-        "bound": max(bounds, key=bounds.get),
-        "estimate_us": round(max(bounds.values()), 2),
+        "microseconds": {name: round(1e6 * x, 2) for name, x in bounds.items()},
         "memory_bytes": moved,
-        "requested_bytes": round(requested * all_warps),
-        # 1 if every multiplication of `tl.dot` is in the machine code once, at the right trips.
-        "mma_over_dot": round(macs * warps * counts.programs / counts.macs, 4)
-        if counts.macs
-        else None,
+        "requested_bytes": round(requested * warps * launch.programs),
+        "mma_over_dot": _ratio(macs * warps, counts),
         "loops": [_loop(x) for x in weights.loops],
         "warnings": weights.warnings,
     }
 
 
-def memory_bytes(launch: Launch) -> int:
+def estimate_torch(work: Work, gpu: Gpu) -> dict[str, Any]:
+    """Return the bounds of torch's operators around the kernels, one after the other."""
+    seconds = {
+        "memory": work.bytes / gpu.memory,
+        "unit": work.macs / gpu.wgmma / gpu.sms / gpu.clock,
+    }
+    times = {name: round(1e6 * seconds.get(name, 0.0), 2) for name in BOUNDS}
+    return {"operators": work.operators, "memory_bytes": work.bytes, "microseconds": times}
+
+
+def launch_bytes(launch: Launch) -> int:
     """Return the bytes of all tensors of a launch, each once."""
     tensors = {
         (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.dtype): x
         for x in launch.arguments.values()
         if isinstance(x, Tensor)
     }
-    return sum(
-        _elements(x) * torch.empty((), dtype=x.dtype).element_size() for x in tensors.values()
-    )
+    return sum(map(tensor_bytes, tensors.values()))
 
 
-def _elements(x: Tensor) -> int:
-    """Return the elements of a tensor in memory; expanded dimensions have one."""
-    count = 1
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        count *= size if stride else 1
-    return count
+def _ratio(macs: float, counts: Counts) -> float | None:
+    """Return multiplications of the machine code over those of `tl.dot`, per program."""
+    return round(macs * counts.programs / counts.macs, 4) if counts.macs else None
 
 
-def _registers(cubin: bytes) -> int:
-    """Return the registers per thread."""
-    import re
-
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _tool(name: str, cubin: bytes, *options: str) -> str:
+    """Return the output of a tool of NVIDIA, which comes with Triton, for a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        command = [str(tool), "--dump-resource-usage", str(path)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return int(re.search(r"REG:(\d+)", output)[1])
+        command = [str(tool), *options, str(path)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _loop(x: sass.Trips) -> dict[str, Any]:
-    """Return the trips of a loop in types of JSON."""
-    source = None
+    """Return the trips of a loop in types of JSON, with the line of its source."""
+    found: dict[str, Any] = {"address": hex(x.address), "source": None, "code": None}
     if x.source:
-        source = " > ".join(f"{_short(name)}:{line}" for name, line in x.source)
-    trips = round(x.source_trips, 3)
-    return {
-        "address": hex(x.address),
-        "source": source,
-        "trips_of_source": trips,
-        "copies_of_body": x.copies,
-        "trips": round(x.trips, 3),
-    }
+        found["source"] = " > ".join(f"{_short(name)}:{line}" for name, line in x.source)
+        name, line = x.source[-1]
+        found["code"] = Path(name).read_text().splitlines()[line - 1].strip()
+    found["trips_of_source"] = round(x.source_trips, 3)
+    return found | {"copies_of_body": x.copies, "trips": round(x.trips, 3)}
 
 
 def _short(name: str) -> str:

@@ -1,7 +1,9 @@
-"""GPUs of the model: rates and sizes of an SM, from NVIDIA's documents.
+"""GPUs of the model, and how many programs an SM holds.
 
-Sources: the tables "Arithmetic Instructions" and "Technical Specifications per Compute Capability"
-of the CUDA C++ Programming Guide, and the white papers of the A100 and the H100.
+Rates are those of NVIDIA's white papers of the A100 and the H100 and of the throughput table in the
+CUDA C++ Programming Guide. `mma.sync` reaches about 0.63 of the peak of an H100, `wgmma` the peak
+(Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
+Microbenchmarking", 2024).
 """
 
 from typing import NamedTuple
@@ -18,8 +20,9 @@ class Gpu(NamedTuple):
         clock: Boost clock in Hz.
         memory: Bandwidth of the memory in bytes per second.
         shared: Shared memory of an SM in bytes.
-        mma: Multiplications of tensor cores per clock and SM, for bfloat16.
-        cycles: Cycles for which a warp instruction keeps its unit of a scheduler busy, by kind.
+        mma_sync: Multiplications by `mma.sync` per clock and SM, for bfloat16 and float16.
+        wgmma: Multiplications by `wgmma` per clock and SM, for bfloat16 and float16.
+        fma_lanes: Lanes of a scheduler for FP32.
     """
 
     name: str
@@ -27,29 +30,22 @@ class Gpu(NamedTuple):
     clock: float
     memory: float
     shared: int
-    mma: int
-    cycles: dict[str, float]
+    mma_sync: float
+    wgmma: float
+    fma_lanes: int
 
 
-# Units shared by the four schedulers of an SM, at 16 or 32 lanes per clock and SM.
-_CYCLES = {"MUFU": 8, "shuffle": 4, "shared": 4, "global": 4, "local": 4}
 GPUS = {
-    80: Gpu(
-        "A100 SXM 80 GB", 108, 1.41e9, 2.039e12, 164 * 1024, 1024,
-        _CYCLES | {"FP32": 2, "integer": 2, "convert": 8},
-    ),
-    90: Gpu(
-        "H100 SXM", 132, 1.755e9, 3.35e12, 228 * 1024, 2048,
-        _CYCLES | {"FP32": 1, "integer": 2, "convert": 2},
-    ),
-}  # fmt: skip
+    80: Gpu("A100 SXM 80 GB", 108, 1.41e9, 2.039e12, 164 * 1024, 1024, 1024, 16),
+    90: Gpu("H100 SXM", 132, 1.755e9, 3.35e12, 228 * 1024, 0.63 * 2048, 2048, 32),
+}
 _REGISTERS, _WARPS, _PROGRAMS = 65536, 64, 32
 # CUDA reserves shared memory for itself in every program.
 _RESERVED = 1024
 
 
 def programs_per_sm(gpu: Gpu, registers: int, shared: int, warps: int) -> int:
-    """Return how many programs are resident on an SM at a time.
+    """Return how many programs an SM holds at a time.
 
     Args:
         gpu: GPU.
@@ -57,7 +53,8 @@ def programs_per_sm(gpu: Gpu, registers: int, shared: int, warps: int) -> int:
         shared: Shared memory of a program in bytes.
         warps: Warps of a program.
     """
-    # Registers of a warp are allocated in units of 256, shared memory in units of 128 bytes.
+    # A warp gets registers in units of 256, from the quarter of its scheduler. A program gets
+    # shared memory in units of 128 bytes.
     per_warp = -(-registers * 32 // 256) * 256
     warps_by_registers = _REGISTERS // 4 // per_warp * 4
     per_program = -(-shared // 128) * 128 + _RESERVED

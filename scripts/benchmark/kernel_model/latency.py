@@ -11,6 +11,7 @@ a loop are followed in the order of the code, without its inner loops.
 
 import re
 
+from scripts.benchmark.kernel_model.opcodes import access_bytes
 from scripts.benchmark.kernel_model.sass import Instruction, Program, Weights
 
 __all__ = ["warp_cycles"]
@@ -103,10 +104,11 @@ def _registers(x: Instruction) -> tuple[list[str], list[str]]:
 
 def _width(x: Instruction) -> int:
     """Return how many consecutive registers an instruction writes, or stores."""
-    if ".128" in x.opcode or "HMMA" in x.opcode or x.opcode.startswith("LDSM") and ".4" in x.opcode:
+    if "MMA" in x.opcode:
         return 4
-    is_wide = ".64" in x.opcode or ".WIDE" in x.opcode or x.opcode.startswith("CS2R")
-    return 2 if is_wide or ".2" in x.opcode and "LDSM" in x.opcode else 1
+    if x.kind in ("shared", "global", "local"):
+        return max(1, access_bytes(x.opcode) // 4)
+    return 2 if ".64" in x.opcode or ".WIDE" in x.opcode or x.opcode.startswith("CS2R") else 1
 
 
 def _expand(operand: str, width: int) -> list[str]:

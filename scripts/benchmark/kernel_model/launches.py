@@ -11,11 +11,20 @@ from unittest import mock
 
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-__all__ = ["Launch", "compile_launch", "name_launches", "pretend_capability", "record_launches"]
+__all__ = [
+    "Launch",
+    "Work",
+    "compile_launch",
+    "name_launches",
+    "pretend_capability",
+    "record_launches",
+    "tensor_bytes",
+]
 
 # Arguments of a launch that are options of the compiler and not parameters of the kernel.
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
@@ -52,12 +61,49 @@ class Launch(NamedTuple):
 def pretend_capability(architecture: int) -> Iterator[None]:
     """Answer every question for the compute capability of a GPU with `architecture`."""
     capability = (architecture // 10, architecture % 10)
-    with mock.patch("torch.cuda.get_device_capability", lambda *_, **__: capability):
+    with mock.patch("torch.cuda.get_device_capability", return_value=capability):
         yield
 
 
-def record_launches(step: Callable[[], None]) -> list[Launch]:
-    """Return every launch of a step, which works on meta tensors, in order."""
+class Work(NamedTuple):
+    """Work of torch's operators: bytes that they read and write, and multiplications."""
+
+    operators: int
+    bytes: int
+    macs: int
+
+
+class _CountWork(TorchDispatchMode):
+    """Count the work of torch's operators. Views and new memory are no work."""
+
+    def __init__(self) -> None:
+        """Begin without any work."""
+        super().__init__()
+        self.work = Work(0, 0, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operator and count it."""
+        out = func(*args, **(kwargs or {}))
+        if func.is_view or "empty" in func.__name__ or not isinstance(out, Tensor):
+            return out
+        inputs = [x for x in args if isinstance(x, Tensor)]
+        macs = out.numel() * inputs[-1].shape[-2] if "mm" in func.__name__ else 0
+        operators, moved, done = self.work
+        moved += sum(map(tensor_bytes, [*inputs, out]))
+        self.work = Work(operators + 1, moved, done + macs)
+        return out
+
+
+def tensor_bytes(x: Tensor) -> int:
+    """Return the bytes of a tensor; a dimension that is expanded counts once."""
+    count = 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        count *= size if stride else 1
+    return count * x.element_size()
+
+
+def record_launches(step: Callable[[], None]) -> tuple[list[Launch], Work]:
+    """Return the launches of a step on meta tensors, in order, and the work of torch."""
     found: list[Launch] = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -69,13 +115,14 @@ def record_launches(step: Callable[[], None]) -> list[Launch]:
         sizes = grid(arguments) if callable(grid) else grid
         found.append(Launch(kernel, tuple(map(int, sizes)), arguments))
 
-    with mock.patch.object(JITFunction, "run", record):
+    counter = _CountWork()
+    with mock.patch.object(JITFunction, "run", record), counter:
         step()
-    return found
+    return found, counter.work
 
 
 def name_launches(launches: list[Launch]) -> list[str]:
-    """Return the kernel of each launch, with the constants that differ between its launches."""
+    """Return the kernel of each launch, with a constant that differs between its launches."""
     names = []
     for launch in launches:
         kernel = launch.kernel.fn.__name__
@@ -85,8 +132,7 @@ def name_launches(launches: list[Launch]) -> list[str]:
         }
         name = kernel.strip("_").removesuffix("_kernel")
         if differ:
-            key = "FROM_KEYS" if "FROM_KEYS" in differ else next(iter(differ))
-            name += f" {key}={int(differ[key])}"
+            name += " " + ", ".join(f"{key}={x}" for key, x in list(differ.items())[:1])
         names.append(name)
     return names
 
@@ -105,9 +151,12 @@ def compile_launch(launch: Launch, architecture: int) -> Any:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if parameter.do_not_specialize:
             continue
+        # As at a launch: an integer of 1 is a constant, and alignment to 16 bytes is used.
+        if isinstance(value, Tensor):
+            whole, value = True, value.storage_offset() * value.element_size()
         if whole and value == 1:
             signature[parameter.name], constants[parameter.name] = "constexpr", 1
-        elif isinstance(value, Tensor) or (whole and value % 16 == 0):
+        elif whole and value % 16 == 0:
             attributes[(position,)] = [["tt.divisibility", 16]]
     assert not arguments, f"unknown arguments of the kernel: {', '.join(arguments)}"
     source = ASTSource(launch.kernel, signature, constants, attributes)

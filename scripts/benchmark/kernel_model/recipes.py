@@ -1,5 +1,6 @@
-"""Attention layers of the recipes, and a step of each on tensors of any device."""
+"""Attention layers of the recipes, and their forward and backward on any device."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from irpe_core import parse_rpe_spec
 from irpe_core.buckets import grid_buckets
 
-__all__ = ["QUICK", "RECIPES", "Recipe", "attention_step"]
+__all__ = ["QUICK", "RECIPES", "Recipe", "attention_steps"]
 
 
 class Recipe(NamedTuple):
@@ -78,8 +79,8 @@ RECIPES = [
 QUICK = [_detr(25, 42, "qkv", torch.bfloat16)]
 
 
-def attention_step(recipe: Recipe, device: str) -> None:
-    """Call the Triton attention of a layer, forward and backward.
+def attention_steps(recipe: Recipe, device: str) -> dict[str, Callable[[], None]]:
+    """Return the Triton attention of a layer as two steps, to be called in this order.
 
     On `meta`, the kernels must be replaced. On `cpu`, they must run in the interpreter. All values
     are zero, and no key is padded.
@@ -94,15 +95,23 @@ def attention_step(recipe: Recipe, device: str) -> None:
 
     batch, heads, tokens, dim = recipe.batch, recipe.heads, buckets.num_tokens, recipe.head_dim
     qkv = tensor(batch, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4).unbind()
-    tables = [
+    table_k, table_q, table_v = (
         tensor(1, dim, buckets.num_lookups) if letter in config.rpe_on else None for letter in "kqv"
-    ]
-    if tables[2] is not None:
-        tables[2] = tables[2].transpose(1, 2)
+    )
+    if table_v is not None:
+        table_v = tensor(1, buckets.num_lookups, dim)
     padding = tensor(batch, tokens, dtype=torch.bool) if recipe.has_padding else None
-    inputs = (*qkv, *tables, buckets, padding, tensor(1, dtype=torch.int64))
+    seed = tensor(1, dtype=torch.int64)
+    inputs = (*qkv, table_k, table_q, table_v, buckets, padding, seed)
     numbers = (dim**-0.5, recipe.dropout_p)
-    outputs = triton_kernels.attention_forward(*inputs, *numbers)
     # The gradient of the output has the memory order of the output, (B, L, H, d).
     grad_out = tensor(batch, tokens, heads, dim).transpose(1, 2)
-    triton_kernels.attention_backward(grad_out, *inputs, *outputs, *numbers)
+    outputs: list[Tensor] = []
+
+    def forward() -> None:
+        outputs[:] = triton_kernels.attention_forward(*inputs, *numbers)
+
+    def backward() -> None:
+        triton_kernels.attention_backward(grad_out, *inputs, *outputs, *numbers)
+
+    return {"forward": forward, "backward": backward}

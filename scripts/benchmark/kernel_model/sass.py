@@ -9,50 +9,25 @@ it belongs to none, so it is rather counted too often.
 
 import ast
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from scripts.benchmark.kernel_model.opcodes import kind_of
 from scripts.benchmark.kernel_model.trip_counts import Counts, Place
 
 __all__ = [
-    "KINDS",
     "Block",
     "Instruction",
     "Loop",
     "Program",
     "Trips",
     "Weights",
-    "access_bytes",
-    "disassemble",
-    "kind_of",
-    "mma_macs",
     "parse",
     "weigh",
 ]
 
-# Kinds of instructions, by the beginning of the opcode; the first match counts.
-_KINDS = {
-    "tensor": r"[HIDBQ]MMA|[HIQB]GMMA",
-    "MUFU": r"MUFU",
-    "FP32": r"F(ADD|MUL|FMA|MNMX|SETP|SET|SEL|CHK|SWZADD)|H(ADD2|MUL2|FMA2|MNMX2|SETP2|SET2)",
-    "convert": r"F2F|F2I|I2F|I2FP|F2FP|FRND|F2IP|I2I",
-    "shuffle": r"SHFL|REDUX|MATCH|VOTE",
-    "shared": r"LDS|STS|STAS|ATOMS",
-    "local": r"LDL|STL",
-    "global": r"LDG|STG|LD$|ST$|ATOM|RED$|RED\.|UTMA|UBLKCP|CCTL",
-    "control": r"BRA|BRX|EXIT|RET|CALL|BAR|BSSY|BSYNC|BREAK|NOP|DEPBAR|LDGDEPBAR|WARPSYNC|WARPGROUP"
-    r"|YIELD|MEMBAR|ERRBAR|FENCE|SYNCS|NANOSLEEP|UCGABAR|BMOV|JMP|KILL|ARRIVES|ACQ|BPT",
-    "integer": r"I(MAD|ADD|ABS|SETP|MNMX|DP|SCADD)|VIADD|VIMNMX|VABSDIFF|LOP|PLOP|SHF|SHL|SHR|LEA|SEL"
-    r"|PRMT|SGXT|BMSK|POPC|FLO|BREV|P2R|R2P|MOV|U",
-    "other": r"",
-}
-KINDS = tuple(_KINDS)
-
-_TOOLS = Path("backends", "nvidia", "bin")
 _LINE = re.compile(
     r"/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>[^;]*);"
 )
@@ -119,36 +94,6 @@ class Program(NamedTuple):
         """Return the position of the innermost loop with a block, or -1."""
         inside = [n for n, loop in enumerate(self.loops) if block in loop.blocks]
         return min(inside, key=lambda n: len(self.loops[n].blocks), default=-1)
-
-
-@cache
-def kind_of(opcode: str) -> str:
-    """Return the kind of an opcode."""
-    return next(kind for kind, pattern in _KINDS.items() if re.match(pattern, opcode))
-
-
-def mma_macs(opcode: str) -> int:
-    """Return the multiplications of a tensor core instruction of one warp."""
-    shape = re.search(r"[A-Z]GMMA\.(\d+)x(\d+)x(\d+)", opcode)
-    if shape:
-        # Four warps issue it together.
-        return int(shape[1]) * int(shape[2]) * int(shape[3]) // 4
-    shape = re.search(r"MMA\.(\d{1,2}?)(8)(\d{1,3})\.", opcode)
-    if not shape:
-        raise ValueError(f"the shape of the instruction must be known, got {opcode}")
-    return int(shape[1]) * int(shape[2]) * int(shape[3])
-
-
-def disassemble(cubin: bytes) -> str:
-    """Return the disassembly of a compiled kernel with the lines of its source."""
-    import triton
-
-    tool = Path(triton.__file__).parent / _TOOLS / "nvdisasm"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        command = [str(tool), "-c", "-gi", str(path)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def parse(text: str) -> Program:
@@ -438,10 +383,3 @@ def _copies(large: list[Instruction], small: list[Instruction]) -> int:
     few, many = (Counter((x.place, x.opcode) for x in part) for part in (small, large))
     ratios = sorted(many[key] / times for key, times in few.items() if key in many)
     return max(1, round(ratios[len(ratios) // 2])) if ratios else 1
-
-
-def access_bytes(opcode: str) -> int:
-    """Return the bytes that one thread loads or stores with an instruction of global memory."""
-    if match := re.search(r"\.(128|64)\b", opcode):
-        return int(match[1]) // 8
-    return 1 if re.search(r"\.[US]8", opcode) else 2 if re.search(r"\.[US]16", opcode) else 4

@@ -1,6 +1,6 @@
 """Count how often the loops and branches of Triton kernels run, in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python -m scripts.benchmark.kernel_model.trip_counts RECIPE PROGRAMS ARCH
+    TRITON_INTERPRET=1 python -m scripts.benchmark.kernel_model.trip_counts RECIPE TRIPS ARCH
 
 The kernels are Python code in the interpreter. A counter is put into the body of every loop and
 branch, and some programs of every launch run, spread evenly over its grid. The sizes are those of
@@ -19,10 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from scripts.benchmark.kernel_model.launches import pretend_capability
-from scripts.benchmark.kernel_model.recipes import RECIPES, Recipe, attention_step
+from scripts.benchmark.kernel_model.recipes import RECIPES, Recipe, attention_steps
 
 __all__ = ["Counts", "Place", "count_trips"]
 
@@ -56,9 +54,21 @@ class Counts(NamedTuple):
         return sum(n * times for n, times in self.entered[place].items()) / self.programs
 
 
-def count_trips(recipe: Recipe, programs: int, architecture: int) -> list[Counts]:
-    """Count in a process of its own, because the interpreter is chosen when Triton is imported."""
-    command = [sys.executable, "-m", __spec__.name, recipe.name, str(programs), str(architecture)]
+def count_trips(recipe: Recipe, trips: int, architecture: int) -> list[Counts]:
+    """Return the counts of every launch of a recipe.
+
+    They are counted in a process of its own, because Triton chooses the interpreter when it is
+    imported.
+
+    Args:
+        recipe: Recipe.
+        trips: About how many trips to count per launch, which decides how many programs run.
+        architecture: 80 or 90, the architecture that the launchers find.
+
+    Raises:
+        subprocess.CalledProcessError: A kernel fails in the interpreter.
+    """
+    command = [sys.executable, "-m", __spec__.name, recipe.name, str(trips), str(architecture)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
@@ -107,6 +117,10 @@ class _Counter:
         else:
             self.branches[key] = self.branches.get(key, 0) + 1
 
+    def clear(self) -> None:
+        """Forget all counts."""
+        self.trips, self.branches, self.macs = {}, {}, 0
+
     def report(self, kernel: str, programs: int) -> dict[str, Any]:
         """Return all counts in types of JSON."""
         entered: dict[str, dict[int, int]] = {}
@@ -151,18 +165,14 @@ def _main(argv: list[str]) -> None:
     class Transformer(interpreter.ASTTransformer):
         """The interpreter's own changes, and a counter in every loop and branch."""
 
-        def _loop(self, node: Any) -> list[ast.stmt]:
-            node = self.generic_visit(node)
-            node.body.insert(0, _call("trip", node.lineno))
-            return [_call("enter", node.lineno), node]
-
-        visit_For = visit_While = _loop
-
-        def visit_If(self, node: ast.If) -> ast.If:
-            """Count both branches."""
-            node = self.generic_visit(node)
-            for branch in (node.body, node.orelse):
-                if branch:
+        def visit(self, node: ast.AST) -> Any:
+            """Change a node and its children."""
+            node = super().visit(node)
+            if isinstance(node, ast.For | ast.While):
+                node.body.insert(0, _call("trip", node.lineno))
+                return [_call("enter", node.lineno), node]
+            if isinstance(node, ast.If):
+                for branch in filter(None, (node.body, node.orelse)):
                     branch.insert(0, _call("branch", branch[0].lineno))
             return node
 
@@ -193,11 +203,14 @@ def _main(argv: list[str]) -> None:
         )
         sizes[:] = [*map(int, grid), 1, 1][:3]
         total = sizes[0] * sizes[1] * sizes[2]
-        sample[:] = spread(total, min(wanted, total))
-        counter.trips.clear(), counter.branches.clear()
-        counter.macs = 0
-        with torch.no_grad():
+        # The trips of one program decide how many programs run.
+        number = 1
+        for _ in range(2):
+            sample[:] = spread(total, number)
+            counter.clear()
             run_all(self, *args, grid=(len(sample),), warmup=warmup, **kwargs)
+            trips = sum(map(sum, counter.trips.values()))
+            number = min(total, 60, max(4, wanted // max(1, trips)))
         found.append(counter.report(self.fn.__name__, len(sample)))
 
     counter.launch = run.__code__
@@ -208,7 +221,8 @@ def _main(argv: list[str]) -> None:
     builder.set_grid_dim = lambda *_: set_dim(*sizes)
     interpreter.InterpretedFunction.run = run
     with pretend_capability(architecture):
-        attention_step(recipe, "cpu")
+        for step in attention_steps(recipe, "cpu").values():
+            step()
     print(json.dumps(found))
 
 
