@@ -4,6 +4,7 @@ Launches are recorded in `JITFunction.run`, through which every launch goes, so 
 up by its name.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -160,4 +161,7 @@ def compile_launch(launch: Launch, architecture: int) -> Any:
             attributes[(position,)] = [["tt.divisibility", 16]]
     assert not arguments, f"unknown arguments of the kernel: {', '.join(arguments)}"
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    target = GPUTarget("cuda", architecture, 32)
+    # Triton's cache holds the same kernel of another checkout, with paths of that one.
+    with mock.patch.dict(os.environ, {"TRITON_ALWAYS_COMPILE": "1"}):
+        return triton.compile(source, target=target, options=options)
