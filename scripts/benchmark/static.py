@@ -223,14 +223,19 @@ def write(path: Path, rows: list[dict[str, Any]], layers: list[dict[str, Any]]) 
     from scripts.benchmark.kernel_model.gpus import GPUS
 
     report = {
-        "note": "estimates of a model, not measurements: scripts/benchmark/static.py",
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "note": ["estimates of a model, not measurements: scripts/benchmark/static.py"],
+        "versions": [{"torch": torch.__version__, "triton": triton.__version__}],
         "gpus": [gpu._asdict() for gpu in GPUS.values()],
         "layers_us": layers,
         "kernels": rows,
     }
+    # One line for every item, which is small and can be compared with `git diff`.
+    parts = [
+        f"{json.dumps(name)}: [\n" + ",\n".join(map(json.dumps, items)) + "\n]"
+        for name, items in report.items()
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -13,47 +13,23 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import NamedTuple
 
-import torch
-import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
 
-from irpe_core import parse_rpe_spec
-from irpe_core.buckets import grid_buckets
-from rpe_ops import triton_kernels
-from rpe_ops.triton_kernels import backward, forward, sums
+from scripts.benchmark.kernel_model.launches import (
+    Launch,
+    compile_launch,
+    name_launches,
+    pretend_capability,
+    record_launches,
+)
+from scripts.benchmark.kernel_model.recipes import QUICK, RECIPES, Recipe, attention_steps
 
-__all__ = ["ARCHITECTURES", "MAX_SPILL_BYTES", "QUICK", "RECIPES", "Recipe", "Usage", "main"]
+__all__ = ["ARCHITECTURES", "MAX_SPILL_BYTES", "Usage", "main"]
 
 ARCHITECTURES = (80, 90)
 MAX_SPILL_BYTES = 0
-
-
-class Recipe(NamedTuple):
-    """Attention layer of a recipe."""
-
-    name: str
-    spec: str
-    height: int
-    width: int
-    skip: int
-    head_dim: int
-    dtype: torch.dtype
-    dropout_p: float
-    has_padding: bool
-
-
-class Launch(NamedTuple):
-    """A kernel and the arguments of its launch."""
-
-    name: str
-    kernel: triton.JITFunction
-    arguments: dict[str, Any]
 
 
 class Usage(NamedTuple):
@@ -64,90 +40,16 @@ class Usage(NamedTuple):
     shared: int
 
 
-def _deit(name: str, letters: str) -> Recipe:
-    spec = f"rpe-1.9-product-ctx-1-{letters}"
-    return Recipe(f"{name} {letters}", spec, 14, 14, 1, 64, torch.bfloat16, 0.0, False)
+def launches(recipe: Recipe, architecture: int) -> list[Launch]:
+    """Return every kernel launch of a training step, forward and backward."""
+    with pretend_capability(architecture):
+        steps = attention_steps(recipe, "meta")
+        return [launch for step in steps.values() for launch in record_launches(step)[0]]
 
 
-def _detr(height: int, width: int, letters: str, dtype: torch.dtype) -> Recipe:
-    name = f"DETR {height}x{width} {letters} {str(dtype).removeprefix('torch.')}"
-    spec = f"rpe-2.0-product-ctx-1-{letters}"
-    return Recipe(name, spec, height, width, 0, 32, dtype, 0.1, True)
-
-
-RECIPES = [
-    _deit("DeiT-S/B", "k"),
-    _deit("DeiT-S/B", "qkv"),
-    *(
-        _detr(height, width, letters, dtype)
-        for height, width in ((25, 42), (50, 84))
-        for letters in ("k", "qkv")
-        for dtype in (torch.bfloat16, torch.float16)
-    ),
-    _detr(25, 42, "k", torch.float32),
-]
-QUICK = [_detr(25, 42, "qkv", torch.bfloat16)]
-
-
-def launches(recipe: Recipe) -> list[Launch]:
-    """Return every kernel launch of a step, forward and backward."""
-    config = parse_rpe_spec(recipe.spec, skip=recipe.skip)
-    buckets = grid_buckets(config, recipe.height, recipe.width, "meta")
-
-    def tensor(*shape: int, dtype: torch.dtype = recipe.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    tokens, heads = buckets.num_tokens, 6
-    qkv = tensor(2, tokens, 3, heads, recipe.head_dim).permute(2, 0, 3, 1, 4).unbind()
-    table = tensor(1, recipe.head_dim, buckets.num_lookups)
-    tables = [table if letter in config.rpe_on else None for letter in "kq"]
-    tables.append(table.transpose(1, 2) if "v" in config.rpe_on else None)
-    padding = tensor(2, tokens, dtype=torch.bool) if recipe.has_padding else None
-    inputs = (*qkv, *tables, buckets, padding, tensor(1, dtype=torch.int64))
-    numbers = (recipe.head_dim**-0.5, recipe.dropout_p)
-    found: list[Launch] = []
-    with (
-        _recorded(forward, "_forward_kernel", found),
-        _recorded(sums, "_sums_kernel", found),
-        _recorded(backward, "_backward_kernel", found),
-    ):
-        outputs = triton_kernels.attention_forward(*inputs, *numbers)
-        grad_out = tensor(*qkv[0].shape)
-        triton_kernels.attention_backward(grad_out, *inputs, *outputs, *numbers)
-    return found
-
-
-def _recorded(module: Any, name: str, found: list[Launch]) -> Any:
-    """Replace a kernel by a recorder."""
-    kernel = getattr(module, name)
-
-    def record(**arguments: Any) -> None:
-        side = {None: "", False: " queries", True: " keys"}[arguments.get("FROM_KEYS")]
-        found.append(Launch(name.strip("_").removesuffix("_kernel") + side, kernel, arguments))
-
-    recorder = mock.MagicMock()
-    recorder.__getitem__.return_value = record
-    return mock.patch.object(module, name, recorder)
-
-
-def compile_launch(launch: Launch, architecture: int) -> Usage:
-    """Compile a launch for `sm_{architecture}`."""
-    arguments = dict(launch.arguments)
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
-    signature, constants, attributes = {}, {}, {}
-    for position, parameter in enumerate(launch.kernel.params):
-        value = arguments.pop(parameter.name)
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        signature[parameter.name] = triton.runtime.jit.mangle_type(value)
-        is_multiple = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if is_multiple and not parameter.do_not_specialize:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    assert not arguments, f"unknown arguments of the kernel: {', '.join(arguments)}"
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options=options)
+def usage(launch: Launch, architecture: int) -> Usage:
+    """Compile a launch for `sm_{architecture}` and return its resources."""
+    compiled = compile_launch(launch, architecture)
     registers, spills = _ask_ptxas(compiled.asm["ptx"], architecture)
     return Usage(registers, spills, compiled.metadata.shared)
 
@@ -166,22 +68,30 @@ def _ask_ptxas(ptx: str, architecture: int) -> tuple[int, int]:
     return registers, int(spilled[1]) + int(spilled[2])
 
 
+def _tile(launch: Launch) -> str:
+    """Return the sizes of a launch's blocks and its warps."""
+    prefix = "BLOCK_"
+    sizes = [(name, x) for name, x in launch.constants.items() if name.startswith(prefix)]
+    blocks = " ".join(f"{name.removeprefix(prefix).lower()} {x}" for name, x in sizes)
+    return f"{blocks}, {launch.num_warps}"
+
+
 def main(argv: list[str]) -> int:
     """Compile all launches, print them as rows and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one recipe only")
     recipes = QUICK if parser.parse_args(argv).quick else RECIPES
-    print("| recipe | kernel | tile, warps | arch | registers | spill bytes | shared memory |")
+    print("| recipe | kernel | blocks, warps | arch | registers | spill bytes | shared memory |")
     print("|---|---|---|---|---|---|---|")
     status = 0
     for recipe in recipes:
-        for launch in launches(recipe):
-            tile = "{BLOCK_OWN}x{BLOCK_OTHER}, {num_warps}".format_map(launch.arguments)
-            for architecture in ARCHITECTURES:
-                usage = compile_launch(launch, architecture)
-                cells = (recipe.name, launch.name, tile, f"sm_{architecture}", *usage)
+        for architecture in ARCHITECTURES:
+            found = launches(recipe, architecture)
+            for name, launch in zip(name_launches(found), found, strict=True):
+                used = usage(launch, architecture)
+                cells = (recipe.name, name, _tile(launch), f"sm_{architecture}", *used)
                 print("|", " | ".join(map(str, cells)), "|", flush=True)
-                status |= usage.spills > MAX_SPILL_BYTES
+                status |= used.spills > MAX_SPILL_BYTES
     return status
 
 

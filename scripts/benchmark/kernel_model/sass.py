@@ -141,7 +141,8 @@ def _blocks(instructions: list[Instruction], labels: dict[str, int]) -> dict[int
         elif _BRANCH.match(last.opcode):
             # A call of a label in the kernel is a branch. Calls of functions return.
             target = _TARGET.search(", ".join(last.operands))
-            if target and target[1] in labels:
+            # `BRA.DIV` is taken by a warp whose threads have separated, which these kernels avoid.
+            if target and target[1] in labels and not last.opcode.startswith("BRA.DIV"):
                 following = [labels[target[1]], *(following if guarded else [])]
         blocks[start] = Block(instructions[start:end], following)
     return blocks
