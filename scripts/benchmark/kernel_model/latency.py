@@ -14,9 +14,9 @@ import re
 from scripts.benchmark.kernel_model.opcodes import access_bytes
 from scripts.benchmark.kernel_model.sass import Instruction, Program, Weights
 
-__all__ = ["warp_cycles"]
+__all__ = ["LATENCY", "warp_cycles"]
 
-_LATENCY = {
+LATENCY = {
     "tensor": 33,
     "MUFU": 22,
     "FP32": 4,
@@ -57,7 +57,7 @@ def _follow(body: list[Instruction], trips: int) -> float:
         for x in body:
             written, read = _registers(x)
             clock = max([clock, *(ready.get(name, 0.0) for name in read)]) + 1
-            latency = _LATENCY[x.kind]
+            latency = LATENCY[x.kind]
             if x.opcode.startswith("LDGSTS"):
                 copies = clock + latency
             elif x.opcode.startswith("LDGDEPBAR"):

@@ -16,13 +16,17 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from scripts.benchmark.kernel_model.launches import pretend_capability
 from scripts.benchmark.kernel_model.recipes import RECIPES, Recipe, attention_steps
 
-__all__ = ["Counts", "Place", "count_trips"]
+__all__ = ["Counts", "Place", "count_trips", "counting", "spread"]
 
 ROOT = Path(__file__).parents[3]
 _COUNTER = "_count_trips_of_this_place"
@@ -73,20 +77,19 @@ def count_trips(recipe: Recipe, trips: int, architecture: int) -> list[Counts]:
     run = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
-    found = []
-    for row in json.loads(run.stdout.splitlines()[-1]):
-        entered = {
-            _place(key): {int(n): times for n, times in trips.items()}
-            for key, trips in row["entered"].items()
+    rows = json.loads(run.stdout.splitlines()[-1])
+    for row in rows:
+        row["entered"] = {
+            _place(place): {int(n): times for n, times in lengths.items()}
+            for place, lengths in row["entered"]
         }
-        branches = {_place(key): times for key, times in row["branches"].items()}
-        found.append(Counts(row["kernel"], row["programs"], entered, branches, row["macs"]))
-    return found
+        row["branches"] = {_place(place): times for place, times in row["branches"]}
+    return [Counts(**row) for row in rows]
 
 
-def _place(key: str) -> Place:
-    """Read a place."""
-    return tuple((name, int(line)) for name, _, line in (x.rpartition(":") for x in key.split(">")))
+def _place(lines: list[list]) -> Place:
+    """Return a place that was read from JSON."""
+    return tuple((name, line) for name, line in lines)
 
 
 class _Counter:
@@ -94,12 +97,10 @@ class _Counter:
 
     def __init__(self) -> None:
         """Begin without any count."""
-        self.trips: dict[str, list[int]] = {}
-        self.branches: dict[str, int] = {}
-        self.macs = 0
         self.files: set[str] = set()
         # Code of the function that launches a kernel; the frames above it are no kernel's.
         self.launch: Any = None
+        self.clear()
 
     def __call__(self, kind: str) -> None:
         """Count one place; the caller's line is its line."""
@@ -107,28 +108,27 @@ class _Counter:
         frame: Any = sys._getframe(1)
         while frame.f_code is not self.launch:
             if frame.f_code.co_filename in self.files:
-                lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+                lines.append((frame.f_code.co_filename, frame.f_lineno))
             frame = frame.f_back
-        key = ">".join(reversed(lines))
+        place = tuple(reversed(lines))
         if kind == "enter":
-            self.trips.setdefault(key, []).append(0)
+            self.lengths.setdefault(place, []).append(0)
         elif kind == "trip":
-            self.trips[key][-1] += 1
+            self.lengths[place][-1] += 1
         else:
-            self.branches[key] = self.branches.get(key, 0) + 1
+            self.branches[place] += 1
 
     def clear(self) -> None:
         """Forget all counts."""
-        self.trips, self.branches, self.macs = {}, {}, 0
+        # For every loop, the trips of each time it was entered.
+        self.lengths: dict[Place, list[int]] = {}
+        self.branches: Counter[Place] = Counter()
+        self.macs = 0
 
-    def report(self, kernel: str, programs: int) -> dict[str, Any]:
-        """Return all counts in types of JSON."""
-        entered: dict[str, dict[int, int]] = {}
-        for key, trips in self.trips.items():
-            entered[key] = {n: trips.count(n) for n in sorted(set(trips))}
-        macs, branches = self.macs, dict(self.branches)
-        row = {"kernel": kernel, "programs": programs, "entered": entered}
-        return row | {"branches": branches, "macs": macs}
+    def report(self, kernel: str, programs: int) -> Counts:
+        """Return all counts."""
+        entered = {place: dict(Counter(lengths)) for place, lengths in self.lengths.items()}
+        return Counts(kernel, programs, entered, dict(self.branches), self.macs)
 
 
 def _call(kind: str, line: int) -> ast.Expr:
@@ -153,14 +153,28 @@ def spread(total: int, number: int) -> list[int]:
     return [n * distance % total for n in range(number)]
 
 
-def _main(argv: list[str]) -> None:
-    """Count one recipe and print the counts of every launch as JSON."""
+@contextmanager
+def counting(trips: int) -> Iterator[list[Counts]]:
+    """Count the launches of kernels in the interpreter, and run only some programs of each.
+
+    Kernels that have run in the interpreter before cannot be counted.
+
+    Args:
+        trips: About how many trips to count per launch, which decides how many programs run.
+
+    Yields:
+        Counts of every launch so far, in order.
+    """
     from triton.runtime import interpreter
 
-    recipe = next(recipe for recipe in RECIPES if recipe.name == argv[0])
-    wanted, architecture = int(argv[1]), int(argv[2])
     counter = _Counter()
-    found: list[dict[str, Any]] = []
+    found: list[Counts] = []
+    builder = interpreter.interpreter_builder
+    function, rewriter = interpreter.InterpretedFunction, interpreter.FunctionRewriter
+    run_launch, rewrite_source = function.run, rewriter.rewrite_ast
+    set_idx, set_dim, dot = builder.set_grid_idx, builder.set_grid_dim, builder.create_dot
+    sizes: list[int] = []
+    sample: list[int] = []
 
     class Transformer(interpreter.ASTTransformer):
         """The interpreter's own changes, and a counter in every loop and branch."""
@@ -176,31 +190,25 @@ def _main(argv: list[str]) -> None:
                     branch.insert(0, _call("branch", branch[0].lineno))
             return node
 
-    run_rewriter = interpreter.FunctionRewriter.rewrite_ast
-
     def rewrite(self: Any) -> Any:
-        function = run_rewriter(self)
+        rewritten = rewrite_source(self)
         counter.files.add(self.filename)
-        return function
-
-    builder = interpreter.interpreter_builder
-    set_idx, set_dim, dot = builder.set_grid_idx, builder.set_grid_dim, builder.create_dot
-    run_all = interpreter.InterpretedFunction.run
-    sample: list[int] = []
-    sizes: list[int] = []
+        return rewritten
 
     def set_sampled(x: int, y: int, z: int) -> None:
         program = sample[x]
         set_idx(program % sizes[0], program // sizes[0] % sizes[1], program // sizes[0] // sizes[1])
+
+    def set_all(*_: int) -> None:
+        set_dim(*sizes)
 
     def count_dot(a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
         counter.macs += a.data.size * b.data.shape[-1]
         return dot(a, b, *args, **kwargs)
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        grid = (
-            grid(dict(zip(self.arg_names, args, strict=False)) | kwargs) if callable(grid) else grid
-        )
+        if callable(grid):
+            grid = grid(dict(zip(self.arg_names, args, strict=False)) | kwargs)
         sizes[:] = [*map(int, grid), 1, 1][:3]
         total = sizes[0] * sizes[1] * sizes[2]
         # The trips of one program decide how many programs run.
@@ -208,22 +216,38 @@ def _main(argv: list[str]) -> None:
         for _ in range(2):
             sample[:] = spread(total, number)
             counter.clear()
-            run_all(self, *args, grid=(len(sample),), warmup=warmup, **kwargs)
-            trips = sum(map(sum, counter.trips.values()))
-            number = min(total, 60, max(4, wanted // max(1, trips)))
-        found.append(counter.report(self.fn.__name__, len(sample)))
+            run_launch(self, *args, grid=(number,), warmup=warmup, **kwargs)
+            counted = counter.report(self.fn.__name__, number)
+            per_program = max(1, round(sum(map(counted.trips, counted.entered)) / number))
+            number = min(total, 60, max(4, trips // per_program))
+        found.append(counted)
 
     counter.launch = run.__code__
-    setattr(interpreter, _COUNTER, counter)
-    interpreter.FunctionRewriter.ast_transformer = Transformer()
-    interpreter.FunctionRewriter.rewrite_ast = rewrite
-    builder.set_grid_idx, builder.create_dot = set_sampled, count_dot
-    builder.set_grid_dim = lambda *_: set_dim(*sizes)
-    interpreter.InterpretedFunction.run = run
-    with pretend_capability(architecture):
+    with (
+        mock.patch.object(interpreter, _COUNTER, counter, create=True),
+        mock.patch.object(rewriter, "ast_transformer", Transformer()),
+        mock.patch.object(rewriter, "rewrite_ast", rewrite),
+        mock.patch.object(function, "run", run),
+        mock.patch.object(builder, "set_grid_idx", set_sampled),
+        mock.patch.object(builder, "set_grid_dim", set_all),
+        mock.patch.object(builder, "create_dot", count_dot),
+    ):
+        yield found
+
+
+def _main(argv: list[str]) -> None:
+    """Count one recipe and print the counts of every launch as JSON."""
+    name, trips, architecture = argv
+    recipe = next(recipe for recipe in RECIPES if recipe.name == name)
+    with pretend_capability(int(architecture)), counting(int(trips)) as found:
         for step in attention_steps(recipe, "cpu").values():
             step()
-    print(json.dumps(found))
+    # A place is no key of JSON.
+    rows = [
+        counts._replace(entered=[*counts.entered.items()], branches=[*counts.branches.items()])
+        for counts in found
+    ]
+    print(json.dumps([row._asdict() for row in rows]))
 
 
 if __name__ == "__main__":
