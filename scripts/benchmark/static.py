@@ -22,13 +22,17 @@ parts of a tile count, so a tile that hangs over the edge costs more per pair. B
                programs that an SM holds at a time (`kernel_model.latency`)
     memory     all tensors of the launch, each moved once, at the full bandwidth
 
-Assumptions: boost clock; whole waves, the SM with most programs counts; accesses of shared memory
-without bank conflicts and of global memory coalesced; loads hit L2; warps of a program do not
-overlap at its barriers beyond other programs; blocks that some trips skip are counted by the branch
-of the source they belong to. Not modeled: caches, launches, the tail of a wave, clocks under load.
+`MB moved` is all tensors once, and `reuse` is how often the instructions read and write them.
+
+Assumptions: boost clock and full bandwidth of the memory; the SM with most programs decides, in
+whole waves; no bank conflicts in shared memory; loads hit the L2 cache; in L1, a load takes as long
+as its bytes, as if they were adjacent, although a load of lookups from many rows takes longer; a
+block that some trips skip runs as often as the branch of the source it belongs to. Not modeled:
+the time of a launch, misses of caches, lower clocks under load.
+
 A kernel takes at least the largest of issue, unit and memory. If the latency is larger, too few
-warps are resident to hide it. Torch's operators around the kernels are listed with the bytes of
-their inputs and outputs, and the time of their products.
+warps are resident to hide it. Torch's operators around the kernels are counted by the bytes of
+their inputs and outputs, and by their products at the peak of the tensor cores.
 """
 
 import argparse
@@ -177,7 +181,8 @@ def print_header(recipe: str) -> None:
 
     print(f"\n{recipe}: instructions per pair, resources, and bounds of the model in µs\n")
     columns = ["GPU", "kernel", *KINDS, "all", "registers", "spills", "shared memory"]
-    columns += ["programs and warps per SM", "issue", "unit", "latency", "memory", "MMA/dot"]
+    columns += ["programs and warps per SM", "issue", "unit", "latency", "memory"]
+    columns += ["MB moved, reuse", "MMA/dot"]
     print("|", " | ".join(columns), "|")
     print("|" + "---|" * len(columns), flush=True)
 
@@ -189,7 +194,9 @@ def print_row(row: dict[str, Any]) -> None:
     cells += [f"{row['instructions_per_pair']:.1f}", row["registers"], row["spill_instructions"]]
     cells += [row["shared_bytes"], f"{row['programs_per_sm']}, {row['warps_per_sm']}"]
     cells += [f"{times['issue']:.0f}", f"{times['unit']:.0f} {row['busiest_unit']}"]
-    cells += [f"{times['latency']:.0f}", f"{times['memory']:.0f}", row["mma_over_dot"]]
+    cells += [f"{times['latency']:.0f}", f"{times['memory']:.0f}"]
+    reuse = row["requested_bytes"] / row["memory_bytes"]
+    cells += [f"{row['memory_bytes'] / 1e6:.0f}, {reuse:.1f}", row["mma_over_dot"]]
     print("|", " | ".join(map(str, cells)), "|", flush=True)
     for warning in row["warnings"]:
         print(f"warning: {row['kernel']}, {row['gpu']}: {warning}", file=sys.stderr)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from scripts.benchmark import static
-from scripts.benchmark.kernel_model import latency, opcodes, sass
+from scripts.benchmark.kernel_model import latency, opcodes, sass, weights
 from scripts.benchmark.kernel_model.gpus import GPUS, programs_per_sm
 from scripts.benchmark.kernel_model.trip_counts import Counts, counting, spread
 
@@ -79,7 +79,7 @@ SASS = """
 
 
 @pytest.fixture
-def walked(tmp_path: Path) -> tuple[sass.Program, sass.Weights]:
+def walked(tmp_path: Path) -> tuple[sass.Program, weights.Weights]:
     """The machine code above and how often its blocks run; 4 outer trips of 5 inner ones."""
     path = tmp_path / "kernel.py"
     path.write_text(SOURCE)
@@ -96,22 +96,22 @@ def walked(tmp_path: Path) -> tuple[sass.Program, sass.Weights]:
     # Two programs were counted, each with 4 outer trips, of which one enters the branch.
     counts = Counts("kernel", 2, {outer: {4: 2}, inner: {5: 8}}, {((str(path), 11),): 2}, 0)
     program = sass.parse(text)
-    return program, sass.weigh(program, counts)
+    return program, weights.weigh(program, counts)
 
 
 def test_loops_of_the_machine_code_run_as_often_as_those_of_the_source(walked):
-    _, weights = walked
-    assert weights.warnings == []
-    trips = {x.address: (x.source[-1][1], x.source_trips, x.copies, x.trips) for x in weights.loops}
+    _, runs = walked
+    assert runs.warnings == []
+    trips = {x.address: (x.source[-1][1], x.source_trips, x.copies, x.trips) for x in runs.loops}
     assert trips == {0x20: (8, 4, 1, 4), 0x40: (2, 20, 2, 8), 0x90: (2, 20, 1, 4)}
 
 
 def test_instructions_are_counted_by_kind(walked):
-    program, weights = walked
-    runs = dict.fromkeys(opcodes.KINDS, 0.0)
+    program, runs = walked
+    counted = dict.fromkeys(opcodes.KINDS, 0.0)
     for b, block in program.blocks.items():
         for x in block.instructions:
-            runs[x.kind] += weights.blocks[b]
+            counted[x.kind] += runs.blocks[b]
     expected = {
         "tensor": 2 * 8 + 4,
         "FP32": 2 * 8 + 4,
@@ -123,19 +123,19 @@ def test_instructions_are_counted_by_kind(walked):
         # Branches of the inner loops, three in the outer one, and the end.
         "control": 8 + 4 + 3 * 4 + 1,
     }
-    assert runs == dict.fromkeys(opcodes.KINDS, 0.0) | expected
+    assert counted == dict.fromkeys(opcodes.KINDS, 0.0) | expected
 
 
 def test_a_loop_without_a_loop_in_the_source_is_reported(walked):
     program, _ = walked
-    weights = sass.weigh(program, Counts("kernel", 1, {}, {}, 0))
-    assert [x.trips for x in weights.loops] == [1, 1, 1]
-    assert "loop at 0x20: no loop of the source, counted once" in weights.warnings
+    runs = weights.weigh(program, Counts("kernel", 1, {}, {}, 0))
+    assert [x.trips for x in runs.loops] == [1, 1, 1]
+    assert "loop at 0x20: no loop of the source, counted once" in runs.warnings
 
 
 def test_a_warp_waits_for_its_operands(walked):
-    program, weights = walked
-    cycles = latency.warp_cycles(program, weights)
+    program, runs = walked
+    cycles = latency.warp_cycles(program, runs)
     load, ffma, mma = (latency.LATENCY[kind] for kind in ("global", "FP32", "tensor"))
     # A trip of the unrolled loop is a chain of 4, as every instruction needs the one before.
     chain = 8 * (2 * (ffma + mma + 2)) + 4 * (ffma + mma + 2)

@@ -10,12 +10,19 @@ from typing import Any
 import triton
 from torch import Tensor
 
-from scripts.benchmark.kernel_model import sass
 from scripts.benchmark.kernel_model.gpus import GPUS, Gpu, programs_per_sm
 from scripts.benchmark.kernel_model.latency import warp_cycles
 from scripts.benchmark.kernel_model.launches import Launch, Work, compile_launch, tensor_bytes
-from scripts.benchmark.kernel_model.opcodes import KINDS, access_bytes, mma_macs, unit_cycles
+from scripts.benchmark.kernel_model.opcodes import (
+    KINDS,
+    access_bytes,
+    kind_of,
+    mma_macs,
+    unit_cycles,
+)
+from scripts.benchmark.kernel_model.sass import parse
 from scripts.benchmark.kernel_model.trip_counts import ROOT, Counts
+from scripts.benchmark.kernel_model.weights import Trips, weigh
 
 __all__ = ["BOUNDS", "estimate", "estimate_torch"]
 
@@ -34,8 +41,8 @@ def estimate(launch: Launch, counts: Counts, gpu: Gpu, pairs: int) -> dict[str, 
     architecture = next(number for number, other in GPUS.items() if other == gpu)
     compiled = compile_launch(launch, architecture)
     cubin = compiled.asm["cubin"]
-    program = sass.parse(_tool("nvdisasm", cubin, "-c", "-gi"))
-    weights = sass.weigh(program, counts)
+    program = parse(_tool("nvdisasm", cubin, "-c", "-gi"))
+    weights = weigh(program, counts)
     # Runs of every opcode, per warp.
     runs: Counter[str] = Counter()
     for b, block in program.blocks.items():
@@ -45,7 +52,7 @@ def estimate(launch: Launch, counts: Counts, gpu: Gpu, pairs: int) -> dict[str, 
     units: Counter[str] = Counter()
     macs = requested = 0.0
     for opcode, times in runs.items():
-        kind = sass.kind_of(opcode)
+        kind = kind_of(opcode)
         kinds[kind] += times
         for unit, cycles in unit_cycles(opcode, gpu).items():
             units[unit] += times * cycles
@@ -66,6 +73,10 @@ def estimate(launch: Launch, counts: Counts, gpu: Gpu, pairs: int) -> dict[str, 
         "memory": moved / gpu.memory,
     }
     threads = 32 * warps * launch.programs / pairs
+    ratio = _ratio(macs * warps, counts)
+    warnings = list(weights.warnings)
+    if ratio is not None and abs(ratio - 1) > 1e-3:
+        warnings.append(f"the machine code multiplies {ratio} times as often as `tl.dot`")
     return {
         "programs": launch.programs,
         "warps": warps,
@@ -82,9 +93,9 @@ def estimate(launch: Launch, counts: Counts, gpu: Gpu, pairs: int) -> dict[str, 
         "microseconds": {name: round(1e6 * x, 2) for name, x in bounds.items()},
         "memory_bytes": moved,
         "requested_bytes": round(requested * warps * launch.programs),
-        "mma_over_dot": _ratio(macs * warps, counts),
+        "mma_over_dot": ratio,
         "loops": [_loop(x) for x in weights.loops],
-        "warnings": weights.warnings,
+        "warnings": warnings,
     }
 
 
@@ -123,7 +134,7 @@ def _tool(name: str, cubin: bytes, *options: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _loop(x: sass.Trips) -> dict[str, Any]:
+def _loop(x: Trips) -> dict[str, Any]:
     """Return the trips of a loop in types of JSON, with the line of its source."""
     found: dict[str, Any] = {"address": hex(x.address), "source": None, "code": None}
     if x.source:

@@ -12,7 +12,8 @@ a loop are followed in the order of the code, without its inner loops.
 import re
 
 from scripts.benchmark.kernel_model.opcodes import access_bytes
-from scripts.benchmark.kernel_model.sass import Instruction, Program, Weights
+from scripts.benchmark.kernel_model.sass import Instruction, Program
+from scripts.benchmark.kernel_model.weights import Weights
 
 __all__ = ["LATENCY", "warp_cycles"]
 
