@@ -59,7 +59,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--recipe", nargs="+", metavar="TEXT", help="Texts in the names of recipes (default: all)"
+        "--recipe",
+        nargs="+",
+        metavar="TEXT",
+        help="Texts in the names of recipes (default: those of published configurations)",
     )
     parser.add_argument(
         "--kernel", nargs="+", metavar="TEXT", help="Texts in the names of kernels (default: all)"
@@ -87,13 +90,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("error: TRITON_INTERPRET must not be 1, because its kernels are not compiled")
     # Triton decides when it is imported whether kernels are compiled.
-    from scripts.benchmark.kernel_model.recipes import RECIPES
+    from scripts.benchmark.kernel_model.recipes import MODELED, RECIPES
 
-    recipes = [
-        recipe
-        for recipe in RECIPES
-        if recipe.dtype == torch.bfloat16 and _matches(recipe.name, args.recipe)
-    ]
+    recipes = MODELED
+    if args.recipe:
+        found = [recipe for recipe in RECIPES if _matches(recipe.name, args.recipe)]
+        recipes = [recipe for recipe in found if recipe.dtype == torch.bfloat16]
     if not recipes:
         sys.exit(f"error: --recipe must be in the name of a recipe, got {' '.join(args.recipe)}")
     rows: list[dict[str, Any]] = []

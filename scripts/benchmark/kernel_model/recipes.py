@@ -9,7 +9,7 @@ from torch import Tensor
 from irpe_core import parse_rpe_spec
 from irpe_core.buckets import grid_buckets
 
-__all__ = ["QUICK", "RECIPES", "Recipe", "attention_steps"]
+__all__ = ["MODELED", "QUICK", "RECIPES", "Recipe", "attention_steps"]
 
 
 class Recipe(NamedTuple):
@@ -77,6 +77,13 @@ RECIPES = [
     _detr(25, 42, "k", torch.float32),
 ]
 QUICK = [_detr(25, 42, "qkv", torch.bfloat16)]
+# Layers of published configurations; DETR's encode the keys only.
+MODELED = [
+    _deit("DeiT-S/B", "k"),
+    _deit("DeiT-S/B", "qkv"),
+    _detr(25, 42, "k", torch.bfloat16),
+    _detr(50, 84, "k", torch.bfloat16),
+]
 
 
 def attention_steps(recipe: Recipe, device: str) -> dict[str, Callable[[], None]]:

@@ -72,7 +72,8 @@ def count_trips(recipe: Recipe, trips: int, architecture: int) -> list[Counts]:
     Raises:
         subprocess.CalledProcessError: A kernel fails in the interpreter.
     """
-    command = [sys.executable, "-m", __spec__.name, recipe.name, str(trips), str(architecture)]
+    command = [sys.executable, "-W", "ignore", "-m", __spec__.name]
+    command += [recipe.name, str(trips), str(architecture)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
