@@ -28,14 +28,14 @@ from irpe_core import RPEAttention, parse_rpe_spec, set_implementation
 from rpe_ops import implementations
 from scripts.benchmark.timing import positive_int
 
-__all__ = ["main", "measure"]
+__all__ = ["main", "measure", "parse_args"]
 
 SPECS = ("rpe-1.9-product-ctx-1-k", "rpe-1.9-product-ctx-1-qk", "rpe-1.9-product-ctx-1-qkv")
 GRID, DIM, HEADS = (2, 2), 32, 2
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the host times and the difference to a layer without iRPE."""
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.benchmark host",
         description=__doc__,
@@ -45,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--calls", type=positive_int, default=500, help="Number of timed calls (default: 500)"
     )
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the host times and the difference to a layer without iRPE."""
+    args = parse_args(argv)
     times = measure(args.calls)
     print(_table(times))
     if args.output:
