@@ -8,8 +8,7 @@ the tables are computed by torch. Notation: rpe_ops/README.md.
 from functools import partial
 
 from rpe_ops import tables
-from rpe_ops.triton_kernels.backward import lookup_backward
-from rpe_ops.triton_kernels.forward import lookup_forward
+from rpe_ops.triton_kernels.attention import lookup_backward, lookup_forward
 from rpe_ops.triton_kernels.gather_kernels import bucket_sum, gather
 
 __all__ = ["gather", "bucket_sum", "attention_forward", "attention_backward"]

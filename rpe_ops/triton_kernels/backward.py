@@ -15,14 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from rpe_ops.grid import GridBuckets
-from rpe_ops.triton_kernels.dropout_mask import query_keys, survives
+from rpe_ops.triton_kernels.dropout_mask import survives
 from rpe_ops.triton_kernels.grid_tiles import (
-    LOG2E,
     add_by_local,
     base_buckets,
     enter_run,
     finish_run,
     gather_terms,
+    load_queries,
     load_rows,
     own_columns,
     row_tokens,
@@ -39,19 +39,6 @@ from rpe_ops.triton_kernels.launch import (
 )
 
 __all__ = ["lookup_backward"]
-
-
-@triton.jit
-def _load_queries(p_lse, p_delta, p_seed, head, o_q, m_q, HAS_DROPOUT: tl.constexpr):
-    """Load lse in base 2 and delta of every query, and compute its random words of dropout."""
-    b_lse = LOG2E * tl.load(p_lse + o_q, mask=m_q, other=0.0)
-    # An lse of inf gives weights of 0. It is set for queries without any key and outside the grid.
-    b_lse = tl.where(m_q & (b_lse != float("-inf")), b_lse, float("inf"))
-    b_delta = tl.load(p_delta + o_q, mask=m_q, other=0.0)
-    b_key0, b_key1 = o_q, o_q
-    if HAS_DROPOUT:
-        b_key0, b_key1 = query_keys(p_seed, head, o_q)
-    return b_lse, b_delta, b_key0, b_key1
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -86,7 +73,7 @@ def _backward_kernel(
     b_x = load_rows(p_x + b * x_b + h * x_h, x_l, o_own, m_own, DIM, BLOCK_DIM)
     b_y = load_rows(p_y + b * y_b + h * y_h, y_l, o_own, m_own, DIM, BLOCK_DIM)
     if not FROM_KEYS:
-        b_lse, b_delta, b_key0, b_key1 = _load_queries(
+        b_lse, b_delta, b_key0, b_key1 = load_queries(
             p_lse, p_delta, p_seed, head, o_own, m_own, HAS_DROPOUT
         )
         b_lse, b_delta = b_lse[:, None], b_delta[:, None]
@@ -123,7 +110,7 @@ def _backward_kernel(
                 )  # fmt: skip
                 if FROM_KEYS:
                     o_keys, m_keys = o_own[:, None], m_own[:, None]
-                    b_lse, b_delta, b_key0, b_key1 = _load_queries(
+                    b_lse, b_delta, b_key0, b_key1 = load_queries(
                         p_lse, p_delta, p_seed, head, o_other, m_other, HAS_DROPOUT
                     )
                     b_lse, b_delta = b_lse[None, :], b_delta[None, :]

@@ -19,6 +19,8 @@ Notation: rpe_ops/README.md.
 import triton
 import triton.language as tl
 
+from rpe_ops.triton_kernels.dropout_mask import query_keys
+
 __all__ = [
     "LOG2E",
     "LN2",
@@ -32,6 +34,7 @@ __all__ = [
     "tile_logits",
     "add_by_local",
     "finish_run",
+    "load_queries",
     "load_rows",
 ]
 
@@ -61,6 +64,19 @@ def load_rows(p_x, stride_row, o_rows, m_rows, DIM: tl.constexpr, BLOCK_DIM: tl.
     o_dim = tl.arange(0, BLOCK_DIM)
     p_x += o_rows[:, None] * stride_row + o_dim[None, :]
     return tl.load(p_x, mask=m_rows[:, None] & (o_dim < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def load_queries(p_lse, p_delta, p_seed, head, o_q, m_q, HAS_DROPOUT: tl.constexpr):
+    """Load lse in base 2 and delta of every query, and compute its random words of dropout."""
+    b_lse = LOG2E * tl.load(p_lse + o_q, mask=m_q, other=0.0)
+    # An lse of inf gives weights of 0. It is set for queries without any key and outside the grid.
+    b_lse = tl.where(m_q & (b_lse != float("-inf")), b_lse, float("inf"))
+    b_delta = tl.load(p_delta + o_q, mask=m_q, other=0.0)
+    b_key0, b_key1 = o_q, o_q
+    if HAS_DROPOUT:
+        b_key0, b_key1 = query_keys(p_seed, head, o_q)
+    return b_lse, b_delta, b_key0, b_key1
 
 
 @triton.jit

@@ -16,6 +16,7 @@ __all__ = [
     "matrices",
     "sums_block",
     "device_of",
+    "next_power_of_2",
 ]
 
 # Triton compiles a kernel again when an integer argument becomes 1 or a multiple of 16. These sizes
@@ -53,7 +54,7 @@ def choose_tiles(
     """
     # A wider tile is used only if it covers the row with the same total number of columns.
     wide = not backward and -(-buckets.width // 32) * 2 <= -(-buckets.width // 16)
-    warps = _next_power_of_2(head_dim) // 32 * (4 if dtype == torch.float32 else 1)
+    warps = next_power_of_2(head_dim) // 32 * (4 if dtype == torch.float32 else 1)
     warps *= 2 if sums_block(buckets) > 64 else 1
     return Tiles(16, 32 if wide else 16, min(8, max(1, warps)), 1 if backward else 2)
 
@@ -99,8 +100,8 @@ def common_arguments(
         "TERMS": buckets.row_base.shape[0],
         "SEPARABLE": buckets.local.shape[1] == 1,
         "DIM": q.shape[-1],
-        "BLOCK_DIM": max(16, _next_power_of_2(q.shape[-1])),
-        "BLOCK_ROWS": _next_power_of_2(buckets.height),
+        "BLOCK_DIM": max(16, next_power_of_2(q.shape[-1])),
+        "BLOCK_ROWS": next_power_of_2(buckets.height),
         "BLOCK_OWN": tiles.own,
         "BLOCK_OTHER": tiles.other,
         "num_warps": tiles.warps,
@@ -124,7 +125,7 @@ def matrices(**named: Tensor) -> dict:
 
 def sums_block(buckets: GridBuckets) -> int:
     """Return the columns of a program's sums: all local buckets, rounded up to a power of two."""
-    return max(16, _next_power_of_2(buckets.run_width))
+    return max(16, next_power_of_2(buckets.run_width))
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
@@ -132,6 +133,6 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _next_power_of_2(number: int) -> int:
+def next_power_of_2(number: int) -> int:
     """Return the smallest power of two that is not less than `number`."""
     return 1 << (number - 1).bit_length()

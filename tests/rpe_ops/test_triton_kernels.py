@@ -3,6 +3,9 @@
 Every case compares out, sums, lse and all gradients, on memory that is NaN before it is written.
 """
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,7 +13,8 @@ pytest.importorskip("triton")
 import rpe_ops
 from irpe_core import RPEConfig, build_rpe, rpe_attention, set_implementation
 from irpe_core.buckets import grid_buckets
-from rpe_ops import triton_kernels
+from rpe_ops import tables
+from rpe_ops.triton_kernels import attention, flat_tiles
 from tests.rpe_ops.attention_cases import DEVICE, GRIDS, SETTINGS, Case, Problem, check
 from tests.rpe_ops.attention_oracle import Results
 
@@ -54,25 +58,71 @@ CASES = {
 }
 
 
+def family_kernels(family):
+    """Return the functions of `rpe_ops.triton_kernels` with one family of kernels."""
+    return SimpleNamespace(
+        attention_forward=partial(
+            tables.attention_forward, partial(attention.lookup_forward, family=family)
+        ),
+        attention_backward=partial(
+            tables.attention_backward, partial(attention.lookup_backward, family=family)
+        ),
+    )
+
+
+@pytest.fixture(params=attention.FAMILIES)
+def kernels(request):
+    """Kernels of each family."""
+    return family_kernels(request.param)
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_attention_and_gradients_follow_the_equations(case):
-    problem = Problem(case, triton_kernels)
+def test_attention_and_gradients_follow_the_equations(case, kernels):
+    problem = Problem(case, kernels)
     check(problem.by_kernels(), problem.by_oracle(), case.dtype, rounds_lookups=True)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", attention.FAMILIES)
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16], ids=str)
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}x{grid[1]}")
 @pytest.mark.parametrize("method", ["product", "euc", "quant", "cross"])
-def test_every_combination_follows_the_equations(method, grid, dtype):
+def test_every_combination_follows_the_equations(method, grid, dtype, family):
     for setting in SETTINGS:
         case = setting._replace(method=method, grid=grid, dtype=dtype)
-        problem = Problem(case, triton_kernels)
+        problem = Problem(case, family_kernels(family))
         check(problem.by_kernels(), problem.by_oracle(), dtype, rounds_lookups=True)
 
 
-def test_queries_without_any_key_yield_zeros():
-    problem = Problem(CASES["cross-qkv"]._replace(grid=(2, 2)), triton_kernels)
+def test_a_negative_scale_follows_the_equations(kernels):
+    problem = Problem(Case(rpe_on="qkv", grid=(2, 3), skip=1), kernels)
+    problem.scale = -0.5
+    check(problem.by_kernels(), problem.by_oracle(), FLOAT32)
+
+
+def test_temporary_pairs_in_several_passes_change_nothing(monkeypatch):
+    case = Case(rpe_on="qkv", grid=(3, 4), skip=1, dtype=BFLOAT16, batch=2, heads=3, dropout_p=0.1)
+    problem = Problem(case, family_kernels("flat"))
+    assert flat_tiles.heads_per_pass(problem.q, copies=2) == 6
+    expected = problem.by_kernels()
+    # Two rows of 16 elements in 16 bits, for each of 13 tokens and each of 4 heads.
+    monkeypatch.setattr(flat_tiles, "_MAX_PAIRS_BYTES", 4 * 2 * 13 * 16 * 2)
+    assert flat_tiles.heads_per_pass(problem.q, copies=2) == 3
+    monkeypatch.setattr(flat_tiles, "_MAX_PAIRS_BYTES", 1)
+    assert flat_tiles.heads_per_pass(problem.q, copies=1) == 1
+    for x, y in zip(problem.by_kernels(), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_small_grids_use_flat_tiles_and_large_ones_do_not():
+    def family(height, width):
+        return attention.choose_family(grid_buckets(RPEConfig(), height, width, "meta"))
+
+    assert [family(14, 14), family(25, 42), family(50, 84)] == ["flat", "flat", "rows"]
+
+
+def test_queries_without_any_key_yield_zeros(kernels):
+    problem = Problem(CASES["cross-qkv"]._replace(grid=(2, 2)), kernels)
     found = problem.by_kernels()
     assert torch.isneginf(found.lse[1]).all()
     for name, x in zip(Results._fields, found, strict=True):
@@ -80,14 +130,14 @@ def test_queries_without_any_key_yield_zeros():
         assert not of_images or not x[1].any(), name
 
 
-def test_two_runs_are_equal_in_every_bit():
-    problem = Problem(CASES["product-qkv-bfloat16"]._replace(grid=(2, 3), batch=1), triton_kernels)
+def test_two_runs_are_equal_in_every_bit(kernels):
+    problem = Problem(CASES["product-qkv-bfloat16"]._replace(grid=(2, 3), batch=1), kernels)
     for x, y in zip(problem.by_kernels(), problem.by_kernels(), strict=True):
         assert torch.equal(x, y)
 
 
-def test_inputs_and_gradients_of_any_strides():
-    problem = Problem(Case(rpe_on="kv", grid=(2, 3), heads=2), triton_kernels)
+def test_inputs_and_gradients_of_any_strides(kernels):
+    problem = Problem(Case(rpe_on="kv", grid=(2, 3), heads=2), kernels)
     # First strided in the last dimension, then with gaps in memory.
     for name in ("q", "v", "table_k", "table_v"):
         x = getattr(problem, name)
@@ -118,8 +168,8 @@ def test_unsupported_inputs_are_an_error_and_composed_by_rpe_attention(dtype, di
     torch.testing.assert_close(rpe_attention(q, q, q, rpe_k=module), expected)
 
 
-def test_another_seed_draws_another_mask():
-    problem = Problem(Case(grid=(2, 2), dropout_p=0.5), triton_kernels)
+def test_another_seed_draws_another_mask(kernels):
+    problem = Problem(Case(grid=(2, 2), dropout_p=0.5), kernels)
     first = problem.by_kernels().out
     problem.seed = problem.seed + 2**40
     assert not torch.equal(problem.by_kernels().out, first)

@@ -1,0 +1,59 @@
+"""Choice between the two families of attention kernels, by shape only.
+
+`flat` kernels have full tiles of tokens and load the bucket id of every pair. `rows` kernels have
+tiles of grid rows, compute the buckets from the axis offsets, and need no memory for pairs. The
+flat kernels need fewer instructions per pair, so they run wherever the ids are small
+(`rpe_ops.compact_ids`).
+"""
+
+from torch import Tensor
+
+from rpe_ops.compact_ids import is_small
+from rpe_ops.grid import GridBuckets
+from rpe_ops.triton_kernels import backward, flat_backward, flat_forward, forward
+
+__all__ = ["FAMILIES", "choose_family", "lookup_forward", "lookup_backward"]
+
+FAMILIES = ("flat", "rows")
+
+
+def choose_family(buckets: GridBuckets) -> str:
+    """Return the kernels for a grid, one of `FAMILIES`."""
+    return "flat" if is_small(buckets) else "rows"
+
+
+def lookup_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lookup_k: Tensor | None,
+    lookup_q: Tensor | None,
+    buckets: GridBuckets,
+    *rest,
+    family: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend; see `rpe_ops.reference.lookup_forward`.
+
+    The dtype must not be float64, and the head dim must be at most 128. `family` is one of
+    `FAMILIES`, by default the choice of `choose_family`.
+    """
+    kernels = {"flat": flat_forward, "rows": forward}[family or choose_family(buckets)]
+    return kernels.lookup_forward(q, k, v, lookup_k, lookup_q, buckets, *rest)
+
+
+def lookup_backward(
+    grad_out: Tensor,
+    grad_sums: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lookup_k: Tensor | None,
+    lookup_q: Tensor | None,
+    buckets: GridBuckets,
+    *rest,
+    family: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Compute the gradients; see `rpe_ops.reference.lookup_backward`, and `lookup_forward`."""
+    kernels = {"flat": flat_backward, "rows": backward}[family or choose_family(buckets)]
+    tensors = (grad_out, grad_sums, q, k, v, lookup_k, lookup_q)
+    return kernels.lookup_backward(*tensors, buckets, *rest)

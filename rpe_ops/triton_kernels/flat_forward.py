@@ -1,0 +1,163 @@
+"""Forward of fused attention over flattened tokens: one program for a block of queries of a head.
+
+    logits = scale·q kᵀ + lookup_k[i, bucket(i, j)] + lookup_q[j, bucket(j, i)]
+    A = dropout(softmax(logits)),  out = A v
+
+This is FlashAttention-2 (Dao, 2023) with lookups that are loaded per pair (`flat_tiles`). For the
+bucket sums of A, the weights of every tile are stored relative to the maximum that is known at that
+tile, and `flat_sums` rescales and sums them. Notation: rpe_ops/README.md.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rpe_ops.grid import GridBuckets
+from rpe_ops.triton_kernels.dropout_mask import query_keys, survives
+from rpe_ops.triton_kernels.flat_sums import sum_pairs
+from rpe_ops.triton_kernels.flat_tiles import (
+    FLAT_SIZES,
+    choose_flat_tiles,
+    flat_arguments,
+    heads_per_pass,
+    keep_keys,
+    own_tokens,
+    pair_ids,
+    pair_lookups,
+    pairs_buffer,
+)
+from rpe_ops.triton_kernels.grid_tiles import LN2, LOG2E, load_rows
+from rpe_ops.triton_kernels.launch import device_of, matrices
+
+__all__ = ["lookup_forward"]
+
+
+@triton.jit(do_not_specialize=FLAT_SIZES)
+def _flat_forward_kernel(
+    p_q, p_k, p_v, p_lk, p_lq, p_ids, p_padding, p_seed, p_out, p_lse, p_pairs, p_shifts,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, lk_b, lk_h, lk_l, lq_b, lq_h, lq_l,
+    out_b, out_h, out_l, pairs_l, ids_l, heads, first_head, tokens, blocks, other_blocks,
+    scale, threshold, keep_scale,
+    HAS_K: tl.constexpr, HAS_Q: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    KEEP_PAIRS: tl.constexpr, TERMS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+):  # fmt: skip
+    """Compute `out` and `lse` of the own queries, and store their weights if they are needed."""
+    in_pass, head, o_q, m_q = own_tokens(first_head, blocks, tokens, BLOCK_OWN)
+    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    p_k += b * k_b + h * k_h
+    p_v += b * v_b + h * v_h
+    p_lk += b * lk_b + h * lk_h
+    p_lq += b * lq_b + h * lq_h
+    p_padding += b * tokens
+    p_pairs += in_pass.to(tl.int64) * tokens * pairs_l
+    p_shifts += in_pass.to(tl.int64) * tokens * other_blocks
+    b_q = load_rows(p_q + b * q_b + h * q_h, q_l, o_q, m_q, DIM, BLOCK_DIM)
+    # With a positive factor, the maximum can be taken before the multiplication.
+    b_q = tl.where(scale < 0, -b_q, b_q)
+    scale = tl.abs(scale)
+    per_scale, scale = 1 / scale, scale * LOG2E
+    if HAS_DROPOUT:
+        b_key0, b_key1 = query_keys(p_seed, head, o_q)
+    b_max = tl.full([BLOCK_OWN], float("-inf"), tl.float32)
+    b_total = tl.zeros([BLOCK_OWN], tl.float32)
+    b_out = tl.zeros([BLOCK_OWN, BLOCK_DIM], tl.float32)
+    for block in range(other_blocks):
+        o_k = block * BLOCK_OTHER + tl.arange(0, BLOCK_OTHER)
+        m_k = o_k < tokens
+        b_k = load_rows(p_k, k_l, o_k, m_k, DIM, BLOCK_DIM)
+        # Lookups are the accumulator of the product, which saves an addition.
+        b_logits = tl.zeros([BLOCK_OWN, BLOCK_OTHER], tl.float32)
+        for term in tl.static_range(TERMS):
+            p_term = p_ids + term * ids_l * ids_l
+            if HAS_K:
+                b_ids = pair_ids(p_term, ids_l, o_q[:, None], o_k[None, :])
+                b_logits += pair_lookups(p_lk, lk_l, o_q[:, None], tokens, b_ids)
+            if HAS_Q:
+                b_ids = pair_ids(p_term, ids_l, o_k[None, :], o_q[:, None])
+                b_logits += pair_lookups(p_lq, lq_l, o_k[None, :], tokens, b_ids)
+        b_logits = tl.dot(b_q, tl.trans(b_k), b_logits * per_scale, input_precision="ieee")
+        b_v = load_rows(p_v, v_l, o_k, m_k, DIM, BLOCK_DIM)
+        m_k = keep_keys(p_padding, o_k, m_k, HAS_PADDING)
+        b_logits = tl.where(m_k[None, :], b_logits, float("-inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_logits, 1) * scale)
+        # The maximum is -inf until a query has met a key, and -inf - -inf would be NaN.
+        b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+        b_decay = tl.exp2(b_max - b_shift)
+        b_weights = tl.exp2(b_logits * scale - b_shift[:, None])
+        b_total = b_total * b_decay + tl.sum(b_weights, 1)
+        b_max = b_new_max
+        if HAS_DROPOUT:
+            m_keep = survives(b_key0[:, None], b_key1[:, None], o_k[None, :], threshold)
+            b_weights = tl.where(m_keep, b_weights * keep_scale, 0.0)
+        b_weights = b_weights.to(b_v.dtype)
+        if KEEP_PAIRS:
+            m_pairs = m_q[:, None] & (o_k < pairs_l)[None, :]
+            tl.store(p_pairs + (o_q[:, None] * pairs_l + o_k[None, :]), b_weights, mask=m_pairs)
+            tl.store(p_shifts + (o_q * other_blocks + block), b_shift, mask=m_q)
+        b_out *= b_decay[:, None]
+        b_out += tl.dot(b_weights, b_v, input_precision="ieee")
+    b_out /= tl.where(b_total > 0, b_total, 1.0)[:, None]
+    o_dim = tl.arange(0, BLOCK_DIM)
+    p_out += b * out_b + h * out_h + o_q[:, None] * out_l + o_dim[None, :]
+    tl.store(p_out, b_out, mask=m_q[:, None] & (o_dim < DIM)[None, :])
+    p_lse += head.to(tl.int64) * tokens + o_q
+    tl.store(p_lse, (b_max + tl.log2(b_total)) * LN2, mask=m_q)
+
+
+def lookup_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lookup_k: Tensor | None,
+    lookup_q: Tensor | None,
+    buckets: GridBuckets,
+    key_padding: Tensor | None,
+    seed: Tensor,
+    needs_sums: bool,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend, with head dims up to 128 and no float64; see `rpe_ops.reference.lookup_forward`."""
+    batch, heads, tokens, dim = q.shape
+    tiles = choose_flat_tiles(tokens, dim, q.dtype, backward=False)
+    has_lookups = lookup_k is not None or lookup_q is not None
+    rest = (buckets, key_padding, seed, scale, dropout_p, tiles, has_lookups or needs_sums)
+    common = flat_arguments(q, *rest)
+    out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    operands = matrices(
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        lk=q if lookup_k is None else lookup_k,
+        lq=q if lookup_q is None else lookup_q,
+    )
+    assert operands["p_out"] is out, "the output of a head spans too much memory"
+    size = heads_per_pass(q, copies=int(needs_sums))
+    pairs, sums, shifts = q, q.new_empty(0), q
+    if needs_sums:
+        pairs = pairs_buffer(q, size)
+        sums = q.new_empty(batch, heads, tokens, buckets.num_lookups)
+        shifts = lse.new_empty(size, tokens, common["other_blocks"])
+    with device_of(q):
+        for first in range(0, batch * heads, size):
+            in_pass = min(size, batch * heads - first)
+            _flat_forward_kernel[(in_pass * common["blocks"],)](
+                **operands,
+                **common,
+                p_lse=lse,
+                p_pairs=pairs,
+                p_shifts=shifts,
+                pairs_l=pairs.shape[-1],
+                first_head=first,
+                HAS_K=lookup_k is not None,
+                HAS_Q=lookup_q is not None,
+                KEEP_PAIRS=needs_sums,
+            )
+            if needs_sums:
+                rest = (common["p_ids"], buckets, lse, shifts, tiles.other)
+                sum_pairs(pairs, sums, first, in_pass, *rest)
+    return out, sums, lse

@@ -1,0 +1,164 @@
+"""Common parts of the flat attention kernels: full tiles of tokens, bucket ids loaded per pair.
+
+The tokens of the grid and the skipped ones form one sequence, in tiles of 16 to 128 *own* and 16 to
+64 *other* tokens. The bucket of every pair is read from `rpe_ops.compact_ids`, so no tile has
+columns beyond the end of a grid row, and tensor cores have full tiles. The row-tile kernels
+(`grid_tiles`) compute the same without the ids.
+
+Names: `p_` pointer, `b_` block, `o_` offsets, `m_` mask. Notation: rpe_ops/README.md.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rpe_ops.compact_ids import compact_ids, ids_size
+from rpe_ops.grid import GridBuckets
+from rpe_ops.triton_kernels.launch import next_power_of_2
+
+__all__ = [
+    "FLAT_SIZES",
+    "FlatTiles",
+    "choose_flat_tiles",
+    "flat_arguments",
+    "pairs_buffer",
+    "heads_per_pass",
+    "own_tokens",
+    "pair_ids",
+    "pair_lookups",
+    "keep_keys",
+]
+
+# Triton must not compile again when these change; see `launch.RUNTIME_SIZES`.
+FLAT_SIZES = ["heads", "first_head", "tokens", "blocks", "other_blocks", "num_lookups", "threshold"]
+
+# Size of the temporary pairs of one pass. It is smaller than the L2 cache of the GPUs that have
+# compute capability 8.0 and 9.0, so that the kernel that reads the pairs finds them there.
+_MAX_PAIRS_BYTES = 32 * 2**20
+
+
+class FlatTiles(NamedTuple):
+    """Shape of a program's tiles, and its warps and pipeline stages.
+
+    Attributes:
+        own: Own tokens of the program.
+        other: Other tokens of a tile.
+        warps: Warps of the program.
+        stages: Pipeline stages of its loads.
+    """
+
+    own: int
+    other: int
+    warps: int
+    stages: int
+
+
+def choose_flat_tiles(
+    tokens: int, head_dim: int, dtype: torch.dtype, *, backward: bool
+) -> FlatTiles:
+    """Choose the tiles by shape only, so that results never depend on a measurement."""
+    largest = max(16, next_power_of_2(tokens))
+    if dtype == torch.float32:
+        own, other, warps, stages = 32, 32, 4, 1
+    elif head_dim > 64:
+        own, other, warps, stages = 64, 32, 4, 1
+    else:
+        own, other, warps, stages = 64, 64, 4, 1 if backward else 2
+    return FlatTiles(min(own, largest), min(other, largest), warps, stages)
+
+
+def flat_arguments(
+    q: Tensor,
+    buckets: GridBuckets,
+    key_padding: Tensor | None,
+    seed: Tensor,
+    scale: float,
+    dropout_p: float,
+    tiles: FlatTiles,
+    has_buckets: bool,
+) -> dict:
+    """Return the arguments of all flat kernels, by name; an absent tensor is passed as `q`."""
+    tokens = q.shape[2]
+    threshold = int(dropout_p * 2**32)
+    return {
+        "p_ids": compact_ids(buckets) if has_buckets else q,
+        "p_padding": q if key_padding is None else key_padding.contiguous().view(torch.uint8),
+        "p_seed": seed,
+        "heads": q.shape[1],
+        "tokens": tokens,
+        "ids_l": ids_size(buckets),
+        "blocks": -(-tokens // tiles.own),
+        "other_blocks": -(-tokens // tiles.other),
+        "scale": scale,
+        # Triton derives the type of an integer from its value. The bits of the uint32 are passed as
+        # an int32, so that the type is always the same.
+        "threshold": threshold - 2**32 if threshold >= 2**31 else threshold,
+        "keep_scale": 1 / (1 - dropout_p),
+        "HAS_PADDING": key_padding is not None,
+        "HAS_DROPOUT": dropout_p > 0,
+        "TERMS": buckets.row_base.shape[0],
+        "DIM": q.shape[-1],
+        "BLOCK_DIM": max(16, next_power_of_2(q.shape[-1])),
+        "BLOCK_OWN": tiles.own,
+        "BLOCK_OTHER": tiles.other,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+        # Without this limit ptxas spills registers in order to run more programs at a time.
+        "maxnreg": 255,
+    }
+
+
+def heads_per_pass(q: Tensor, copies: int) -> int:
+    """Return for how many heads of the batch the temporary pairs exist at a time.
+
+    Args:
+        q: Queries `(B, H, L, d)`.
+        copies: Number of temporary tensors of pairs; 0 means that all heads fit.
+    """
+    heads = q.shape[0] * q.shape[1]
+    size = copies * q.shape[2] * pairs_stride(q) * q.element_size()
+    passes = -(-heads * size // _MAX_PAIRS_BYTES)
+    return max(1, -(-heads // max(1, passes)))
+
+
+def pairs_stride(q: Tensor) -> int:
+    """Return the length of a row of the temporary pairs, a multiple of 16 for wide loads."""
+    return -(-q.shape[2] // 16) * 16
+
+
+def pairs_buffer(q: Tensor, heads: int) -> Tensor:
+    """Return empty temporary pairs `(heads, L, stride)` in the dtype of `q`."""
+    return q.new_empty(heads, q.shape[2], pairs_stride(q))
+
+
+@triton.jit
+def own_tokens(first_head, blocks, tokens, BLOCK: tl.constexpr):
+    """Return the head in this pass, the head, and this program's own tokens with their mask."""
+    pid = tl.program_id(0)
+    o_own = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    return pid // blocks, first_head + pid // blocks, o_own, o_own < tokens
+
+
+@triton.jit
+def pair_ids(p_ids, ids_l, o_from, o_to):
+    """Load the bucket ids of pairs; tokens `o_from` and `o_to` broadcast, and need no mask."""
+    return tl.load(p_ids + (o_from * ids_l + o_to)).to(tl.int32)
+
+
+@triton.jit
+def pair_lookups(p_lookup, stride_row, o_rows, tokens, b_ids):
+    """Read the lookups of some rows at the ids of every pair, in float32."""
+    # Rows beyond the end read the last one. Their results are masked elsewhere.
+    o_rows = tl.minimum(o_rows, tokens - 1) * stride_row
+    return tl.load(p_lookup + (o_rows + b_ids)).to(tl.float32)
+
+
+@triton.jit
+def keep_keys(p_padding, o_keys, m_keys, HAS_PADDING: tl.constexpr):
+    """Return which keys exist and are not padded."""
+    if HAS_PADDING:
+        m_keys &= tl.load(p_padding + o_keys, mask=m_keys, other=1) == 0
+    return m_keys
