@@ -18,12 +18,11 @@ from rpe_ops.triton_kernels.dropout_mask import survives
 from rpe_ops.triton_kernels.flat_sums import sum_pairs
 from rpe_ops.triton_kernels.flat_tiles import (
     FLAT_SIZES,
-    choose_flat_tiles,
+    bias_and_ids,
     flat_arguments,
     heads_per_pass,
     keep_keys,
     own_tokens,
-    pair_ids,
     pair_lookups,
     pairs_buffer,
 )
@@ -78,22 +77,16 @@ def _flat_keys_kernel(
         b_lse, b_delta, b_key0, b_key1 = load_queries(
             p_lse, p_delta, p_seed, head, o_q, m_q, HAS_DROPOUT
         )
-        b_logits = tl.zeros([BLOCK_OWN, BLOCK_OTHER], tl.float32)
-        b_gs = tl.zeros([BLOCK_OWN, BLOCK_OTHER], tl.float32)
-        for term in tl.static_range(TERMS):
-            p_term = p_ids + term * ids_l * ids_l
-            if HAS_K or HAS_SUMS:
-                b_ids = pair_ids(p_term, ids_l, o_q[None, :], o_k[:, None])
-            if HAS_K:
-                b_logits += pair_lookups(p_lk, lk_l, o_q[None, :], tokens, b_ids)
-            if HAS_SUMS:
-                b_gs += pair_lookups(p_gs, gs_l, o_q[None, :], tokens, b_ids)
-            if HAS_Q:
-                b_ids = pair_ids(p_term, ids_l, o_k[:, None], o_q[None, :])
-                b_logits += pair_lookups(p_lq, lq_l, o_k[:, None], tokens, b_ids)
-        b_logits = tl.dot(b_k, tl.trans(b_q), b_logits * per_scale, input_precision="ieee")
+        b_bias, b_ids0, b_ids1 = bias_and_ids(
+            p_ids, ids_l, p_lk, lk_l, p_lq, lq_l, o_q[None, :], o_k[:, None], tokens, per_scale,
+            HAS_K, HAS_Q, HAS_SUMS, TERMS,
+        )  # fmt: skip
+        b_logits = tl.dot(b_k, tl.trans(b_q), b_bias, input_precision="ieee")
         b_weights = tl.exp2(b_logits * (scale * LOG2E) - b_lse[None, :])
         b_weights = tl.where(m_keys, b_weights, 0.0)
+        b_gs = tl.zeros([BLOCK_OWN, BLOCK_OTHER], tl.float32)
+        if HAS_SUMS:
+            b_gs = pair_lookups(p_gs, gs_l, o_q[None, :], tokens, b_ids0, b_ids1, TERMS)
         b_dweights = tl.dot(b_v, tl.trans(b_do), b_gs, input_precision="ieee")
         b_kept = b_weights
         if HAS_DROPOUT:
@@ -166,11 +159,10 @@ def lookup_backward(
     grad_lookup_k, grad_lookup_q = (
         None if lookup is None else q.new_empty(lookup.shape) for lookup in (lookup_k, lookup_q)
     )
-    tiles = choose_flat_tiles(tokens, dim, q.dtype, backward=True)
-    present = [x is not None for x in (lookup_k, lookup_q, grad_sums)]
-    common = flat_arguments(
-        q, buckets, key_padding, seed, scale, dropout_p, tiles, has_buckets=any(present)
-    )
+    lookups = (lookup_k, lookup_q, grad_sums)
+    present = [x is not None for x in lookups]
+    rest = (buckets, key_padding, seed, scale, dropout_p, lookups, any(present))
+    common = flat_arguments(q, *rest, backward=True)
     operands = matrices(
         q=q,
         k=k,

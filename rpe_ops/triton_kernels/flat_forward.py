@@ -18,13 +18,11 @@ from rpe_ops.triton_kernels.dropout_mask import query_keys, survives
 from rpe_ops.triton_kernels.flat_sums import sum_pairs
 from rpe_ops.triton_kernels.flat_tiles import (
     FLAT_SIZES,
-    choose_flat_tiles,
+    bias_and_ids,
     flat_arguments,
     heads_per_pass,
     keep_keys,
     own_tokens,
-    pair_ids,
-    pair_lookups,
     pairs_buffer,
 )
 from rpe_ops.triton_kernels.grid_tiles import LN2, LOG2E, load_rows
@@ -68,16 +66,11 @@ def _flat_forward_kernel(
         m_k = o_k < tokens
         b_k = load_rows(p_k, k_l, o_k, m_k, DIM, BLOCK_DIM)
         # Lookups are the accumulator of the product, which saves an addition.
-        b_logits = tl.zeros([BLOCK_OWN, BLOCK_OTHER], tl.float32)
-        for term in tl.static_range(TERMS):
-            p_term = p_ids + term * ids_l * ids_l
-            if HAS_K:
-                b_ids = pair_ids(p_term, ids_l, o_q[:, None], o_k[None, :])
-                b_logits += pair_lookups(p_lk, lk_l, o_q[:, None], tokens, b_ids)
-            if HAS_Q:
-                b_ids = pair_ids(p_term, ids_l, o_k[None, :], o_q[:, None])
-                b_logits += pair_lookups(p_lq, lq_l, o_k[None, :], tokens, b_ids)
-        b_logits = tl.dot(b_q, tl.trans(b_k), b_logits * per_scale, input_precision="ieee")
+        b_bias, _, _ = bias_and_ids(
+            p_ids, ids_l, p_lk, lk_l, p_lq, lq_l, o_q[:, None], o_k[None, :], tokens, per_scale,
+            HAS_K, HAS_Q, False, TERMS,
+        )  # fmt: skip
+        b_logits = tl.dot(b_q, tl.trans(b_k), b_bias, input_precision="ieee")
         b_v = load_rows(p_v, v_l, o_k, m_k, DIM, BLOCK_DIM)
         m_k = keep_keys(p_padding, o_k, m_k, HAS_PADDING)
         b_logits = tl.where(m_k[None, :], b_logits, float("-inf"))
@@ -98,7 +91,8 @@ def _flat_forward_kernel(
             tl.store(p_shifts + (o_q * other_blocks + block), b_shift, mask=m_q)
         b_out *= b_decay[:, None]
         b_out += tl.dot(b_weights, b_v, input_precision="ieee")
-    b_out /= tl.where(b_total > 0, b_total, 1.0)[:, None]
+    # One division per query is cheaper than one per element.
+    b_out *= (1 / tl.where(b_total > 0, b_total, 1.0))[:, None]
     o_dim = tl.arange(0, BLOCK_DIM)
     p_out += b * out_b + h * out_h + o_q[:, None] * out_l + o_dim[None, :]
     tl.store(p_out, b_out, mask=m_q[:, None] & (o_dim < DIM)[None, :])
@@ -121,10 +115,10 @@ def lookup_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend, with head dims up to 128 and no float64; see `rpe_ops.reference.lookup_forward`."""
     batch, heads, tokens, dim = q.shape
-    tiles = choose_flat_tiles(tokens, dim, q.dtype, backward=False)
-    has_lookups = lookup_k is not None or lookup_q is not None
-    rest = (buckets, key_padding, seed, scale, dropout_p, tiles, has_lookups or needs_sums)
-    common = flat_arguments(q, *rest)
+    lookups = (lookup_k, lookup_q)
+    has_buckets = needs_sums or any(x is not None for x in lookups)
+    rest = (buckets, key_padding, seed, scale, dropout_p, lookups, has_buckets)
+    common = flat_arguments(q, *rest, backward=False)
     out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
     operands = matrices(
@@ -158,6 +152,6 @@ def lookup_forward(
                 KEEP_PAIRS=needs_sums,
             )
             if needs_sums:
-                rest = (common["p_ids"], buckets, lse, shifts, tiles.other)
+                rest = (common["p_ids"], buckets, lse, shifts, common["BLOCK_OTHER"])
                 sum_pairs(pairs, sums, first, in_pass, *rest)
     return out, sums, lse

@@ -47,10 +47,10 @@ def _flat_sums_kernel(
         m_pairs = m_heads[:, None] & (o_other < pairs_l)[None, :]
         p_block = p_pairs + (o_rows[:, None] * pairs_l + o_other[None, :])
         b_pairs = tl.load(p_block, mask=m_pairs, other=0.0)
-        m_hot = pair_ids(p_ids, ids_l, own, o_other)[:, None] == o_sums[None, :]
+        b_ids0, b_ids1 = pair_ids(p_ids, ids_l, own, o_other, TERMS)
+        m_hot = b_ids0[:, None] == o_sums[None, :]
         if TERMS == 2:
-            p_second = p_ids + ids_l * ids_l
-            m_hot |= pair_ids(p_second, ids_l, own, o_other)[:, None] == o_sums[None, :]
+            m_hot |= b_ids1[:, None] == o_sums[None, :]
         b_hot = tl.where(m_hot, 1.0, 0.0)
         if HAS_SHIFTS:
             # The weights of this block are relative to the maximum that was known there.

@@ -29,6 +29,7 @@ __all__ = [
     "own_tokens",
     "pair_ids",
     "pair_lookups",
+    "bias_and_ids",
     "keep_keys",
 ]
 
@@ -56,18 +57,27 @@ class FlatTiles(NamedTuple):
     stages: int
 
 
-def choose_flat_tiles(
-    tokens: int, head_dim: int, dtype: torch.dtype, *, backward: bool
-) -> FlatTiles:
-    """Choose the tiles by shape only, so that results never depend on a measurement."""
+def choose_flat_tiles(q: Tensor, reads: int, *, backward: bool) -> FlatTiles:
+    """Choose the tiles by shape only, so that results never depend on a measurement.
+
+    The tiles are the largest ones of those compared that need no spilled registers on sm_80 and
+    sm_90.
+
+    Args:
+        q: Queries `(B, H, L, d)`.
+        reads: Lookups that are read per pair, in all terms.
+        backward: Whether the tiles are for the backward.
+    """
+    tokens, head_dim = q.shape[2:]
+    own, other, warps = 64, 32, 4
+    if q.dtype == torch.float32:
+        own, other, warps = 32, 16, 8
+    elif backward:
+        own, other = (64, 16) if head_dim <= 64 else (32, 16)
+    elif head_dim > 32 and reads > 3:
+        own = 32
     largest = max(16, next_power_of_2(tokens))
-    if dtype == torch.float32:
-        own, other, warps, stages = 32, 32, 4, 1
-    elif head_dim > 64:
-        own, other, warps, stages = 64, 32, 4, 1
-    else:
-        own, other, warps, stages = 64, 64, 4, 1 if backward else 2
-    return FlatTiles(min(own, largest), min(other, largest), warps, stages)
+    return FlatTiles(min(own, largest), min(other, largest), warps, 1 if backward else 2)
 
 
 def flat_arguments(
@@ -77,11 +87,14 @@ def flat_arguments(
     seed: Tensor,
     scale: float,
     dropout_p: float,
-    tiles: FlatTiles,
+    lookups: tuple[Tensor | None, ...],
     has_buckets: bool,
+    backward: bool,
 ) -> dict:
     """Return the arguments of all flat kernels, by name; an absent tensor is passed as `q`."""
-    tokens = q.shape[2]
+    tokens, terms = q.shape[2], buckets.row_base.shape[0]
+    reads = terms * sum(x is not None for x in lookups)
+    tiles = choose_flat_tiles(q, reads, backward=backward)
     threshold = int(dropout_p * 2**32)
     return {
         "p_ids": compact_ids(buckets) if has_buckets else q,
@@ -99,7 +112,7 @@ def flat_arguments(
         "keep_scale": 1 / (1 - dropout_p),
         "HAS_PADDING": key_padding is not None,
         "HAS_DROPOUT": dropout_p > 0,
-        "TERMS": buckets.row_base.shape[0],
+        "TERMS": terms,
         "DIM": q.shape[-1],
         "BLOCK_DIM": max(16, next_power_of_2(q.shape[-1])),
         "BLOCK_OWN": tiles.own,
@@ -143,17 +156,50 @@ def own_tokens(first_head, blocks, tokens, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def pair_ids(p_ids, ids_l, o_from, o_to):
-    """Load the bucket ids of pairs; tokens `o_from` and `o_to` broadcast, and need no mask."""
-    return tl.load(p_ids + (o_from * ids_l + o_to)).to(tl.int32)
+def pair_ids(p_ids, ids_l, o_from, o_to, TERMS: tl.constexpr):
+    """Load the bucket ids of pairs in both terms; `o_from` and `o_to` broadcast, without a mask."""
+    p_ids += o_from * ids_l + o_to
+    b_ids0 = tl.load(p_ids).to(tl.int32)
+    b_ids1 = b_ids0
+    if TERMS == 2:
+        b_ids1 = tl.load(p_ids + ids_l * ids_l).to(tl.int32)
+    return b_ids0, b_ids1
 
 
 @triton.jit
-def pair_lookups(p_lookup, stride_row, o_rows, tokens, b_ids):
-    """Read the lookups of some rows at the ids of every pair, in float32."""
+def pair_lookups(p_lookup, stride_row, o_rows, tokens, b_ids0, b_ids1, TERMS: tl.constexpr):
+    """Read the lookups of some rows at the ids of every pair, summed over the terms in float32."""
     # Rows beyond the end read the last one. Their results are masked elsewhere.
     o_rows = tl.minimum(o_rows, tokens - 1) * stride_row
-    return tl.load(p_lookup + (o_rows + b_ids)).to(tl.float32)
+    b_sum = tl.load(p_lookup + (o_rows + b_ids0)).to(tl.float32)
+    if TERMS == 2:
+        b_sum += tl.load(p_lookup + (o_rows + b_ids1)).to(tl.float32)
+    return b_sum
+
+
+@triton.jit
+def bias_and_ids(
+    p_ids, ids_l, p_lk, lk_l, p_lq, lq_l, o_q, o_k, tokens, per_scale,
+    HAS_K: tl.constexpr, HAS_Q: tl.constexpr, HAS_SUMS: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Return what is added to the products of queries and keys, and the ids of the pairs.
+
+    `o_q` and `o_k` broadcast. The lookups are divided by the scale.
+    """
+    b_bias = tl.zeros((o_q + o_k).shape, tl.float32)
+    b_ids0, b_ids1 = o_q + o_k, o_q + o_k
+    if HAS_K or HAS_SUMS:
+        b_ids0, b_ids1 = pair_ids(p_ids, ids_l, o_q, o_k, TERMS)
+    if HAS_K:
+        b_bias = pair_lookups(p_lk, lk_l, o_q, tokens, b_ids0, b_ids1, TERMS)
+    if HAS_Q:
+        b_back0, b_back1 = pair_ids(p_ids, ids_l, o_k, o_q, TERMS)
+        b_back = pair_lookups(p_lq, lq_l, o_k, tokens, b_back0, b_back1, TERMS)
+        # The compiler would keep an addition to zeros.
+        b_bias = b_bias + b_back if HAS_K else b_back
+    if HAS_K or HAS_Q:
+        b_bias *= per_scale
+    return b_bias, b_ids0, b_ids1
 
 
 @triton.jit
