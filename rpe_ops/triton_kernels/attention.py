@@ -3,9 +3,10 @@
 `flat` kernels have full tiles of tokens and load the bucket id of every pair. `rows` kernels have
 tiles of grid rows, compute the buckets from the axis offsets, and need no memory for pairs. The
 flat kernels need fewer instructions per pair, so they run wherever the ids are small
-(`rpe_ops.compact_ids`).
+(`rpe_ops.compact_ids`), except for float32 with large heads, where they would spill registers.
 """
 
+import torch
 from torch import Tensor
 
 from rpe_ops.compact_ids import is_small
@@ -17,9 +18,10 @@ __all__ = ["FAMILIES", "choose_family", "lookup_forward", "lookup_backward"]
 FAMILIES = ("flat", "rows")
 
 
-def choose_family(buckets: GridBuckets) -> str:
-    """Return the kernels for a grid, one of `FAMILIES`."""
-    return "flat" if is_small(buckets) else "rows"
+def choose_family(q: Tensor, buckets: GridBuckets) -> str:
+    """Return the kernels for queries `(B, H, L, d)` on a grid, one of `FAMILIES`."""
+    would_spill = q.dtype == torch.float32 and q.shape[-1] > 64
+    return "flat" if is_small(buckets) and not would_spill else "rows"
 
 
 def lookup_forward(
@@ -37,7 +39,7 @@ def lookup_forward(
     The dtype must not be float64, and the head dim must be at most 128. `family` is one of
     `FAMILIES`, by default the choice of `choose_family`.
     """
-    kernels = {"flat": flat_forward, "rows": forward}[family or choose_family(buckets)]
+    kernels = {"flat": flat_forward, "rows": forward}[family or choose_family(q, buckets)]
     return kernels.lookup_forward(q, k, v, lookup_k, lookup_q, buckets, *rest)
 
 
@@ -54,6 +56,6 @@ def lookup_backward(
     family: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Compute the gradients; see `rpe_ops.reference.lookup_backward`, and `lookup_forward`."""
-    kernels = {"flat": flat_backward, "rows": backward}[family or choose_family(buckets)]
+    kernels = {"flat": flat_backward, "rows": backward}[family or choose_family(q, buckets)]
     tensors = (grad_out, grad_sums, q, k, v, lookup_k, lookup_q)
     return kernels.lookup_backward(*tensors, buckets, *rest)

@@ -41,17 +41,23 @@ def _flat_sums_kernel(
         b_lse = LOG2E * tl.load(p_lse + o_all_rows, mask=m_heads, other=0.0)
         # A query without any key has weights of 0.
         b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)
+    HOT_DTYPE: tl.constexpr = (
+        tl.bfloat16 if p_pairs.dtype.element_ty == tl.float32 else p_pairs.dtype.element_ty
+    )
     b_sums = tl.zeros([BLOCK_HEADS, BLOCK_SUMS], tl.float32)
     for block in range(other_blocks):
         o_other = block * BLOCK_OTHER + tl.arange(0, BLOCK_OTHER)
         m_pairs = m_heads[:, None] & (o_other < pairs_l)[None, :]
         p_block = p_pairs + (o_rows[:, None] * pairs_l + o_other[None, :])
         b_pairs = tl.load(p_block, mask=m_pairs, other=0.0)
-        b_ids0, b_ids1 = pair_ids(p_ids, ids_l, own, o_other, TERMS)
-        m_hot = b_ids0[:, None] == o_sums[None, :]
+        # The ids are loaded again for every bucket, in a tile. Each thread then makes many adjacent
+        # elements and stores them together.
+        o_tile = o_other[None, :] + tl.zeros([BLOCK_SUMS, 1], tl.int32)
+        b_ids0, b_ids1 = pair_ids(p_ids, ids_l, own, o_tile, TERMS)
+        m_hot = b_ids0 == o_sums[:, None]
         if TERMS == 2:
-            m_hot |= b_ids1[:, None] == o_sums[None, :]
-        b_hot = tl.where(m_hot, 1.0, 0.0)
+            m_hot |= b_ids1 == o_sums[:, None]
+        b_hot = tl.trans(tl.where(m_hot, 1.0, 0.0).to(HOT_DTYPE))
         if HAS_SHIFTS:
             # The weights of this block are relative to the maximum that was known there.
             b_shift = tl.load(p_shifts + o_rows * other_blocks + block, mask=m_heads, other=0.0)
@@ -67,13 +73,12 @@ def _flat_sums_kernel(
 def _exact_product(b_pairs, b_hot, b_sums):
     """Add the product of pairs with zeros and ones; float32 is split in three bfloat16 numbers."""
     if b_pairs.dtype == tl.float32:
-        b_hot = b_hot.to(tl.bfloat16)
         for _ in tl.static_range(3):
             b_part = b_pairs.to(tl.bfloat16)
             b_sums = tl.dot(b_part, b_hot, b_sums)
             b_pairs -= b_part.to(tl.float32)
     else:
-        b_sums = tl.dot(b_pairs, b_hot.to(b_pairs.dtype), b_sums)
+        b_sums = tl.dot(b_pairs, b_hot, b_sums)
     return b_sums
 
 

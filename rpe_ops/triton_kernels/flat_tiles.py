@@ -39,6 +39,9 @@ FLAT_SIZES = ["heads", "first_head", "tokens", "blocks", "other_blocks", "num_lo
 # Size of the temporary pairs of one pass. It is smaller than the L2 cache of the GPUs that have
 # compute capability 8.0 and 9.0, so that the kernel that reads the pairs finds them there.
 _MAX_PAIRS_BYTES = 32 * 2**20
+# Heads are the rows of the products in `flat_sums`, and tensor cores need 16 of them. So this many
+# heads are in a pass even if their pairs are larger.
+_MIN_HEADS = 16
 
 
 class FlatTiles(NamedTuple):
@@ -133,8 +136,8 @@ def heads_per_pass(q: Tensor, copies: int) -> int:
     """
     heads = q.shape[0] * q.shape[1]
     size = copies * q.shape[2] * pairs_stride(q) * q.element_size()
-    passes = -(-heads * size // _MAX_PAIRS_BYTES)
-    return max(1, -(-heads // max(1, passes)))
+    passes = max(1, -(-heads * size // _MAX_PAIRS_BYTES))
+    return min(heads, max(_MIN_HEADS, -(-heads // passes)))
 
 
 def pairs_stride(q: Tensor) -> int:

@@ -105,20 +105,26 @@ def test_temporary_pairs_in_several_passes_change_nothing(monkeypatch):
     problem = Problem(case, family_kernels("flat"))
     assert flat_tiles.heads_per_pass(problem.q, copies=2) == 6
     expected = problem.by_kernels()
+    monkeypatch.setattr(flat_tiles, "_MIN_HEADS", 1)
     # Two rows of 16 elements in 16 bits, for each of 13 tokens and each of 4 heads.
     monkeypatch.setattr(flat_tiles, "_MAX_PAIRS_BYTES", 4 * 2 * 13 * 16 * 2)
+    # Two equal passes rather than one of 4 heads and one of 2.
     assert flat_tiles.heads_per_pass(problem.q, copies=2) == 3
-    monkeypatch.setattr(flat_tiles, "_MAX_PAIRS_BYTES", 1)
-    assert flat_tiles.heads_per_pass(problem.q, copies=1) == 1
+    monkeypatch.setattr(flat_tiles, "_MAX_PAIRS_BYTES", 2 * 13 * 16 * 2)
+    assert flat_tiles.heads_per_pass(problem.q, copies=1) == 2
+    assert flat_tiles.heads_per_pass(problem.q, copies=2) == 1
     for x, y in zip(problem.by_kernels(), expected, strict=True):
         assert torch.equal(x, y)
 
 
 def test_small_grids_use_flat_tiles_and_large_ones_do_not():
-    def family(height, width):
-        return attention.choose_family(grid_buckets(RPEConfig(), height, width, "meta"))
+    def family(height, width, dim=64, dtype=BFLOAT16):
+        buckets = grid_buckets(RPEConfig(), height, width, "meta")
+        q = torch.empty(1, 1, buckets.num_tokens, dim, dtype=dtype, device="meta")
+        return attention.choose_family(q, buckets)
 
     assert [family(14, 14), family(25, 42), family(50, 84)] == ["flat", "flat", "rows"]
+    assert [family(14, 14, dim, FLOAT32) for dim in (64, 65)] == ["flat", "rows"]
 
 
 def test_queries_without_any_key_yield_zeros(kernels):
