@@ -79,7 +79,7 @@ def _tile(launch: Launch) -> str:
 def main(argv: list[str]) -> int:
     """Compile all launches, print them as rows and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one recipe only")
+    parser.add_argument("--quick", action="store_true", help="two recipes only")
     recipes = QUICK if parser.parse_args(argv).quick else RECIPES
     print("| recipe | kernel | blocks, warps | arch | registers | spill bytes | shared memory |")
     print("|---|---|---|---|---|---|---|")

@@ -76,7 +76,8 @@ RECIPES = [
     ),
     _detr(25, 42, "k", torch.float32),
 ]
-QUICK = [_detr(25, 42, "qkv", torch.bfloat16)]
+# One recipe for each family of kernels: flat tiles, and tiles of grid rows.
+QUICK = [_detr(25, 42, "qkv", torch.bfloat16), _detr(50, 84, "qkv", torch.bfloat16)]
 # Layers of published configurations; DETR's encode the keys only.
 MODELED = [
     _deit("DeiT-S/B", "k"),
