@@ -35,6 +35,8 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
         from tests.rpe_ops.extension import provide_library
 
         provide_library()
+    if request.param == "triton":
+        import tests.rpe_ops.interpreter  # noqa: F401  (fixes products of bfloat16)
     resolve = implementations._resolve
 
     def resolve_to_this(choice: str, device_type: str, operator: str) -> str:

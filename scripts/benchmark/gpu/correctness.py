@@ -30,7 +30,7 @@ def checks(setup: Setup) -> dict[str, Check]:
     """Return the checks of this section by name."""
     if setup.dry_run:
         # Fixes of Triton's interpreter; the module reads TRITON_INTERPRET when it is imported.
-        import_tests("rpe_ops.conftest")
+        import_tests("rpe_ops.interpreter")
     cases = import_tests("rpe_ops.attention_cases")
     found: dict[str, Check] = {"an injected error is found": partial(_injected_error, setup)}
     selected = _tiny_cases(cases) if setup.dry_run else _selected_cases(cases)
