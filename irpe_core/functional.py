@@ -8,10 +8,10 @@ Source: iRPE (Wu et al., ICCV 2021). Without encodings this is
 True where attention is allowed, and the output of a query that may attend nowhere is zero.
 
 There are two ways to compute it. If an implementation of `rpe_ops.attention` runs on the device,
-attention is one fused operator without any L × L tensor. Otherwise, and also with a mask of single
-pairs or with encodings of different methods or ratios, attention is composed: the encodings are
-L × L tensors that are added to torch's attention as a bias. With rpe_v, which needs the attention
-weights, softmax and products are computed step by step.
+attention is one fused operator, whose memory for pairs of tokens is bounded. Otherwise, and also
+with a mask of single pairs or with encodings of different methods or ratios, attention is composed:
+the encodings are L × L tensors that are added to torch's attention as a bias. With rpe_v, which
+needs the attention weights, softmax and products are computed step by step.
 """
 
 import logging

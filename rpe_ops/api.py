@@ -110,9 +110,10 @@ def attention(
 
     A pair has one bucket in each of the `terms` of `buckets`, and the encodings of the terms are
     added. The products with the tables are computed first, at a cost of `O(L·K·d)`. Only the
-    implementation "reference" holds a tensor of size L × L, forward or backward. Differentiable
-    once in `q`, `k`, `v` and the tables. float16 and bfloat16 are accumulated in float32. The
-    seed of dropout is drawn from torch's generator, and the backward uses the same mask.
+    implementation "reference" holds all pairs `(B, H, L, L)`. On small grids, "triton" holds the
+    pairs of some heads at a time: 32 MiB, or 16 heads if that is more. Differentiable once in `q`,
+    `k`, `v` and the tables. float16 and bfloat16 are accumulated in float32. The seed of dropout is
+    drawn from torch's generator, and the backward uses the same mask.
 
     Args:
         q: Queries `(B, H, L, d)`, float16, bfloat16, float32 (float64 on the CPU); any strides.
