@@ -24,7 +24,13 @@ from engine import (
     start_session,
     total_batch_size,
 )
-from irpe_core import CheckpointError, ImplementationError, load_checkpoint, set_implementation
+from irpe_core import (
+    AUTOTUNER,
+    CheckpointError,
+    ImplementationError,
+    load_checkpoint,
+    set_implementation,
+)
 
 __all__ = ["main"]
 
@@ -52,7 +58,8 @@ def train(config: ClassificationConfig, session: Session) -> None:
     num_classes = len(train_data.classes)
 
     model = create_model(config, num_classes, checkpoint).to(device)
-    operators = set_implementation(model, config.rpe_implementation, device)
+    choices = (checkpoint or {}).get("attention_choices")
+    operators = set_implementation(model, config.rpe_implementation, device, choices=choices)
     ema = create_ema(config, model, checkpoint)
     step = create_step(config, num_classes, device)
     optimizer = create_optimizer(config, model, total_batch_size(config))
@@ -69,7 +76,10 @@ def train(config: ClassificationConfig, session: Session) -> None:
         clip_grad=config.clip_grad,
         evaluate=create_evaluation(config, val_data, device),
         best_by="acc1",
-        checkpoint_extras={"classes": list(train_data.classes)},
+        checkpoint_extras=lambda: {
+            "classes": list(train_data.classes),
+            "attention_choices": AUTOTUNER.state_dict(),
+        },
         versions={"rpe_ops": operators},
     )
     run_training(session, recipe)
@@ -84,7 +94,8 @@ def evaluate(config: ClassificationConfig, session: Session) -> None:
         raise UsageError("--eval needs weights: --resume, --pretrained or --finetune")
     val_data = build_split(config, "val", (checkpoint or {}).get("classes"))
     model = create_model(config, len(val_data.classes), checkpoint).to(device)
-    set_implementation(model, config.rpe_implementation, device)
+    choices = (checkpoint or {}).get("attention_choices")
+    set_implementation(model, config.rpe_implementation, device, choices=choices)
     run_evaluation(
         session,
         model,

@@ -23,7 +23,13 @@ from engine import (
     start_session,
     steps_per_epoch,
 )
-from irpe_core import CheckpointError, ImplementationError, load_checkpoint, set_implementation
+from irpe_core import (
+    AUTOTUNER,
+    CheckpointError,
+    ImplementationError,
+    load_checkpoint,
+    set_implementation,
+)
 
 __all__ = ["main"]
 
@@ -52,7 +58,8 @@ def train(config: DetectionConfig, session: Session) -> None:
     num_classes = train_data.dataset.num_classes
 
     model, criterion, postprocessors = create_detector(config, num_classes, checkpoint, device)
-    operators = set_implementation(model, config.rpe_implementation, device)
+    choices = (checkpoint or {}).get("attention_choices")
+    operators = set_implementation(model, config.rpe_implementation, device, choices=choices)
     ema = create_ema(config, model, checkpoint)
     step = create_step(criterion)
     optimizer = create_optimizer(config, model)
@@ -71,7 +78,10 @@ def train(config: DetectionConfig, session: Session) -> None:
         clip_grad=config.clip_max_norm or None,
         evaluate=create_evaluation(config, criterion, postprocessors, val_data, device),
         best_by="AP",
-        checkpoint_extras={"label_to_category": label_to_category},
+        checkpoint_extras=lambda: {
+            "label_to_category": label_to_category,
+            "attention_choices": AUTOTUNER.state_dict(),
+        },
         versions={"rpe_ops": operators},
     )
     run_training(session, recipe)
@@ -87,7 +97,8 @@ def evaluate(config: DetectionConfig, session: Session) -> None:
     val_data = build_split(config, "val", (checkpoint or {}).get("label_to_category"))
     num_classes = val_data.dataset.num_classes
     model, criterion, postprocessors = create_detector(config, num_classes, checkpoint, device)
-    set_implementation(model, config.rpe_implementation, device)
+    choices = (checkpoint or {}).get("attention_choices")
+    set_implementation(model, config.rpe_implementation, device, choices=choices)
     run_evaluation(
         session,
         model,

@@ -61,7 +61,8 @@ class Recipe:
         ema: EMA of the weights; None for none.
         dtype: Type of mixed precision; float32 for none.
         clip_grad: Largest norm of all gradients together; None does not clip.
-        checkpoint_extras: Further entries for every checkpoint, such as the class names.
+        checkpoint_extras: Function that returns further entries for every checkpoint, such as the
+            class names.
         versions: Further entries for the `provenance` in every checkpoint, such as the operators.
     """
 
@@ -76,7 +77,7 @@ class Recipe:
     ema: ModelEmaV3 | None = None
     dtype: torch.dtype
     clip_grad: float | None = None
-    checkpoint_extras: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint_extras: Callable[[], Mapping[str, Any]] = dict
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -258,7 +259,7 @@ class _Training:
             "lr_scheduler": self.recipe.scheduler.state_dict(),
             "model_ema": ema.module.state_dict() if ema is not None else None,
             "args": dump(self.config),
-            **self.recipe.checkpoint_extras,
+            **self.recipe.checkpoint_extras(),
             # The name of this key is older than the term "total batch size".
             "images_per_step": self.total_batch_size,
             "provenance": {**self.session.provenance, **self.recipe.versions},

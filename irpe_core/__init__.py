@@ -5,6 +5,7 @@ Build an encoding with `get_rpe_config` and `build_rpe`, and attend with `rpe_at
 """
 
 from irpe_core.add import add_irpe, set_grid
+from irpe_core.autotune import AUTOTUNER
 from irpe_core.buckets import BucketCache, bucket_ids, piecewise_index
 from irpe_core.checkpoint import load_checkpoint, load_weights
 from irpe_core.config import (
@@ -43,6 +44,7 @@ __all__ = [
     "add_irpe",
     "set_grid",
     "set_implementation",
+    "AUTOTUNER",
     "ImplementationError",
     "CheckpointError",
     "load_checkpoint",

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from irpe_core.composed import add_mask, attention_weights, logit_bias
 from irpe_core.config import RPEConfig
 from irpe_core.encoding import build_rpe
-from irpe_core.functional import add_mask, attention_weights, logit_bias, rpe_attention
+from irpe_core.functional import rpe_attention
 from irpe_core.replaceable import TORCH_ATTENTIONS, check_replaceable
 
 __all__ = ["RPEMultiheadAttention"]

@@ -13,6 +13,7 @@ from rpe_ops.grid import GridBuckets
 from rpe_ops.implementations import (
     IMPLEMENTATIONS,
     OPERATORS,
+    VARIANTS,
     ImplementationError,
     available_implementations,
     can_run,
@@ -30,6 +31,7 @@ __all__ = [
     "GridBuckets",
     "IMPLEMENTATIONS",
     "OPERATORS",
+    "VARIANTS",
     "ImplementationError",
     "available_implementations",
     "can_run",

@@ -3,12 +3,15 @@
 A choice is `"auto"` or one of `IMPLEMENTATIONS`. `"auto"` is the first one that can run on the
 device. A named implementation that cannot run raises an error with the reason; there is no silent
 fallback.
+
+An implementation of attention may have *variants*, different kernels for the same operator, such as
+`"triton/rows"`. Without a variant it chooses the kernels by shape.
 """
 
 import functools
 import importlib
 import os
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -17,6 +20,7 @@ from rpe_ops import library
 __all__ = [
     "IMPLEMENTATIONS",
     "OPERATORS",
+    "VARIANTS",
     "ImplementationError",
     "available_implementations",
     "can_run",
@@ -28,6 +32,7 @@ __all__ = [
 # Fastest first: the order in which "auto" tries them.
 IMPLEMENTATIONS = ("cuda", "triton", "cpp", "reference")
 OPERATORS = ("gather", "bucket_sum", "attention")
+VARIANTS = {"triton": ("flat", "rows")}
 
 _MODULES = {
     "cuda": "rpe_ops.library",
@@ -96,7 +101,7 @@ def resolve(choice: str, device: torch.device, operator: str = "gather") -> str:
 
 def reason_against_input(name: str, q: torch.Tensor) -> str:
     """Return why an implementation of attention does not support `q`; empty if it does."""
-    if name != "triton":
+    if name.partition("/")[0] != "triton":
         return ""
     if q.dtype not in _TRITON_DTYPES:
         return f"q must be float16, bfloat16 or float32 for Triton's attention, got {q.dtype}"
@@ -109,15 +114,24 @@ def reason_against_input(name: str, q: torch.Tensor) -> str:
 
 
 @functools.cache
-def load(name: str) -> ModuleType:
-    """Import the module with the functions of an implementation, a name returned by `resolve`."""
-    return importlib.import_module(_MODULES[name])
+def load(name: str) -> Any:
+    """Return the functions of an implementation, a name returned by `resolve`."""
+    name, _, variant = name.partition("/")
+    module = importlib.import_module(_MODULES[name])
+    return module.variant(variant) if variant else module
 
 
 def _resolve(choice: str, device_type: str, operator: str) -> str:
     """Return what `resolve` returns, from the type of the device."""
     if choice != "auto":
-        can_run(choice, device_type, operator=operator, raise_error=True)
+        name, _, variant = choice.partition("/")
+        can_run(name, device_type, operator=operator, raise_error=True)
+        variants = VARIANTS.get(name, ()) if operator == "attention" else ()
+        if variant and variant not in variants:
+            listed = ", ".join(variants) or "none"
+            raise ValueError(
+                f"rpe_ops variant of {name}'s {operator} must be one of {listed}, got {variant!r}"
+            )
         return choice
     for name in IMPLEMENTATIONS:
         # Triton's interpreter on the CPU is for tests, so "auto" never chooses it.

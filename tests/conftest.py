@@ -15,6 +15,9 @@ if not torch.cuda.is_available():
     assert "triton" not in sys.modules
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The tests must not depend on measurements, and not write to the cache of the user.
+os.environ["IRPE_AUTOTUNE"] = "0"
+
 # The tensors are small, so more threads are slower. One thread also gives the same results on
 # every machine.
 torch.set_num_threads(1)

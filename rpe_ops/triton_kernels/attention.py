@@ -11,11 +11,12 @@ from torch import Tensor
 
 from rpe_ops.compact_ids import is_small
 from rpe_ops.grid import GridBuckets
+from rpe_ops.implementations import VARIANTS
 from rpe_ops.triton_kernels import backward, flat_backward, flat_forward, forward
 
 __all__ = ["FAMILIES", "choose_family", "lookup_forward", "lookup_backward"]
 
-FAMILIES = ("flat", "rows")
+FAMILIES = VARIANTS["triton"]
 
 
 def choose_family(q: Tensor, buckets: GridBuckets) -> str:

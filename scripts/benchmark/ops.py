@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import rpe_ops
 from irpe_core import bucket_ids, build_rpe, parse_rpe_spec, rpe_attention, set_implementation
-from irpe_core.functional import attention_weights, logit_bias
+from irpe_core.composed import attention_weights, logit_bias
 from scripts.benchmark.peak_memory import peak_memory
 from scripts.benchmark.timing import clock, median_ratio, positive_int
 
@@ -258,6 +258,8 @@ def attentions(
         found["composed, cuda"] = ours("cuda")
     if "fused, triton" in found:
         found["composed, triton"] = composed(modules, "triton", shape.grid, device)
+    if "fused, triton" in found and device.type == "cuda":
+        found["auto"] = ours("auto")
     found["torch.gather"] = ours("reference")
     index = bucket_ids("product", *shape.grid, shape.ratio, shape.skip, device=device)
     # The (L, L, d) tensor of the values and its gradients must fit into memory.

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import classification.main
 from classification.main import main
+from irpe_core import autotune, functional
 from tests.classification.conftest import weights
 from tests.engine.launch import start, start_pair
 
@@ -54,6 +56,33 @@ def test_run_killed_in_mid_epoch_and_resumed_ends_with_the_same_weights(flags, t
     assert_same_weights(trained, tmp_path)
     assert metrics(lines(tmp_path)[-1]) == metrics(lines(trained)[-1])
     assert [line["epoch"] for line in lines(tmp_path)] == [0, 1]
+
+
+def test_a_resumed_run_computes_attention_as_before(flags, tmp_path, monkeypatch):
+    resolve = functional.fused_implementation
+    monkeypatch.setenv("IRPE_AUTOTUNE", "1")
+    monkeypatch.setattr(autotune, "CANDIDATES", ("reference", "composed"))
+    monkeypatch.setattr(
+        functional,
+        "fused_implementation",
+        lambda choice, device: "triton" if choice == "auto" else resolve(choice, device),
+    )
+
+    def run(fastest: str, *options: str) -> dict:
+        tuner = autotune.Autotuner(lambda *_: {fastest: 1e-3}, tmp_path / f"{fastest}.json")
+        for module in (functional, classification.main):
+            monkeypatch.setattr(module, "AUTOTUNER", tuner)
+        main([*flags, "--epochs", "2", "--keep_checkpoints", "2", *options])
+        return tuner.state_dict()
+
+    before, after = tmp_path / "before", tmp_path / "after"
+    choices = run("reference", "--output_dir", str(before))
+    (table,) = choices.values()
+    assert set(table.values()) == {"reference"}
+    first = before / "checkpoint_0000.pth"
+    assert torch.load(first, weights_only=True)["attention_choices"] == choices
+    assert run("composed", "--output_dir", str(after), "--resume", str(first)) == choices
+    assert_same_weights(before, after)
 
 
 def test_sigterm_writes_a_checkpoint_that_resumes_to_the_same_weights(flags, trained, tmp_path):

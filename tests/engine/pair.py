@@ -5,6 +5,7 @@ All tests share one run, because importing torch takes most of the time.
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 import engine
 from engine import cli, distributed
 from engine.distributed import any_process, broadcast_object, max_over_processes
+from irpe_core import RPEConfig
+from irpe_core.autotune import Autotuner
+from irpe_core.candidates import COMPOSED, Kind, Size
 from tests.engine.toy import SIGTERM, ToyConfig, equal, train
 
 
@@ -67,6 +71,25 @@ def resumption(rank: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def attention_choices(rank: int, folder: Path) -> list[str]:
+    """Return the choices of attention, for which the processes have opposite measurements."""
+    os.environ["IRPE_AUTOTUNE"] = "1"
+    fastest = (COMPOSED, "triton/rows")[rank]
+    tuner = Autotuner(lambda *_: {fastest: 1e-3}, folder / f"autotune{rank}.json")
+    shape = (2, 64, 8, 256, torch.float32, False, False, True)
+    kinds = [Kind(RPEConfig(ratio), *shape) for ratio in (1.0, 2.0, 3.0)]
+
+    def choose(kind: Kind) -> str:
+        return tuner.choose_kind(kind, Size(8, 14, 14), torch.device("cpu"))
+
+    # The last two are chosen first by rank 0 and by rank 1, without the other process.
+    choices = {kinds[0]: choose(kinds[0])}
+    choices[kinds[1 + rank]] = choose(kinds[1 + rank])
+    torch.distributed.barrier()
+    choices[kinds[2 - rank]] = choose(kinds[2 - rank])
+    return [choices[kind] for kind in kinds]
+
+
 def nonfinite(folder: Path) -> str:
     """Return the error of a run in which one process has a sample with NaN."""
     try:
@@ -85,6 +108,7 @@ def main() -> None:
         "collectives": collectives(rank),
         "resumption": resumption(rank, folder),
         "nonfinite": nonfinite(folder),
+        "attention_choices": attention_choices(rank, folder),
     }
     engine.setup_logging(folder, rank)
     logging.getLogger("engine.test").info("info of rank %d", rank)

@@ -136,3 +136,10 @@ def test_collectives_return_the_same_in_both_processes(pair):
         assert got["any"] == [True, False, True]
         assert got["object"] == {"from": 0}
         assert got["objects"] == [{"from": 0}, {"from": 1}]
+
+
+def test_processes_with_other_measurements_choose_the_same_attention(pair):
+    choices = [result["attention_choices"] for result in pair.results]
+    assert choices[0] == choices[1]
+    assert choices[0][0] in ("composed", "triton/rows")
+    assert choices[0][1:] == ["composed", "triton/rows"]

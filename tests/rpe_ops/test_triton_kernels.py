@@ -3,9 +3,6 @@
 Every case compares out, sums, lse and all gradients, on memory that is NaN before it is written.
 """
 
-from functools import partial
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -13,7 +10,7 @@ pytest.importorskip("triton")
 import rpe_ops
 from irpe_core import RPEConfig, build_rpe, rpe_attention, set_implementation
 from irpe_core.buckets import grid_buckets
-from rpe_ops import tables
+from rpe_ops import triton_kernels
 from rpe_ops.triton_kernels import attention, flat_tiles
 from tests.rpe_ops.attention_cases import DEVICE, GRIDS, SETTINGS, Case, Problem, check
 from tests.rpe_ops.attention_oracle import Results
@@ -58,22 +55,10 @@ CASES = {
 }
 
 
-def family_kernels(family):
-    """Return the functions of `rpe_ops.triton_kernels` with one family of kernels."""
-    return SimpleNamespace(
-        attention_forward=partial(
-            tables.attention_forward, partial(attention.lookup_forward, family=family)
-        ),
-        attention_backward=partial(
-            tables.attention_backward, partial(attention.lookup_backward, family=family)
-        ),
-    )
-
-
 @pytest.fixture(params=attention.FAMILIES)
 def kernels(request):
     """Kernels of each family."""
-    return family_kernels(request.param)
+    return triton_kernels.variant(request.param)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -90,7 +75,7 @@ def test_attention_and_gradients_follow_the_equations(case, kernels):
 def test_every_combination_follows_the_equations(method, grid, dtype, family):
     for setting in SETTINGS:
         case = setting._replace(method=method, grid=grid, dtype=dtype)
-        problem = Problem(case, family_kernels(family))
+        problem = Problem(case, triton_kernels.variant(family))
         check(problem.by_kernels(), problem.by_oracle(), dtype, rounds_lookups=True)
 
 
@@ -102,7 +87,7 @@ def test_a_negative_scale_follows_the_equations(kernels):
 
 def test_temporary_pairs_in_several_passes_change_nothing(monkeypatch):
     case = Case(rpe_on="qkv", grid=(3, 4), skip=1, dtype=BFLOAT16, batch=2, heads=3, dropout_p=0.1)
-    problem = Problem(case, family_kernels("flat"))
+    problem = Problem(case, triton_kernels.variant("flat"))
     assert flat_tiles.heads_per_pass(problem.q, copies=2) == 6
     expected = problem.by_kernels()
     monkeypatch.setattr(flat_tiles, "_MIN_HEADS", 1)
