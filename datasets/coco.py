@@ -2,7 +2,8 @@
 
 A sample is (image, target). The target is prepared as in DETR: crowd annotations (`iscrowd`) are
 dropped, boxes are clipped to the image, boxes without area are dropped. Images without objects are
-kept.
+kept. An image with EXIF rotation is turned upright if its annotated size is that of the upright
+view; otherwise its pixels are used as stored.
 """
 
 import contextlib
@@ -117,7 +118,8 @@ class CocoImages(Dataset[tuple[Any, Target]]):
             CorruptImageError: The image cannot be read or decoded.
         """
         name = f"{self._images.path}: {self._annotations.file_names[index]}"
-        image = decode_rgb(self._images.read(index), name)
+        annotated = tuple(self._annotations.sizes[index].tolist())
+        image = decode_rgb(self._images.read(index), name, annotated)
         target = self._target(index, image.height, image.width)
         return self.transforms(image, target) if self.transforms else (image, target)
 

@@ -19,7 +19,7 @@ import numpy as np
 from datasets.errors import DataError
 from datasets.packed_strings import PackedStrings
 
-__all__ = ["CocoAnnotations", "read_annotations", "read_json", "label_map_of"]
+__all__ = ["CocoAnnotations", "read_annotations", "read_json", "label_map_of", "size_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class CocoAnnotations:
     Attributes:
         image_ids: Image ids in ascending order, (N,) int64.
         file_names: Names of the N image files.
+        sizes: Width and height of the images in pixels, (N, 2) int64; 0 where the file has none.
         starts: Start of each image's objects, (N + 1,) int64. The objects of image i are
             starts[i] to starts[i + 1] - 1.
         boxes: Boxes x, y, width, height in pixels, (M, 4) float32.
@@ -48,6 +49,7 @@ class CocoAnnotations:
 
     image_ids: np.ndarray
     file_names: PackedStrings
+    sizes: np.ndarray
     starts: np.ndarray
     boxes: np.ndarray
     categories: np.ndarray
@@ -73,6 +75,7 @@ def read_annotations(path: str | os.PathLike[str], *, with_masks: bool = False) 
     try:
         names = {int(entry["id"]): str(entry["name"]) for entry in data["categories"]}
         images = {int(entry["id"]): str(entry["file_name"]) for entry in data["images"]}
+        sizes = {int(entry["id"]): size_of(entry) for entry in data["images"]}
         for kind, listed in (("images", images), ("categories", names)):
             if not listed:
                 raise DataError(f"{path} lists no {kind}")
@@ -94,6 +97,7 @@ def read_annotations(path: str | os.PathLike[str], *, with_masks: bool = False) 
     return CocoAnnotations(
         image_ids=np.array(sorted(images), dtype=np.int64),
         file_names=PackedStrings.pack(images[key] for key in sorted(images)),
+        sizes=np.array([sizes[key] for key in sorted(images)], dtype=np.int64),
         starts=np.searchsorted(rows[order], np.arange(len(images) + 1)),
         boxes=boxes,
         categories=np.array([entry["category_id"] for entry in objects], dtype=np.int64),
@@ -141,6 +145,13 @@ def label_map_of(category_names: Mapping[int, str]) -> dict[int, int]:
     if set(category_names) == _COCO_IDS:
         return {number: number for number in range(91)}
     return dict(enumerate(sorted(category_names)))
+
+
+def size_of(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Return width and height of an entry of `images` in pixels; (0, 0) if it has no valid size."""
+    size = entry.get("width"), entry.get("height")
+    valid = all(isinstance(side, int | float) and 0 < side < 1e9 for side in size)
+    return (int(size[0]), int(size[1])) if valid else (0, 0)
 
 
 def _check_sizes(path: Path, images: Sequence[Mapping[str, Any]]) -> None:

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
 
 from datasets.errors import CorruptImageError
 from datasets.packed_strings import PackedStrings
 
 __all__ = [
+    "DECODING_ERRORS",
     "IMAGE_EXTENSIONS",
     "ImageDataset",
     "LabeledImages",
     "is_image_name",
+    "orientation_of",
+    "fits_upright",
     "decode_rgb",
     "read_bytes",
 ]
@@ -27,7 +30,7 @@ __all__ = [
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 # Exceptions that Pillow's decoders raise for damaged files.
-_DECODING_ERRORS = (
+DECODING_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -57,20 +60,55 @@ def is_image_name(name: str) -> bool:
     return base.lower().endswith(IMAGE_EXTENSIONS) and not base.startswith(".")
 
 
-def decode_rgb(data: bytes, name: str) -> Image.Image:
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation of an opened image: 1 is upright, 5 to 8 swap width and height.
+
+    Damaged or missing EXIF data counts as upright.
+    """
+    try:
+        number = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODING_ERRORS:
+        return 1
+    return number if number in range(1, 9) else 1
+
+
+def fits_upright(image: Image.Image, annotated: tuple[int, int] | None) -> bool:
+    """Return whether annotations were made on the upright view of an image with EXIF rotation.
+
+    Some annotation tools show the pixels as stored, others turn them upright first. The annotated
+    size tells which, because a rotation by 90 degrees swaps width and height.
+
+    Args:
+        image: An opened image file.
+        annotated: Width and height in pixels according to the annotations; None if unknown.
+
+    Returns:
+        True if the annotated size is that of the upright view and not that of the stored pixels.
+    """
+    width, height = image.size
+    return annotated == (height, width) and width != height and orientation_of(image) >= 5
+
+
+def decode_rgb(data: bytes, name: str, annotated: tuple[int, int] | None = None) -> Image.Image:
     """Decode an image file to RGB.
+
+    The pixels are returned as stored: an EXIF orientation is ignored, as in torchvision and timm.
+    The only exception is an image whose annotations were made on its upright view.
 
     Args:
         data: Content of the file.
         name: Name of the image in error messages.
+        annotated: Width and height according to the annotations; see `fits_upright`.
 
     Raises:
         CorruptImageError: The content is truncated, damaged or not an image.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if fits_upright(image, annotated):
+                return ImageOps.exif_transpose(image).convert("RGB")
             return image.convert("RGB")
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         # Pillow's own message would name the buffer: "<_io.BytesIO object at 0x...>".
         reason = (
             "unknown image format" if isinstance(error, Image.UnidentifiedImageError) else error
