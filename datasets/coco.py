@@ -11,6 +11,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,19 +24,32 @@ from torch.utils.data import Dataset
 
 from datasets.coco_annotations import label_map_of, read_annotations, read_json
 from datasets.coco_masks import decode_masks
-from datasets.errors import DataError
+from datasets.errors import CHECK_COMMAND, DataError
 from datasets.image_sources import find_split, open_images
 from datasets.images import decode_rgb
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
-__all__ = ["Target", "CocoTransform", "CocoImages", "build_coco"]
+__all__ = ["Target", "CocoTransform", "CocoFiles", "CocoImages", "build_coco", "find_coco"]
 
 logger = logging.getLogger(__name__)
 
 Target = dict[str, Tensor]
 CocoTransform = Callable[[Image.Image, Target], tuple[Any, Target]]
+
+
+@dataclass(frozen=True)
+class CocoFiles:
+    """The files of one split.
+
+    Attributes:
+        images: Folder or zip of the images.
+        annotations: JSON file in COCO's format.
+    """
+
+    images: Path
+    annotations: Path
 
 
 class CocoImages(Dataset[tuple[Any, Target]]):
@@ -135,7 +149,7 @@ class CocoImages(Dataset[tuple[Any, Target]]):
             name = self._annotations.category_names[unknown[0]]
             raise DataError(
                 f"{self.annotation_file} has objects of category {unknown[0]} ({name}), which the "
-                "label map (from the training split) lacks"
+                f"label map (from the training split) lacks; {CHECK_COMMAND}"
             )
         return np.array([label_of[category] for category in categories.tolist()], dtype=np.int64)
 
@@ -197,24 +211,42 @@ def build_coco(
         DataError: Images or annotations are missing or damaged, or no path to them is given.
         ValueError: The split is unknown.
     """
-    if split not in ("train", "val"):
-        raise ValueError(f"split must be train or val, got {split!r}")
-    if coco_path is None and (images is None or annotations is None):
-        raise DataError(
-            f"there is no data for {split}: expected coco_path, or images and annotations"
-        )
-    if coco_path is not None:
-        root = Path(coco_path)
-        if not root.is_dir():
-            raise DataError(f"there is no folder {root}: expected COCO in it")
-        annotations = annotations or root / "annotations" / f"instances_{split}2017.json"
-        if images is None:
-            images, note = find_split(root, f"{split}2017")
-            logger.info(note or f"{split}: images from {images}")
+    files = find_coco(split, coco_path, images=images, annotations=annotations)
     return CocoImages(
-        images,
-        annotations,
+        files.images,
+        files.annotations,
         transforms=transforms,
         with_masks=with_masks,
         label_map=label_map,
     )
+
+
+def find_coco(
+    split: Literal["train", "val"],
+    coco_path: str | os.PathLike[str] | None = None,
+    *,
+    images: str | os.PathLike[str] | None = None,
+    annotations: str | os.PathLike[str] | None = None,
+) -> CocoFiles:
+    """Find the files of one split; see `build_coco` for the arguments.
+
+    Raises:
+        DataError: A folder or the images are missing, or no path to them is given.
+        ValueError: The split is unknown.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be train or val, got {split!r}")
+    if coco_path is None:
+        if images is None or annotations is None:
+            raise DataError(
+                f"there is no data for {split}: expected coco_path, or images and annotations"
+            )
+        return CocoFiles(Path(images), Path(annotations))
+    root = Path(coco_path)
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}: expected COCO in it")
+    annotations = annotations or root / "annotations" / f"instances_{split}2017.json"
+    if images is None:
+        images, note = find_split(root, f"{split}2017")
+        logger.info(note or f"{split}: images from {images}")
+    return CocoFiles(Path(images), Path(annotations))

@@ -16,10 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from datasets.errors import DataError
+from datasets.errors import CHECK_COMMAND, DataError
 from datasets.packed_strings import PackedStrings
 
-__all__ = ["CocoAnnotations", "read_annotations", "read_json", "label_map_of", "size_of"]
+__all__ = [
+    "CocoAnnotations",
+    "area_of",
+    "describe",
+    "find_problem",
+    "label_map_of",
+    "read_annotations",
+    "read_json",
+    "size_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +92,7 @@ def read_annotations(path: str | os.PathLike[str], *, with_masks: bool = False) 
             _check_sizes(path, data["images"])
         rows, objects = _collect(path, data["annotations"], images, names, with_masks)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is not a COCO annotation file: {_describe(error)}") from error
+        raise DataError(f"{path} is not a COCO annotation file: {describe(error)}") from error
 
     order = np.argsort(rows, kind="stable")
     objects = [objects[position] for position in order]
@@ -101,7 +110,7 @@ def read_annotations(path: str | os.PathLike[str], *, with_masks: bool = False) 
         starts=np.searchsorted(rows[order], np.arange(len(images) + 1)),
         boxes=boxes,
         categories=np.array([entry["category_id"] for entry in objects], dtype=np.int64),
-        areas=np.array([_area(entry) for entry in objects], dtype=np.float32),
+        areas=np.array([area_of(entry) for entry in objects], dtype=np.float32),
         segmentations=segmentations,
         category_names=names,
     )
@@ -178,10 +187,10 @@ def _collect(
         if row is None:
             without_image += 1
             continue
-        problem = _find_problem(entry, names, with_masks)
+        problem = find_problem(entry, names, with_masks)
         if problem:
             key = entry.get("id", f"number {number}")
-            raise DataError(f"{path}: annotation {key}: {problem}")
+            raise DataError(f"{path}: annotation {key}: {problem}; {CHECK_COMMAND}")
         if not entry.get("iscrowd", 0):
             rows.append(row)
             objects.append(entry)
@@ -192,8 +201,17 @@ def _collect(
     return np.array(rows, dtype=np.int64), objects
 
 
-def _find_problem(entry: Mapping[str, Any], names: Mapping[int, str], with_masks: bool) -> str:
-    """Describe the first problem of an annotation; an empty string if there is none."""
+def find_problem(entry: Mapping[str, Any], names: Mapping[int, str], with_masks: bool) -> str:
+    """Describe the first problem of an annotation that stops a training.
+
+    Args:
+        entry: One of `annotations`.
+        names: Name of each category id.
+        with_masks: Check the segmentation, too.
+
+    Returns:
+        The description; an empty string if there is no problem.
+    """
     box = entry.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and _finite(box)):
         return f"bbox must be four finite numbers (x, y, width, height), got {box}"
@@ -226,7 +244,7 @@ def _finite(numbers: list[Any]) -> bool:
         return False
 
 
-def _area(entry: Mapping[str, Any]) -> float:
+def area_of(entry: Mapping[str, Any]) -> float:
     """Return the area of an annotation; that of its box if it is missing or not finite."""
     area = entry.get("area")
     if isinstance(area, (int, float)) and math.isfinite(area):
@@ -234,6 +252,6 @@ def _area(entry: Mapping[str, Any]) -> float:
     return float(entry["bbox"][2] * entry["bbox"][3])
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """Describe an exception in words; a `KeyError` alone is only the name of the key."""
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)

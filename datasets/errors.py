@@ -1,6 +1,9 @@
 """Exceptions of this package. Each message is one sentence that can be shown to the user."""
 
-__all__ = ["DataError", "CorruptImageError"]
+__all__ = ["CHECK_COMMAND", "DataError", "CorruptImageError"]
+
+# The end of errors about the content of a data set, which usually has more than one problem.
+CHECK_COMMAND = "`python -m datasets.check` lists every problem of a data set"
 
 
 class DataError(Exception):

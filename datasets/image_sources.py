@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from datasets.archives import ZipArchive
-from datasets.errors import DataError
+from datasets.errors import CHECK_COMMAND, CorruptImageError, DataError
 from datasets.images import read_bytes
 from datasets.packed_strings import PackedStrings
 
@@ -27,9 +27,11 @@ class ImageSource(Protocol):
 
     Attributes:
         path: Folder or zip.
+        missing: Indices of the images that the folder or zip lacks.
     """
 
     path: Path
+    missing: Sequence[int]
 
     def read(self, index: int) -> bytes:
         """Read image file `index`."""
@@ -42,18 +44,22 @@ class FolderSource:
     Args:
         path: Folder of the images.
         file_names: Names of the N images.
+        allow_missing: Accept missing images; reading one is an error then.
 
     Raises:
         DataError: An image is missing.
     """
 
-    def __init__(self, path: Path, file_names: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, file_names: Sequence[str], *, allow_missing: bool = False
+    ) -> None:
         self.path = path
         prefixes = ("", f"{path.name}/")
         parents = {posixpath.dirname(name) for name in file_names}
         candidates = (prefix + parent for prefix in prefixes for parent in parents)
         present = set(_list_files(path, candidates))
-        self._names = PackedStrings.pack(_find(path, file_names, prefixes, present))
+        names, self.missing = _find(path, file_names, prefixes, present, allow_missing)
+        self._names = PackedStrings.pack(names)
 
     def read(self, index: int) -> bytes:
         """Read image file `index`.
@@ -70,44 +76,53 @@ class ZipSource:
     Args:
         path: Zip of the images.
         file_names: Names of the N images.
+        allow_missing: Accept missing images; reading one is an error then.
 
     Raises:
         DataError: The archive is damaged, or an image is missing.
     """
 
-    def __init__(self, path: Path, file_names: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, file_names: Sequence[str], *, allow_missing: bool = False
+    ) -> None:
         self.path = path
         self.archive = ZipArchive(path)
         positions = {name: position for position, name in enumerate(self.archive.names)}
         tops = {name.partition("/")[0] for name in positions if "/" in name} - {"__MACOSX"}
         prefixes = ["", f"{path.stem}/", *(f"{top}/" for top in tops if len(tops) == 1)]
-        names = _find(path, file_names, prefixes, positions)
-        self._positions = np.array([positions[name] for name in names], dtype=np.int64)
+        names, self.missing = _find(path, file_names, prefixes, positions, allow_missing)
+        self._positions = np.array([positions.get(name, -1) for name in names], dtype=np.int64)
 
     def read(self, index: int) -> bytes:
         """Read image file `index`.
 
         Raises:
-            CorruptImageError: The archive member cannot be read.
+            CorruptImageError: The archive member is missing or cannot be read.
         """
-        return self.archive.read_at(int(self._positions[index]))
+        position = int(self._positions[index])
+        if position < 0:
+            raise CorruptImageError(f"{self.path} lacks image number {index}")
+        return self.archive.read_at(position)
 
 
-def open_images(path: str | os.PathLike[str], file_names: Sequence[str]) -> ImageSource:
+def open_images(
+    path: str | os.PathLike[str], file_names: Sequence[str], *, allow_missing: bool = False
+) -> ImageSource:
     """Open the folder or the zip at `path`.
 
     Args:
         path: Folder or zip of the images.
         file_names: Names of the images in the annotation file.
+        allow_missing: List missing images in `missing` instead of raising an error.
 
     Raises:
         DataError: There is no folder or zip, the zip is damaged, or an image is missing.
     """
     path = Path(path)
     if path.is_dir():
-        return FolderSource(path, file_names)
+        return FolderSource(path, file_names, allow_missing=allow_missing)
     if path.is_file():
-        return ZipSource(path, file_names)
+        return ZipSource(path, file_names, allow_missing=allow_missing)
     raise DataError(f"there are no images at {path}: expected a folder or a zip")
 
 
@@ -135,22 +150,29 @@ def find_split(root: Path, name: str) -> tuple[Path, str]:
 
 
 def _find(
-    path: Path, file_names: Sequence[str], prefixes: Sequence[str], present: Collection[str]
-) -> list[str]:
-    """Return the names with the first prefix for which all of them are present."""
-    fewest: list[str] | None = None
+    path: Path,
+    file_names: Sequence[str],
+    prefixes: Sequence[str],
+    present: Collection[str],
+    allow_missing: bool,
+) -> tuple[list[str], list[int]]:
+    """Return the names with the prefix for which most are present, and the missing indices."""
+    best: tuple[list[str], list[int]] | None = None
     for prefix in prefixes:
         names = [posixpath.normpath(prefix + name) for name in file_names]
-        missing = [name for name in names if name not in present]
+        missing = [index for index, name in enumerate(names) if name not in present]
+        if best is None or len(missing) < len(best[1]):
+            best = names, missing
         if not missing:
-            return names
-        if fewest is None or len(missing) < len(fewest):
-            fewest = missing
-    assert fewest is not None
-    raise DataError(
-        f"{path} lacks the image {fewest[0]}, which the annotations name: {len(fewest)} of "
-        f"{len(file_names)} images are missing"
-    )
+            break
+    assert best is not None
+    names, missing = best
+    if missing and not allow_missing:
+        raise DataError(
+            f"{path} lacks the image {names[missing[0]]}, which the annotations name: "
+            f"{len(missing)} of {len(file_names)} images are missing; {CHECK_COMMAND}"
+        )
+    return best
 
 
 def _list_files(path: Path, folders: Iterable[str]) -> Iterator[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.archives import TarArchive
-from datasets.errors import DataError
+from datasets.errors import CHECK_COMMAND, DataError
 from datasets.images import LabeledImages, is_image_name, read_bytes
 from datasets.packed_strings import PackedStrings
 
@@ -52,7 +52,7 @@ class FolderImages(LabeledImages):
         targets, found = _number_classes(names, classes, self.root)
         super().__init__(root, PackedStrings.pack(names), targets, found, transform)
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
         """Read the file of image `index`."""
         return read_bytes(self.root / self.names[index])
 
@@ -83,7 +83,7 @@ class TarImages(LabeledImages):
         targets, found = _number_classes(names, classes, self.archive.path)
         super().__init__(path, PackedStrings.pack(names), targets, found, transform)
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
         """Read the archive member of image `index`."""
         return self.archive.read_at(int(self._positions[index]))
 
@@ -148,6 +148,8 @@ def _number_classes(
     unknown = sorted(set(found) - set(numbered))
     if unknown:
         shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        raise DataError(f"{source} has {len(unknown)} class(es) that train lacks: {shown}")
+        raise DataError(
+            f"{source} has {len(unknown)} class(es) that train lacks: {shown}; {CHECK_COMMAND}"
+        )
     number = {name: i for i, name in enumerate(numbered)}
     return np.array([number[parent] for parent in parents], dtype=np.int64), numbered

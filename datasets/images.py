@@ -172,10 +172,10 @@ class LabeledImages(Dataset[tuple[Any, int]]):
         Raises:
             CorruptImageError: The image cannot be read or decoded.
         """
-        data = self._read(index)
+        data = self.read(index)
         image = decode_rgb(data, f"{self.source}: {self.names[index]}")
         return (self.transform(image) if self.transform else image), int(self.targets[index])
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
         """Read the file of image `index`."""
         raise NotImplementedError

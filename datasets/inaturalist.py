@@ -70,7 +70,7 @@ class INaturalistImages(LabeledImages):
         targets = np.array([numbers[species[name]] for name in names], dtype=np.int64)
         super().__init__(root / year, PackedStrings.pack(names), targets, classes, transform)
 
-    def _read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes:
         """Read the file of image `index`."""
         return read_bytes(self.source / self.names[index])
 

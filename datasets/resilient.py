@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from datasets.errors import CorruptImageError, DataError
+from datasets.errors import CHECK_COMMAND, CorruptImageError, DataError
 from datasets.images import ImageDataset
 
 __all__ = ["ResilientDataset"]
@@ -98,5 +98,6 @@ class ResilientDataset(Dataset[tuple[Any, Any]]):
         if bad >= self.min_bad and bad > self.max_bad_fraction * seen:
             raise DataError(
                 f"{bad} of {seen} images read are corrupt, more than the maximum fraction of "
-                f"{self.max_bad_fraction:g} (max_bad_fraction); the last one: {error}"
+                f"{self.max_bad_fraction:g} (max_bad_fraction); the last one: {error}; "
+                f"{CHECK_COMMAND}"
             ) from error

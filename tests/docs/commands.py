@@ -275,6 +275,15 @@ def _example(module: str) -> Callable[[Command], None]:
     return parse
 
 
+def _parser(module: str) -> Callable[[Command], None]:
+    """Return the check of a command whose module has `parse_args`: parse the arguments."""
+
+    def parse(command: Command) -> None:
+        importlib.import_module(module).parse_args(command.words)
+
+    return parse
+
+
 def _report(command: Command) -> None:
     """Really run `python -m rpe_ops`."""
     _nothing(command)
@@ -305,6 +314,7 @@ CHECKS: dict[tuple[str, ...], Callable[[Command], None]] = {
     ("bash", "scripts/test.sh"): _script("scripts/test.sh"),
     ("python", "-m", "classification.main"): _trainer("classification"),
     ("python", "-m", "detection.main"): _trainer("detection"),
+    ("python", "-m", "datasets.check"): _parser("datasets.check.command"),
     ("python", "-m", "scripts.zoo"): _zoo,
     ("python", "-m", "scripts.benchmark"): _benchmark,
     ("python", "-m", "scripts.export"): _export,

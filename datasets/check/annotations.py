@@ -1,0 +1,251 @@
+"""All problems of one annotation file in COCO's format, without its images.
+
+The trainers stop at the first problem; here all are collected, with the same helper functions.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datasets.check.findings import Finding
+from datasets.coco_annotations import area_of, describe, find_problem, read_json, size_of
+from datasets.errors import DataError
+
+__all__ = ["Examined", "examine", "find_bad_boxes", "find_bad_categories"]
+
+# Below this fraction of the objects, a bad box is a note. COCO itself has a few.
+_RARE = 0.001
+# Boxes are often rounded outwards, so a pixel beyond the border is accepted.
+_TOLERANCE = 1.0
+
+
+@dataclass(frozen=True)
+class Examined:
+    """The content of an annotation file: N images and M valid objects without crowds.
+
+    Attributes:
+        file_names: Names of the N images.
+        sizes: Annotated widths and heights in pixels, (N, 2) int64; 0 where unknown.
+        categories: Name of each category id.
+        rows: Image of each object, (M,) int64.
+        category_ids: Category id of each object, (M,) int64.
+        boxes: Boxes x, y, width, height in pixels, (M, 4) float64.
+        areas: Areas in square pixels, (M,) float32.
+        findings: Problems found.
+    """
+
+    file_names: list[str]
+    sizes: np.ndarray
+    categories: dict[int, str]
+    rows: np.ndarray
+    category_ids: np.ndarray
+    boxes: np.ndarray
+    areas: np.ndarray
+    findings: list[Finding]
+
+
+def examine(path: Path, split: str, *, with_masks: bool) -> Examined:
+    """Read an annotation file and collect its problems.
+
+    Args:
+        path: Path of the JSON file.
+        split: Name of the split for the findings.
+        with_masks: Check the segmentations, too.
+
+    Raises:
+        DataError: The file is missing or not a COCO annotation file.
+    """
+    data = read_json(path)
+    try:
+        examined = _examine(data, split, with_masks)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is not a COCO annotation file: {describe(error)}") from error
+    if not examined.file_names:
+        raise DataError(f"{path} lists no images")
+    return examined
+
+
+def _examine(data: Mapping[str, Any], split: str, with_masks: bool) -> Examined:
+    """Collect the content and the problems of a parsed annotation file."""
+    categories = {int(entry["id"]): str(entry["name"]) for entry in data["categories"]}
+    images = {int(entry["id"]): entry for entry in data["images"]}
+    keys = sorted(images)
+    row_of = {key: row for row, key in enumerate(keys)}
+    names = [str(images[key]["file_name"]) for key in keys]
+    bad: dict[str, list[str]] = {"box": [], "category": [], "segmentation": [], "image": []}
+    rows, objects, crowds = [], [], 0
+    for number, entry in enumerate(data["annotations"], 1):
+        key = entry.get("id", f"number {number}")
+        row = row_of.get(entry["image_id"])
+        problem = find_problem(entry, categories, with_masks)
+        if row is None:
+            bad["image"].append(f"annotation {key}: image {entry['image_id']}")
+        elif problem:
+            kind = problem.split(" ")[0].removesuffix("_id").replace("bbox", "box")
+            kind = kind if kind in bad else "segmentation"
+            bad[kind].append(f"annotation {key} of {names[row]}: {problem}")
+        elif entry.get("iscrowd", 0):
+            crowds += 1
+        else:
+            rows.append(row)
+            objects.append(entry)
+    repeated = _repeated(int(entry["id"]) for entry in data["images"])
+    return Examined(
+        file_names=names,
+        sizes=np.array([size_of(images[key]) for key in keys], dtype=np.int64).reshape(-1, 2),
+        categories=categories,
+        rows=np.array(rows, dtype=np.int64),
+        category_ids=np.array([entry["category_id"] for entry in objects], dtype=np.int64),
+        boxes=np.array([entry["bbox"] for entry in objects], dtype=np.float64).reshape(-1, 4),
+        areas=np.array([area_of(entry) for entry in objects], dtype=np.float32),
+        findings=[
+            *_invalid(bad, split),
+            *_repeats(repeated, _repeated(names), split),
+            *_empty_images(len(names), len(set(rows)), [*_without(names, rows)], crowds, split),
+        ],
+    )
+
+
+def _invalid(bad: Mapping[str, list[str]], split: str) -> list[Finding]:
+    """Return the findings of annotations that are not valid."""
+    stops = "Training stops at the start."
+    findings = [
+        Finding("error", kind, split, len(bad[key]), stops, bad[key])
+        for key, kind in (
+            ("box", "invalid boxes"),
+            ("category", "objects of unknown categories"),
+            ("segmentation", "invalid segmentations"),
+        )
+        if bad[key]
+    ]
+    if bad["image"]:
+        meaning = "The file does not list their images, so they are left out."
+        kind = "objects of unlisted images"
+        findings.append(Finding("warning", kind, split, len(bad["image"]), meaning, bad["image"]))
+    return findings
+
+
+def _repeats(ids: list[str], names: list[str], split: str) -> list[Finding]:
+    """Return the findings of image ids and file names that are used twice."""
+    findings = []
+    if ids:
+        meaning = "Only the last image of each id is used, with the objects of all of them."
+        findings.append(Finding("warning", "repeated image ids", split, len(ids), meaning, ids))
+    if names:
+        meaning = "Each entry is an image of its own that lacks the objects of the other."
+        findings.append(
+            Finding("warning", "repeated file names", split, len(names), meaning, names)
+        )
+    return findings
+
+
+def _empty_images(
+    count: int, filled: int, empty: list[str], crowds: int, split: str
+) -> list[Finding]:
+    """Return the findings of images without objects and of crowd annotations."""
+    findings = []
+    if not filled:
+        meaning = "The detector learns to find nothing."
+        findings.append(Finding("warning", "no objects", split, 1, meaning))
+    elif empty:
+        meaning = (
+            f"{len(empty) / count:.1%} of the images; they are kept as background. Check that they "
+            "are annotated."
+        )
+        findings.append(
+            Finding("note", "images without objects", split, len(empty), meaning, empty)
+        )
+    if crowds:
+        meaning = "Training leaves them out; the evaluation ignores detections inside them."
+        findings.append(Finding("note", "crowd annotations", split, crowds, meaning))
+    return findings
+
+
+def find_bad_boxes(examined: Examined, sizes: np.ndarray, split: str) -> list[Finding]:
+    """Return the findings of empty boxes, boxes outside the image and normalized boxes.
+
+    Args:
+        examined: The annotations.
+        sizes: Widths and heights of the images in training, (N, 2); 0 where unknown.
+        split: Name of the split.
+    """
+    boxes = examined.boxes
+    if not len(boxes):
+        return []
+    corner = boxes[:, :2] + boxes[:, 2:]
+    limits = sizes[examined.rows]
+    known = (limits > 0).all(axis=1)
+    empty = (boxes[:, 2:] <= 0).any(axis=1)
+    beyond = ((boxes[:, :2] < -_TOLERANCE) | (corner > limits + _TOLERANCE)).any(axis=1)
+    gone = ((corner <= 0) | (boxes[:, :2] >= limits)).any(axis=1) & known & ~empty
+    outside = beyond & known & ~empty | gone
+    findings = []
+    if np.count_nonzero(empty):
+        meaning = "Width and height must be > 0; training leaves these objects out."
+        findings.append(_box_finding("empty boxes", empty, examined, meaning, split))
+    if np.count_nonzero(outside):
+        meaning = (
+            f"Training clips them to the image; {np.count_nonzero(gone)} are entirely outside and "
+            "left out."
+        )
+        findings.append(_box_finding("boxes outside the image", outside, examined, meaning, split))
+    if (boxes <= 1).all() and np.count_nonzero(~empty):
+        meaning = "Coordinates must be in pixels; all of them are at most 1."
+        findings.append(Finding("warning", "normalized boxes", split, len(boxes), meaning))
+    return findings
+
+
+def _box_finding(
+    kind: str, chosen: np.ndarray, examined: Examined, meaning: str, split: str
+) -> Finding:
+    """Return the finding of the chosen boxes."""
+    positions = chosen.nonzero()[0]
+    examples = [
+        f"{examined.file_names[examined.rows[i]]}: {examined.boxes[i].round(2).tolist()}"
+        for i in positions[:20].tolist()
+    ]
+    level = "note" if len(positions) < _RARE * len(chosen) else "warning"
+    return Finding(level, kind, split, len(positions), meaning, examples)
+
+
+def find_bad_categories(
+    counts: Mapping[str, int], split: str, *, unit: str = "object"
+) -> list[Finding]:
+    """Return the findings of training classes that are too rare to learn, and of their balance.
+
+    Args:
+        counts: Number of objects or images by class.
+        split: Name of the split.
+        unit: What is counted, `object` or `image`.
+    """
+    findings = []
+    for amount, word, meaning in (
+        (0, f"classes without {unit}s", "They are never learned. Remove them, or add data."),
+        (1, f"classes with one {unit}", "They can hardly be learned. Add data."),
+    ):
+        names = [name for name, count in counts.items() if count == amount]
+        if names and any(counts.values()):
+            findings.append(Finding("warning", word, split, len(names), meaning, names))
+    ordered = sorted((count, name) for name, count in counts.items() if count)
+    if len(ordered) > 1 and ordered[-1][0] >= 100 * ordered[0][0]:
+        (fewest, rare), (most, common) = ordered[0], ordered[-1]
+        meaning = (
+            f"{common} has {most:,} {unit}s and {rare} has {fewest:,}: expect weak rare classes."
+        )
+        findings.append(Finding("note", "imbalanced classes", split, len(ordered), meaning))
+    return findings
+
+
+def _without(names: list[str], rows: Collection[int]) -> list[str]:
+    """Return the names of the images that have no object."""
+    filled = set(rows)
+    return [name for row, name in enumerate(names) if row not in filled]
+
+
+def _repeated(values: Any) -> list[str]:
+    """Return the values that occur more than once."""
+    return [str(value) for value, count in Counter(values).items() if count > 1]
