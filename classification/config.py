@@ -88,7 +88,7 @@ class DataConfig(Config):
     """Data."""
 
     data_path: str = ""
-    """Folder of the data, with train/ and val/, or with train.tar and val.tar."""
+    """Folder of the data, with train/ and val/ or valid/, or with train.tar and val.tar."""
     data_set: Literal["IMNET", "CIFAR", "INAT", "INAT19", "DIGITS"] = "IMNET"
     """Data set: ImageNet's layout, CIFAR-100, iNaturalist 2018 or 2019, or built-in digits."""
     inat_category: Literal[
@@ -97,6 +97,11 @@ class DataConfig(Config):
     """Taxonomic rank of the classes of iNaturalist."""
     load_tar: bool = False
     """Read the images from train.tar and val.tar without unpacking them."""
+    train_val_split: float | None = Field(None, gt=0, lt=1)
+    """Fraction of the training images to use for validation if the data has no validation split;
+    the chosen images are saved with the data."""
+    split_seed: int = Field(0, ge=0)
+    """Random seed of train_val_split."""
     pin_mem: bool = True
     """Pin the memory of loaded batches for faster transfer to a GPU."""
     repeated_aug: bool = True

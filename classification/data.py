@@ -12,6 +12,7 @@ from datasets import (
     RepeatedAugSampler,
     ResilientDataset,
     SeededDataset,
+    SplitOptions,
     build_dataset,
     build_transform,
 )
@@ -44,6 +45,9 @@ def build_split(
         remode=config.remode,
         recount=config.recount,
     )
+    split_options = None
+    if config.train_val_split is not None:
+        split_options = SplitOptions(config.train_val_split, config.split_seed)
     return build_dataset(
         config.data_set,
         config.data_path,
@@ -53,6 +57,7 @@ def build_split(
         classes=classes,
         inat_category=config.inat_category,
         max_bad_fraction=config.max_bad_fraction,
+        train_val_split=split_options,
     )
 
 

@@ -35,6 +35,7 @@ from datasets.samplers import (
     RepeatedAugSampler,
     SeededDataset,
 )
+from datasets.saved_split import SplitOptions
 from datasets.transforms import build_transform
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "RepeatedAugSampler",
     "DistributedShuffleSampler",
     "EvalSampler",
+    "SplitOptions",
     "build_coco",
     "build_coco_transforms",
     "CocoImages",

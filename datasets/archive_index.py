@@ -7,10 +7,8 @@ The index works for every archive whose members are contiguous, such as tar and 
 """
 
 import bisect
-import hashlib
 import logging
 import os
-import uuid
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import numpy as np
 
 from datasets.errors import DataError
 from datasets.packed_strings import PackedStrings
+from datasets.stored_files import storage_paths, write_atomically
 
 __all__ = ["Signature", "ArchiveIndex", "signature_of", "open_index", "save_index"]
 
@@ -86,7 +85,7 @@ def open_index(path: Path, scan: Callable[[Path], Mapping[str, tuple[int, int]]]
     if not path.is_file():
         raise DataError(f"there is no archive at {path}")
     signature = signature_of(path.stat())
-    index_paths = _index_paths(path)
+    index_paths = storage_paths(path, path.parent, f"{path.name}.index.npz")
     for index_path in index_paths:
         index = _load(index_path, signature)
         if index is not None:
@@ -115,31 +114,15 @@ def save_index(index: ArchiveIndex, index_path: Path) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    index_path.parent.mkdir(parents=True, exist_ok=True)
-    # Files of the module tempfile are readable by their owner only. Other users of a shared
-    # archive must be able to read the index.
-    temporary = index_path.with_name(f".{index_path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            np.savez(
-                file,
-                format=np.int64(_FORMAT),
-                signature=np.array(index.signature, dtype=np.int64),
-                names=index.names.blob,
-                offsets=index.offsets,
-                sizes=index.sizes,
-            )
-        temporary.replace(index_path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _index_paths(path: Path) -> tuple[Path, Path]:
-    """Return the possible paths of the index: next to the archive, then in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irpe"
-    digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
-    name = f"{path.name}.index.npz"
-    return path.with_name(name), cache / f"{digest}-{name}"
+    with write_atomically(index_path) as file:
+        np.savez(
+            file,
+            format=np.int64(_FORMAT),
+            signature=np.array(index.signature, dtype=np.int64),
+            names=index.names.blob,
+            offsets=index.offsets,
+            sizes=index.sizes,
+        )
 
 
 def _load(index_path: Path, signature: Signature) -> ArchiveIndex | None:

@@ -12,6 +12,7 @@ from datasets.errors import DataError
 from datasets.imagenet import Split, build_imagenet
 from datasets.inaturalist import InatCategory, INaturalistImages
 from datasets.resilient import ImageDataset, ResilientDataset
+from datasets.saved_split import SplitOptions
 
 __all__ = ["DataSetName", "build_dataset"]
 
@@ -29,6 +30,7 @@ def build_dataset(
     inat_category: InatCategory = "name",
     download: bool = False,
     max_bad_fraction: float = 0.01,
+    train_val_split: SplitOptions | None = None,
 ) -> ResilientDataset:
     """Open one split of a data set; `len(dataset.classes)` is its number of classes.
 
@@ -48,10 +50,11 @@ def build_dataset(
         download: Let torchvision download CIFAR-100 or iNaturalist if it is missing. In a
             distributed run, download with one process first.
         max_bad_fraction: Maximum fraction of corrupt images among the images read.
+        train_val_split: Use a part of the training images for validation; only for `IMNET`.
 
     Raises:
-        DataError: The data is missing, empty or damaged, or `load_tar` is set for a data set
-            without tars.
+        DataError: The data is missing, empty or damaged, or `load_tar` or `train_val_split` is set
+            for a data set that does not support it.
         ValueError: The data set or the split is unknown.
     """
     allowed = get_args(DataSetName)
@@ -59,6 +62,8 @@ def build_dataset(
         raise ValueError(f"data_set must be one of {', '.join(allowed)}, got {data_set!r}")
     if split not in ("train", "val"):
         raise ValueError(f"split must be train or val, got {split!r}")
+    if train_val_split is not None and data_set != "IMNET":
+        raise DataError(f"--train_val_split is for IMNET: {data_set} has a validation split")
     if load_tar and data_set not in ("IMNET", "DIGITS"):
         raise DataError(f"--load-tar is for IMNET and DIGITS: {data_set} has no tars")
 
@@ -71,7 +76,12 @@ def build_dataset(
 
             write_digits(data_path)
         dataset = build_imagenet(
-            data_path, split, load_tar=load_tar, transform=transform, classes=classes
+            data_path,
+            split,
+            load_tar=load_tar,
+            transform=transform,
+            classes=classes,
+            train_val_split=train_val_split,
         )
     elif data_set == "CIFAR":
         dataset = _open_cifar(Path(data_path), split, transform, download)

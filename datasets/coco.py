@@ -8,10 +8,8 @@ view; otherwise its pixels are used as stored.
 
 import contextlib
 import io
-import logging
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,34 +20,21 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.coco_annotations import label_map_of, read_annotations, read_json
+from datasets.coco_annotations import label_map_of, read_annotations, read_json, select_images
+from datasets.coco_layouts import find_coco
 from datasets.coco_masks import decode_masks
 from datasets.errors import CHECK_COMMAND, DataError
-from datasets.image_sources import find_split, open_images
+from datasets.image_sources import open_images
 from datasets.images import decode_rgb
+from datasets.saved_split import SplitOptions
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
-__all__ = ["Target", "CocoTransform", "CocoFiles", "CocoImages", "build_coco", "find_coco"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Target", "CocoTransform", "CocoImages", "build_coco"]
 
 Target = dict[str, Tensor]
 CocoTransform = Callable[[Image.Image, Target], tuple[Any, Target]]
-
-
-@dataclass(frozen=True)
-class CocoFiles:
-    """The files of one split.
-
-    Attributes:
-        images: Folder or zip of the images.
-        annotations: JSON file in COCO's format.
-    """
-
-    images: Path
-    annotations: Path
 
 
 class CocoImages(Dataset[tuple[Any, Target]]):
@@ -74,6 +59,7 @@ class CocoImages(Dataset[tuple[Any, Target]]):
         with_masks: Add the masks to the target.
         label_map: Category id of each label, for example `label_to_category` of the training split;
             by default the result of `label_map_of`.
+        only: File names of the images of this split; None for all images of the file.
 
     Attributes:
         label_to_category: Category id of each label.
@@ -92,10 +78,12 @@ class CocoImages(Dataset[tuple[Any, Target]]):
         transforms: CocoTransform | None = None,
         with_masks: bool = False,
         label_map: Mapping[int, int] | None = None,
+        only: Collection[str] | None = None,
     ) -> None:
         self.annotation_file = Path(annotations)
+        self._only = only
         self.transforms = transforms
-        self._annotations = read_annotations(annotations, with_masks=with_masks)
+        self._annotations = read_annotations(annotations, with_masks=with_masks, only=only)
         self._images = open_images(images, self._annotations.file_names)
         names = self._annotations.category_names
         self.label_to_category = dict(label_map_of(names) if label_map is None else label_map)
@@ -116,6 +104,8 @@ class CocoImages(Dataset[tuple[Any, Target]]):
 
         coco = COCO()
         coco.dataset = read_json(self.annotation_file)
+        if self._only is not None:
+            coco.dataset = select_images(coco.dataset, self._only)
         for number, annotation in enumerate(coco.dataset["annotations"], 1):
             annotation.setdefault("id", number)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -194,59 +184,39 @@ def build_coco(
     transforms: CocoTransform | None = None,
     with_masks: bool = False,
     label_map: Mapping[int, int] | None = None,
+    train_val_split: SplitOptions | None = None,
 ) -> CocoImages:
     """Open one split of COCO, or of another data set in its format.
 
     Args:
         split: `train` or `val`.
         coco_path: Folder with `annotations/instances_<split>2017.json`, and the images in the
-            folder `<split>2017` or in `<split>2017.zip`. If both exist, the folder is used.
+            folder `<split>2017` or in `<split>2017.zip`. If both exist, the folder is used. Other
+            layouts are described in `coco_layouts`.
         images: Folder or zip of the images, instead of those in `coco_path`.
         annotations: JSON file in COCO's format, instead of that in `coco_path`.
         transforms: Function applied to (RGB image, target).
         with_masks: Add the masks to the target.
         label_map: Category id of each label, see `CocoImages`.
+        train_val_split: Use a part of the training images for validation, see `saved_split`. If
+            `images` and `annotations` are given, both splits must get the same.
 
     Raises:
         DataError: Images or annotations are missing or damaged, or no path to them is given.
         ValueError: The split is unknown.
     """
-    files = find_coco(split, coco_path, images=images, annotations=annotations)
+    files = find_coco(
+        split,
+        coco_path,
+        images=images,
+        annotations=annotations,
+        train_val_split=train_val_split,
+    )
     return CocoImages(
         files.images,
         files.annotations,
         transforms=transforms,
         with_masks=with_masks,
         label_map=label_map,
+        only=files.only,
     )
-
-
-def find_coco(
-    split: Literal["train", "val"],
-    coco_path: str | os.PathLike[str] | None = None,
-    *,
-    images: str | os.PathLike[str] | None = None,
-    annotations: str | os.PathLike[str] | None = None,
-) -> CocoFiles:
-    """Find the files of one split; see `build_coco` for the arguments.
-
-    Raises:
-        DataError: A folder or the images are missing, or no path to them is given.
-        ValueError: The split is unknown.
-    """
-    if split not in ("train", "val"):
-        raise ValueError(f"split must be train or val, got {split!r}")
-    if coco_path is None:
-        if images is None or annotations is None:
-            raise DataError(
-                f"there is no data for {split}: expected coco_path, or images and annotations"
-            )
-        return CocoFiles(Path(images), Path(annotations))
-    root = Path(coco_path)
-    if not root.is_dir():
-        raise DataError(f"there is no folder {root}: expected COCO in it")
-    annotations = annotations or root / "annotations" / f"instances_{split}2017.json"
-    if images is None:
-        images, note = find_split(root, f"{split}2017")
-        logger.info(note or f"{split}: images from {images}")
-    return CocoFiles(Path(images), Path(annotations))

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from datasets.packed_strings import PackedStrings
 __all__ = [
     "CocoAnnotations",
     "area_of",
+    "category_names_of",
     "describe",
     "find_problem",
     "label_map_of",
     "read_annotations",
     "read_json",
+    "select_images",
     "size_of",
 ]
 
@@ -67,12 +69,18 @@ class CocoAnnotations:
     category_names: Mapping[int, str]
 
 
-def read_annotations(path: str | os.PathLike[str], *, with_masks: bool = False) -> CocoAnnotations:
+def read_annotations(
+    path: str | os.PathLike[str],
+    *,
+    with_masks: bool = False,
+    only: Collection[str] | None = None,
+) -> CocoAnnotations:
     """Read and check an annotation file.
 
     Args:
         path: Path of the JSON file.
         with_masks: Keep the segmentations.
+        only: File names of the images to keep; None for all.
 
     Raises:
         DataError: The file is missing or not a COCO annotation file; a box is not four finite
@@ -82,7 +90,9 @@ def read_annotations(path: str | os.PathLike[str], *, with_masks: bool = False) 
     path = Path(path)
     data = read_json(path)
     try:
-        names = {int(entry["id"]): str(entry["name"]) for entry in data["categories"]}
+        names = category_names_of(data)
+        if only is not None:
+            data = select_images(data, only)
         images = {int(entry["id"]): str(entry["file_name"]) for entry in data["images"]}
         sizes = {int(entry["id"]): size_of(entry) for entry in data["images"]}
         for kind, listed in (("images", images), ("categories", names)):
@@ -154,6 +164,40 @@ def label_map_of(category_names: Mapping[int, str]) -> dict[int, int]:
     if set(category_names) == _COCO_IDS:
         return {number: number for number in range(91)}
     return dict(enumerate(sorted(category_names)))
+
+
+def category_names_of(data: Mapping[str, Any]) -> dict[int, str]:
+    """Return the name of each category id, without the placeholder of Roboflow.
+
+    The first category of Roboflow's exports has the id 0 and the name of the project. It is only
+    the supercategory of the others and has no objects.
+
+    Args:
+        data: Content of an annotation file.
+    """
+    names = {int(entry["id"]): str(entry["name"]) for entry in data["categories"]}
+    parents = {entry.get("supercategory") for entry in data["categories"] if entry["id"] != 0}
+    placeholder = any(
+        entry["id"] == 0 and entry.get("supercategory") == "none" and entry["name"] in parents
+        for entry in data["categories"]
+    )
+    if placeholder and not any(entry.get("category_id") == 0 for entry in data["annotations"]):
+        del names[0]
+    return names
+
+
+def select_images(data: Mapping[str, Any], only: Collection[str]) -> dict[str, Any]:
+    """Return the content of an annotation file with some of its images and their annotations.
+
+    Args:
+        data: Content of an annotation file.
+        only: File names of the images to keep.
+    """
+    images = [entry for entry in data["images"] if entry["file_name"] in only]
+    dropped = {entry["id"] for entry in data["images"]} - {entry["id"] for entry in images}
+    # Annotations of images that the file does not list are kept, to be reported.
+    kept = [entry for entry in data["annotations"] if entry["image_id"] not in dropped]
+    return {**data, "images": images, "annotations": kept}
 
 
 def size_of(entry: Mapping[str, Any]) -> tuple[int, int]:

@@ -20,10 +20,12 @@ from datasets.archives import TarArchive
 from datasets.errors import CHECK_COMMAND, DataError
 from datasets.images import LabeledImages, is_image_name, read_bytes
 from datasets.packed_strings import PackedStrings
+from datasets.saved_split import SplitOptions, split_images
 
-__all__ = ["Split", "Transform", "FolderImages", "TarImages", "build_imagenet"]
+__all__ = ["SPLIT_NAMES", "Split", "Transform", "FolderImages", "TarImages", "build_imagenet"]
 
 Split = Literal["train", "val"]
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation")}
 Transform = Callable[[Image.Image], Any]
 
 
@@ -83,6 +85,12 @@ class TarImages(LabeledImages):
         targets, found = _number_classes(names, classes, self.archive.path)
         super().__init__(path, PackedStrings.pack(names), targets, found, transform)
 
+    def select(self, positions: np.ndarray) -> "TarImages":
+        """Return the images at the given positions, with the same classes."""
+        chosen = super().select(positions)
+        chosen._positions = self._positions[positions]
+        return chosen
+
     def read(self, index: int) -> bytes:
         """Read the archive member of image `index`."""
         return self.archive.read_at(int(self._positions[index]))
@@ -95,8 +103,11 @@ def build_imagenet(
     load_tar: bool = False,
     transform: Transform | None = None,
     classes: Sequence[str] | None = None,
+    train_val_split: SplitOptions | None = None,
 ) -> LabeledImages:
     """Open one split: the folder `data_path/<split>`, or `data_path/<split>.tar` with `load_tar`.
+
+    The validation split may also be called `valid` or `validation`.
 
     Args:
         data_path: Folder of the splits.
@@ -104,19 +115,60 @@ def build_imagenet(
         load_tar: Read the tar instead of the folder.
         transform: Function applied to the RGB image.
         classes: Class names of the training split, so that validation uses the same numbers.
+        train_val_split: Use a part of each class of the training split for validation, see
+            `saved_split`. Without `train`, the class folders are expected in `data_path`.
 
     Raises:
         DataError: The split is missing or damaged, has no images, or has a class that is not in
-            `classes`.
+            `classes`; or `train_val_split` is given for data that has a validation split.
     """
-    folder, tar = Path(data_path) / split, Path(data_path) / f"{split}.tar"
+    root = Path(data_path)
+    if train_val_split is not None:
+        return _open_part(root, split, load_tar, transform, classes, train_val_split)
+    folder, tar = _find(root, split)
     if load_tar:
         if not tar.exists() and folder.is_dir():
             raise DataError(f"there is no {tar}, but the folder {folder} exists: drop --load-tar")
         return TarImages(tar, transform, classes)
     if not folder.exists() and tar.is_file():
         raise DataError(f"there is no folder {folder}, but {tar} exists: add --load-tar")
+    if split == "val" and not folder.exists() and (root / "train").is_dir():
+        raise DataError(
+            f"there is no folder {folder}: expected {folder}/<class>/<image>.jpg, or "
+            "--train_val_split 0.2 to use a part of train for validation"
+        )
     return FolderImages(folder, transform, classes)
+
+
+def _find(root: Path, split: Split) -> tuple[Path, Path]:
+    """Return folder and tar of a split, by the first of its names that exists."""
+    pairs = [(root / name, root / f"{name}.tar") for name in SPLIT_NAMES[split]]
+    return next((pair for pair in pairs if any(path.exists() for path in pair)), pairs[0])
+
+
+def _open_part(
+    root: Path,
+    split: Split,
+    load_tar: bool,
+    transform: Transform | None,
+    classes: Sequence[str] | None,
+    options: SplitOptions,
+) -> LabeledImages:
+    """Open the part of the training images that belongs to a split."""
+    for path in _find(root, "val"):
+        if path.exists():
+            raise DataError(f"{path} is a validation split: drop --train_val_split")
+    if load_tar or any(path.exists() for path in _find(root, "train")):
+        images = build_imagenet(
+            root, "train", load_tar=load_tar, transform=transform, classes=classes
+        )
+    else:
+        images = FolderImages(root, transform, classes)
+    names = list(images.names)
+    groups = [images.classes[target] for target in images.targets.tolist()]
+    val = split_images(images.source, root, names, options, groups)
+    chosen = [i for i, name in enumerate(names) if (name in val) == (split == "val")]
+    return images.select(np.array(chosen, dtype=np.int64))
 
 
 def _walk(root: Path) -> Iterable[str]:

@@ -1,5 +1,6 @@
 """Images with a name and a class number: the common base of the classification data sets."""
 
+import copy
 import io
 import os
 import struct
@@ -162,6 +163,17 @@ class LabeledImages(Dataset[tuple[Any, int]]):
     def samples(self) -> list[tuple[str, int]]:
         """Name and class number of every image; the list is built at each access."""
         return list(zip(self.names, self.targets.tolist(), strict=True))
+
+    def select(self, positions: np.ndarray) -> "LabeledImages":
+        """Return the images at the given positions, with the same classes.
+
+        Args:
+            positions: Positions of K of the images, (K,) int64.
+        """
+        chosen = copy.copy(self)
+        chosen.names = PackedStrings.pack(self.names[i] for i in positions.tolist())
+        chosen.targets = self.targets[positions]
+        return chosen
 
     def __len__(self) -> int:
         return len(self.names)

@@ -109,7 +109,8 @@ class DataConfig(Config):
     dataset_file: Literal["coco", "scenes"] = "coco"
     """Data set: COCO's layout, or built-in scenes of digits, written to coco_path at first use."""
     coco_path: str | None = None
-    """Folder of the data, with annotations/, and train2017 and val2017 as folders or .zip files."""
+    """Folder of the data: COCO's layout, with annotations/, and train2017 and val2017 as folders or
+    .zip files, or an export in COCO's format (see docs/data.md)."""
     coco_panoptic_path: None = None
     """Accepted for compatibility with DETR; must be none, panoptic data is not supported."""
     train_images: str | None = None
@@ -120,6 +121,11 @@ class DataConfig(Config):
     """Folder or .zip file of validation images, for a data set without COCO's layout."""
     val_annotations: str | None = None
     """Annotations of the validation images, a JSON file in COCO's format."""
+    train_val_split: float | None = Field(None, gt=0, lt=1)
+    """Fraction of the training images to use for validation if the data has no validation split;
+    the chosen images are saved with the data."""
+    split_seed: int = Field(0, ge=0)
+    """Random seed of train_val_split."""
     remove_difficult: bool = False
     """Accepted for compatibility with DETR, which ignores it; must be false."""
     augment: Literal["recipe", "none"] = "recipe"
@@ -203,6 +209,8 @@ class DetectionConfig(
             raise ValueError("frozen_weights needs masks: only the mask head would be trained")
         if self.dataset_file == "scenes" and not self.coco_path:
             raise ValueError("dataset_file scenes needs coco_path, where the scenes are written")
+        if self.train_val_split and (self.val_images or self.val_annotations):
+            raise ValueError("train_val_split must be none with val_images and val_annotations")
         if self.coco_path and any(self.own_data):
             raise ValueError(
                 "coco_path must be none with train_images, val_images or their annotations"

@@ -10,6 +10,7 @@ from datasets import (
     EvalSampler,
     ResilientDataset,
     SeededDataset,
+    SplitOptions,
     build_coco,
     build_coco_transforms,
     collate,
@@ -39,6 +40,10 @@ def build_split(
     if config.dataset_file == "scenes":
         write_scenes(config.coco_path)
     images, annotations = config.own_data[:2] if split == "train" else config.own_data[2:]
+    split_options = None
+    if config.train_val_split is not None:
+        split_options = SplitOptions(config.train_val_split, config.split_seed)
+        images, annotations = config.own_data[:2]
     dataset = build_coco(
         split,
         config.coco_path,
@@ -49,6 +54,7 @@ def build_split(
         ),
         with_masks=config.masks,
         label_map=label_map,
+        train_val_split=split_options,
     )
     return ResilientDataset(dataset, max_bad_fraction=config.max_bad_fraction)
 

@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from datasets.check.findings import Finding
-from datasets.coco_annotations import area_of, describe, find_problem, read_json, size_of
+from datasets.coco_annotations import (
+    area_of,
+    category_names_of,
+    describe,
+    find_problem,
+    read_json,
+    select_images,
+    size_of,
+)
 from datasets.errors import DataError
 
 __all__ = ["Examined", "examine", "find_bad_boxes", "find_bad_categories"]
@@ -48,20 +56,26 @@ class Examined:
     findings: list[Finding]
 
 
-def examine(path: Path, split: str, *, with_masks: bool) -> Examined:
+def examine(
+    path: Path, split: str, *, with_masks: bool, only: Collection[str] | None = None
+) -> Examined:
     """Read an annotation file and collect its problems.
 
     Args:
         path: Path of the JSON file.
         split: Name of the split for the findings.
         with_masks: Check the segmentations, too.
+        only: File names of the images to examine; None for all.
 
     Raises:
         DataError: The file is missing or not a COCO annotation file.
     """
     data = read_json(path)
     try:
-        examined = _examine(data, split, with_masks)
+        categories = category_names_of(data)
+        if only is not None:
+            data = select_images(data, only)
+        examined = _examine(data, categories, split, with_masks)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is not a COCO annotation file: {describe(error)}") from error
     if not examined.file_names:
@@ -69,9 +83,10 @@ def examine(path: Path, split: str, *, with_masks: bool) -> Examined:
     return examined
 
 
-def _examine(data: Mapping[str, Any], split: str, with_masks: bool) -> Examined:
+def _examine(
+    data: Mapping[str, Any], categories: dict[int, str], split: str, with_masks: bool
+) -> Examined:
     """Collect the content and the problems of a parsed annotation file."""
-    categories = {int(entry["id"]): str(entry["name"]) for entry in data["categories"]}
     images = {int(entry["id"]): entry for entry in data["images"]}
     keys = sorted(images)
     row_of = {key: row for row, key in enumerate(keys)}

@@ -10,9 +10,11 @@ from datasets.check.across import find_copies
 from datasets.check.annotations import Examined, examine, find_bad_boxes, find_bad_categories
 from datasets.check.findings import Finding, Report, Summary
 from datasets.check.pixels import Picture, find_bad_pictures, find_wrong_sizes, read_pictures
-from datasets.coco import CocoFiles, build_coco, find_coco
+from datasets.coco import CocoImages
+from datasets.coco_layouts import CocoFiles, find_coco
 from datasets.errors import DataError
 from datasets.image_sources import open_images
+from datasets.saved_split import SplitOptions
 
 __all__ = ["check_coco"]
 
@@ -35,6 +37,7 @@ def check_coco(
     with_masks: bool = False,
     read_images: bool = False,
     num_workers: int = 0,
+    train_val_split: SplitOptions | None = None,
 ) -> Report:
     """Check a data set in COCO's format.
 
@@ -44,13 +47,20 @@ def check_coco(
         with_masks: Check the segmentations, too.
         read_images: Decode all images.
         num_workers: Number of processes that decode.
+        train_val_split: Use a part of the training images for validation, as for `build_coco`.
     """
     own_files = own_files or {"train": (None, None), "val": (None, None)}
     report = Report(str(coco_path or own_files["train"][1]))
     splits: dict[str, _Split] = {}
     for name, (images, annotations) in own_files.items():
         try:
-            files = find_coco(name, coco_path, images=images, annotations=annotations)
+            files = find_coco(
+                name,
+                coco_path,
+                images=images,
+                annotations=annotations,
+                train_val_split=train_val_split,
+            )
             splits[name] = _check_split(name, files, report, with_masks, read_images, num_workers)
         except DataError as error:
             report.findings.append(_unopened(name, error))
@@ -78,7 +88,7 @@ def _check_split(
     num_workers: int,
 ) -> _Split:
     """Check one split by itself, and add its summary and findings to the report."""
-    examined = examine(files.annotations, name, with_masks=with_masks)
+    examined = examine(files.annotations, name, with_masks=with_masks, only=files.only)
     source = open_images(files.images, examined.file_names, allow_missing=True)
     report.findings += examined.findings
     if source.missing:
@@ -163,12 +173,12 @@ def _open_as_trainer(splits: Mapping[str, _Split], with_masks: bool) -> list[Fin
     label_map = None
     for name, split in splits.items():
         try:
-            data = build_coco(
-                name,
-                images=split.files.images,
-                annotations=split.files.annotations,
+            data = CocoImages(
+                split.files.images,
+                split.files.annotations,
                 with_masks=with_masks,
                 label_map=label_map,
+                only=split.files.only,
             )
         except DataError as error:
             return [_unopened(name, error)]

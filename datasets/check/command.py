@@ -13,6 +13,7 @@ from datasets.check.folders import check_folders
 from datasets.check.page import format_page
 from datasets.check.text import format_text
 from datasets.inaturalist import InatCategory
+from datasets.saved_split import SplitOptions
 
 __all__ = ["main", "parse_args"]
 
@@ -76,6 +77,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--inat-category", choices=get_args(InatCategory), default="name", help="default: name"
     )
     folders.add_argument("--load-tar", action="store_true", help="read train.tar and val.tar")
+    both = parser.add_argument_group("split")
+    both.add_argument(
+        "--train-val-split", type=float, help="fraction of train to use for validation"
+    )
+    both.add_argument("--split-seed", type=int, default=0, help="default: 0")
     work = parser.add_argument_group("check")
     work.add_argument("--images", action="store_true", help="decode every image")
     cores = len(os.sched_getaffinity(0))
@@ -114,6 +120,10 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         pair = [f"{split}_images", f"{split}_annotations"]
         if len(set(pair) & set(own)) == 1:
             parser.error(f"--{pair[0]} and --{pair[1]} must be given together")
+    if args.train_val_split is not None and not 0 < args.train_val_split < 1:
+        parser.error(f"--train_val_split must be between 0 and 1, got {args.train_val_split}")
+    if args.train_val_split is not None and {"val_images", "val_annotations"} & set(own):
+        parser.error("--train_val_split must not be given with --val_images")
     if args.num_workers < 0:
         parser.error(f"--num_workers must be at least 0, got {args.num_workers}")
     if args.html is not None and args.html.exists() and not args.force:
@@ -122,7 +132,14 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 def _check(args: argparse.Namespace) -> Report:
     """Check the data set that the flags name."""
-    work = {"read_images": args.images, "num_workers": args.num_workers}
+    options = None
+    if args.train_val_split is not None:
+        options = SplitOptions(args.train_val_split, args.split_seed)
+    work = {
+        "read_images": args.images,
+        "num_workers": args.num_workers,
+        "train_val_split": options,
+    }
     if args.data_path:
         return check_folders(
             args.data_path,
@@ -138,4 +155,6 @@ def _check(args: argparse.Namespace) -> Report:
             for split in ("train", "val")
         }
         own = {split: pair for split, pair in splits.items() if pair[0]}
+        if options is not None:
+            own["val"] = splits["train"]
     return check_coco(args.coco_path, own_files=own, with_masks=args.masks, **work)

@@ -16,6 +16,7 @@ from datasets.errors import DataError
 from datasets.imagenet import FolderImages
 from datasets.images import IMAGE_EXTENSIONS, LabeledImages
 from datasets.inaturalist import InatCategory
+from datasets.saved_split import SplitOptions
 
 __all__ = ["check_folders"]
 
@@ -33,6 +34,7 @@ def check_folders(
     inat_category: InatCategory = "name",
     read_images: bool = False,
     num_workers: int = 0,
+    train_val_split: SplitOptions | None = None,
 ) -> Report:
     """Check class folders, tars of class folders, or iNaturalist.
 
@@ -43,6 +45,7 @@ def check_folders(
         inat_category: Taxonomic rank of the classes of iNaturalist.
         read_images: Decode all images.
         num_workers: Number of processes that decode.
+        train_val_split: Use a part of the training images for validation, as for `build_dataset`.
     """
     report = Report(str(data_path))
     splits: dict[str, LabeledImages] = {}
@@ -50,14 +53,18 @@ def check_folders(
     for name in ("train", "val"):
         try:
             images = build_dataset(
-                data_set, data_path, name, load_tar=load_tar, inat_category=inat_category
+                data_set,
+                data_path,
+                name,
+                load_tar=load_tar,
+                inat_category=inat_category,
+                train_val_split=train_val_split,
             ).dataset
         except DataError as error:
             report.findings.append(Finding("error", "cannot be opened", name, 1, f"{error}."))
             continue
         splits[name] = images
         counts = _count(images)
-        report.findings += _find_skipped(images, name)
         if name == "train":
             report.findings += find_bad_categories(counts, name, unit="image")
         if read_images:
@@ -70,6 +77,7 @@ def check_folders(
         report.summaries.append(
             Summary(name, str(images.source), len(images), counts, decoded=decoded)
         )
+    report.findings += _find_skipped(splits)
     if len(splits) == 2:
         report.findings += _compare(_count(splits["train"]), _count(splits["val"]))
     classes = {
@@ -102,33 +110,45 @@ def _compare(train: Mapping[str, int], val: Mapping[str, int]) -> list[Finding]:
     return findings
 
 
-def _find_skipped(images: LabeledImages, split: str) -> list[Finding]:
+def _find_skipped(splits: Mapping[str, LabeledImages]) -> list[Finding]:
     """Return the findings of files and class folders that a folder has but training skips."""
-    if not isinstance(images, FolderImages):
-        return []
-    used = set(images.names)
-    folders = {Path(name).parent.as_posix() for name in used}
+    # With a split by seed, both splits are in one folder.
+    folders: dict[Path, list[str]] = {}
+    for name, images in splits.items():
+        if isinstance(images, FolderImages):
+            folders.setdefault(images.root, []).append(name)
+    findings = []
+    for root, names in folders.items():
+        used = {file for name in names for file in splits[name].names}
+        skipped, empty = _compare_files(root, used)
+        split = " and ".join(names)
+        if skipped:
+            kinds = ", ".join(sorted({Path(name).suffix.lower() for name in skipped}))
+            meaning = f"Outside of class folders or in a format that is not read ({kinds})."
+            findings.append(
+                Finding("warning", "skipped images", split, len(skipped), meaning, skipped)
+            )
+        if empty:
+            meaning = "They do not become classes."
+            kind = "class folders without images"
+            findings.append(Finding("warning", kind, split, len(empty), meaning, empty))
+    return findings
+
+
+def _compare_files(root: Path, used: set[str]) -> tuple[list[str], list[str]]:
+    """Return the images and the innermost folders below `root` that are not used."""
+    parents = {Path(name).parent.as_posix() for name in used}
     skipped, empty = [], []
-    for folder, children, files in os.walk(images.root, followlinks=True):
-        relative = Path(folder).relative_to(images.root).as_posix()
-        if relative != "." and not children and relative not in folders:
+    for folder, children, files in os.walk(root, followlinks=True):
+        relative = Path(folder).relative_to(root).as_posix()
+        if relative != "." and not children and relative not in parents:
             empty.append(relative)
         for file in files:
             name = file if relative == "." else f"{relative}/{file}"
             known = file.lower().endswith(IMAGE_EXTENSIONS + _OTHER_FORMATS)
             if name not in used and known and not file.startswith("."):
                 skipped.append(name)
-    findings = []
-    if skipped:
-        kinds = ", ".join(sorted({Path(name).suffix.lower() for name in skipped}))
-        meaning = f"Outside of class folders or in a format that is not read ({kinds})."
-        findings.append(Finding("warning", "skipped images", split, len(skipped), meaning, skipped))
-    if empty:
-        meaning = "They do not become classes."
-        findings.append(
-            Finding("warning", "class folders without images", split, len(empty), meaning, empty)
-        )
-    return findings
+    return sorted(skipped), sorted(empty)
 
 
 def _find_rotated(pictures: list[Picture], split: str) -> list[Finding]:

@@ -90,7 +90,9 @@ def test_validation_uses_the_class_numbers_of_train(
 def test_a_class_that_train_lacks_is_named(
     open_images: Callable[..., FolderImages], tree: dict[str, bytes]
 ) -> None:
-    with pytest.raises(DataError, match=r"1 class\(es\) that train lacks: b; `python -m datasets.check`"):
+    with pytest.raises(
+        DataError, match=r"1 class\(es\) that train lacks: b; `python -m datasets.check`"
+    ):
         open_images(tree, classes=["a", "c-d"])
 
 

@@ -315,6 +315,7 @@ CHECKS: dict[tuple[str, ...], Callable[[Command], None]] = {
     ("python", "-m", "classification.main"): _trainer("classification"),
     ("python", "-m", "detection.main"): _trainer("detection"),
     ("python", "-m", "datasets.check"): _parser("datasets.check.command"),
+    ("python", "-m", "datasets.convert"): _parser("datasets.convert"),
     ("python", "-m", "scripts.zoo"): _zoo,
     ("python", "-m", "scripts.benchmark"): _benchmark,
     ("python", "-m", "scripts.export"): _export,
