@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.coco_annotations import label_map_of, read_annotations, read_json, select_images
+from datasets.coco_annotations import read_annotations
+from datasets.coco_json import label_map_of, read_json, select_images
 from datasets.coco_layouts import find_coco
 from datasets.coco_masks import decode_masks
 from datasets.errors import CHECK_COMMAND, DataError

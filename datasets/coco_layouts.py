@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from datasets.coco_annotations import describe, read_json
+from datasets.coco_json import describe, read_json
 from datasets.errors import DataError
 from datasets.image_sources import find_split
 from datasets.imagenet import SPLIT_NAMES

@@ -12,23 +12,11 @@ from typing import Any
 import numpy as np
 
 from datasets.check.findings import Finding
-from datasets.coco_annotations import (
-    area_of,
-    category_names_of,
-    describe,
-    find_problem,
-    read_json,
-    select_images,
-    size_of,
-)
+from datasets.coco_annotations import area_of, find_problem
+from datasets.coco_json import category_names_of, describe, read_json, select_images, size_of
 from datasets.errors import DataError
 
-__all__ = ["Examined", "examine", "find_bad_boxes", "find_bad_categories"]
-
-# Below this fraction of the objects, a bad box is a note. COCO itself has a few.
-_RARE = 0.001
-# Boxes are often rounded outwards, so a pixel beyond the border is accepted.
-_TOLERANCE = 1.0
+__all__ = ["Examined", "examine"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +85,8 @@ def _examine(
         key = entry.get("id", f"number {number}")
         row = row_of.get(entry["image_id"])
         problem = find_problem(entry, categories, with_masks)
+        if with_masks and row is not None and not problem:
+            problem = _compare_rle(entry, images[keys[row]])
         if row is None:
             bad["image"].append(f"annotation {key}: image {entry['image_id']}")
         elif problem:
@@ -180,79 +170,18 @@ def _empty_images(
     return findings
 
 
-def find_bad_boxes(examined: Examined, sizes: np.ndarray, split: str) -> list[Finding]:
-    """Return the findings of empty boxes, boxes outside the image and normalized boxes.
-
-    Args:
-        examined: The annotations.
-        sizes: Widths and heights of the images in training, (N, 2); 0 where unknown.
-        split: Name of the split.
-    """
-    boxes = examined.boxes
-    if not len(boxes):
-        return []
-    corner = boxes[:, :2] + boxes[:, 2:]
-    limits = sizes[examined.rows]
-    known = (limits > 0).all(axis=1)
-    empty = (boxes[:, 2:] <= 0).any(axis=1)
-    beyond = ((boxes[:, :2] < -_TOLERANCE) | (corner > limits + _TOLERANCE)).any(axis=1)
-    gone = ((corner <= 0) | (boxes[:, :2] >= limits)).any(axis=1) & known & ~empty
-    outside = beyond & known & ~empty | gone
-    findings = []
-    if np.count_nonzero(empty):
-        meaning = "Width and height must be > 0; training leaves these objects out."
-        findings.append(_box_finding("empty boxes", empty, examined, meaning, split))
-    if np.count_nonzero(outside):
-        meaning = (
-            f"Training clips them to the image; {np.count_nonzero(gone)} are entirely outside and "
-            "left out."
-        )
-        findings.append(_box_finding("boxes outside the image", outside, examined, meaning, split))
-    if (boxes <= 1).all() and np.count_nonzero(~empty):
-        meaning = "Coordinates must be in pixels; all of them are at most 1."
-        findings.append(Finding("warning", "normalized boxes", split, len(boxes), meaning))
-    return findings
-
-
-def _box_finding(
-    kind: str, chosen: np.ndarray, examined: Examined, meaning: str, split: str
-) -> Finding:
-    """Return the finding of the chosen boxes."""
-    positions = chosen.nonzero()[0]
-    examples = [
-        f"{examined.file_names[examined.rows[i]]}: {examined.boxes[i].round(2).tolist()}"
-        for i in positions[:20].tolist()
-    ]
-    level = "note" if len(positions) < _RARE * len(chosen) else "warning"
-    return Finding(level, kind, split, len(positions), meaning, examples)
-
-
-def find_bad_categories(
-    counts: Mapping[str, int], split: str, *, unit: str = "object"
-) -> list[Finding]:
-    """Return the findings of training classes that are too rare to learn, and of their balance.
-
-    Args:
-        counts: Number of objects or images by class.
-        split: Name of the split.
-        unit: What is counted, `object` or `image`.
-    """
-    findings = []
-    for amount, word, meaning in (
-        (0, f"classes without {unit}s", "They are never learned. Remove them, or add data."),
-        (1, f"classes with one {unit}", "They can hardly be learned. Add data."),
-    ):
-        names = [name for name, count in counts.items() if count == amount]
-        if names and any(counts.values()):
-            findings.append(Finding("warning", word, split, len(names), meaning, names))
-    ordered = sorted((count, name) for name, count in counts.items() if count)
-    if len(ordered) > 1 and ordered[-1][0] >= 100 * ordered[0][0]:
-        (fewest, rare), (most, common) = ordered[0], ordered[-1]
-        meaning = (
-            f"{common} has {most:,} {unit}s and {rare} has {fewest:,}: expect weak rare classes."
-        )
-        findings.append(Finding("note", "imbalanced classes", split, len(ordered), meaning))
-    return findings
+def _compare_rle(entry: Mapping[str, Any], image: Mapping[str, Any]) -> str:
+    """Describe the problem of an RLE of another size than its image; empty if there is none."""
+    segmentation = entry.get("segmentation")
+    if not isinstance(segmentation, dict) or entry.get("iscrowd", 0):
+        return ""
+    width, height = size_of(image)
+    size, counts = segmentation["size"], segmentation["counts"]
+    if width and list(size) != [height, width]:
+        return f"RLE size must be {[height, width]} as the image, got {size}"
+    if isinstance(counts, list) and sum(counts) != size[0] * size[1]:
+        return f"RLE counts must add up to {size[0] * size[1]} pixels, got {sum(counts)}"
+    return ""
 
 
 def _without(names: list[str], rows: Collection[int]) -> list[str]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from datasets.check.across import find_copies
-from datasets.check.annotations import Examined, examine, find_bad_boxes, find_bad_categories
+from datasets.check.annotations import Examined, examine
+from datasets.check.boxes import find_bad_boxes
+from datasets.check.classes import find_bad_classes
 from datasets.check.findings import Finding, Report, Summary
 from datasets.check.pixels import Picture, find_bad_pictures, find_wrong_sizes, read_pictures
 from datasets.coco import CocoImages
@@ -119,7 +121,7 @@ def _check_split(
     report.findings += find_bad_boxes(examined, sizes, name)
     counts = _count(examined)
     if name == "train":
-        report.findings += find_bad_categories(counts, name)
+        report.findings += find_bad_classes(counts, name)
     report.summaries.append(
         Summary(
             split=name,

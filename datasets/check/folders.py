@@ -9,7 +9,7 @@ import numpy as np
 
 from datasets.build import DataSetName, build_dataset
 from datasets.check.across import find_copies
-from datasets.check.annotations import find_bad_categories
+from datasets.check.classes import find_bad_classes
 from datasets.check.findings import Finding, Report, Summary
 from datasets.check.pixels import Picture, find_bad_pictures, read_pictures
 from datasets.errors import DataError
@@ -66,7 +66,7 @@ def check_folders(
         splits[name] = images
         counts = _count(images)
         if name == "train":
-            report.findings += find_bad_categories(counts, name, unit="image")
+            report.findings += find_bad_classes(counts, name, unit="image")
         if read_images:
             pictures[name] = read_pictures(
                 images, images.names, title=f"decode {name}", num_workers=num_workers

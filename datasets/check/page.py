@@ -9,6 +9,8 @@ from datasets.check.sizes import BINS, coco_sizes, histogram
 __all__ = ["format_page"]
 
 _MAX_EXAMPLES = 100
+# Above this number of classes, only the most common and the rarest are drawn.
+_MAX_CLASSES = 200
 _COLORS = {"train": "#4477aa", "val": "#ee8866"}
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -62,6 +64,10 @@ def _sections(report: Report) -> Iterator[str]:
         first = report.summaries[0]
         names = sorted(first.counts, key=lambda name: -first.counts[name])
         yield f"<h2>{'Objects' if detected else 'Images'} by class</h2>"
+        if len(names) > _MAX_CLASSES:
+            half = _MAX_CLASSES // 2
+            yield f"<p>The {half} most common and the {half} rarest of {len(names):,} classes.</p>"
+            names = names[:half] + names[-half:]
         yield _bars(names, {s.split: [s.counts.get(n, 0) for n in names] for s in report.summaries})
 
 
@@ -115,7 +121,8 @@ def _bars(names: Sequence[str], values: Mapping[str, Sequence[int]]) -> str:
         for split, counts in values.items()
     )
     total = height * len(names)
-    return f'<p>{legend}</p><svg width="720" height="{total}">{"".join(parts)}</svg>'
+    svg = f'<svg width="720" height="{total}">{"".join(parts)}</svg>'
+    return f"<p>{legend}; the scales differ</p>{svg}"
 
 
 def _printable(text: str) -> str:

@@ -1,5 +1,6 @@
 """The command `python -m datasets.check`: flags, text, HTML and exit codes."""
 
+import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -8,7 +9,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from datasets.check import Report, format_page
 from datasets.check.command import main
+from datasets.check.findings import Summary
 from tests.datasets.check_data import Coco, Folders
 
 ROOT = Path(__file__).parents[2]
@@ -143,3 +146,31 @@ def test_a_report_is_only_overwritten_with_force(
 def test_a_data_set_that_is_missing_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--coco_path", "/nowhere"]) == 1
     assert "there is no folder /nowhere" in capsys.readouterr().out
+
+
+def test_names_of_files_and_classes_may_be_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = Folders(tmp_path / "data")
+    folders.files |= {"train/Größe <b>/bild 1.png": b"text", "val/Größe <b>/é.png": b""}
+    root = folders.write()
+    undecodable = os.fsencode(root / "train" / "cat") + b"/\xff\xfe.png"
+    Path(os.fsdecode(undecodable)).write_bytes(b"text")
+    page = tmp_path / "bericht ä.html"
+    assert main(["--data-path", str(root), "--images", "--html", str(page)]) == 1
+    text = capsys.readouterr().out
+    assert "bild 1.png" in text
+    assert "Größe <b>" in text
+    html = page.read_text(encoding="utf-8")
+    assert "Größe &lt;b&gt;" in html
+    assert "\\udcff" in html
+
+
+def test_a_page_of_a_thousand_classes_shows_the_extremes() -> None:
+    counts = {f"class{i}": 2000 - i for i in range(1000)}
+    report = Report("many", [Summary("train", "train", sum(counts.values()), counts)])
+    page = format_page(report)
+    assert "The 100 most common and the 100 rarest of 1,000 classes" in page
+    assert page.count("<rect") == 200
+    assert all(f">class{i}<" in page for i in (0, 99, 900, 999))
+    assert ">class500<" not in page

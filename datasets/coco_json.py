@@ -1,0 +1,104 @@
+"""Reading of a COCO annotation file as JSON: its categories, sizes, and a part of its images."""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets.errors import DataError
+
+__all__ = [
+    "category_names_of",
+    "describe",
+    "label_map_of",
+    "read_json",
+    "select_images",
+    "size_of",
+]
+
+# Ids of COCO's 80 categories, which are numbered up to 90 with gaps. Published models have 91
+# classes.
+_COCO_IDS = set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file with an object at the top level.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        DataError: The file is missing or damaged, or its top level is not an object.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"there is no annotation file {path}") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is truncated, damaged or not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise DataError(
+            f"{path} is not a COCO annotation file: its top level must be a JSON object, "
+            f"got {type(data).__name__}"
+        )
+    return data
+
+
+def category_names_of(data: Mapping[str, Any]) -> dict[int, str]:
+    """Return the name of each category id, without the placeholder of Roboflow.
+
+    The first category of Roboflow's exports has the id 0 and the name of the project. It is only
+    the supercategory of the others and has no objects.
+
+    Args:
+        data: Content of an annotation file.
+    """
+    names = {int(entry["id"]): str(entry["name"]) for entry in data["categories"]}
+    parents = {int(entry["id"]): str(entry.get("supercategory")) for entry in data["categories"]}
+    placeholder = parents.get(0) == "none" and names[0] in parents.values()
+    if placeholder and not any(entry.get("category_id") == 0 for entry in data["annotations"]):
+        del names[0]
+    return names
+
+
+def select_images(data: Mapping[str, Any], only: Collection[str]) -> dict[str, Any]:
+    """Return the content of an annotation file with some of its images and their annotations.
+
+    Args:
+        data: Content of an annotation file.
+        only: File names of the images to keep.
+    """
+    images = [entry for entry in data["images"] if entry["file_name"] in only]
+    dropped = {entry["id"] for entry in data["images"]} - {entry["id"] for entry in images}
+    # Annotations of images that the file does not list are kept, to be reported.
+    kept = [entry for entry in data["annotations"] if entry["image_id"] not in dropped]
+    return {**data, "images": images, "annotations": kept}
+
+
+def label_map_of(category_names: Mapping[int, str]) -> dict[int, int]:
+    """Return the category id of each label.
+
+    For the categories of COCO, label and category id are equal, as in published models: 91 labels,
+    of which some are not used. Other categories get labels from 0 without gaps, in the order of
+    their ids.
+
+    Args:
+        category_names: Name of each category id.
+    """
+    if set(category_names) == _COCO_IDS:
+        return {number: number for number in range(91)}
+    return dict(enumerate(sorted(category_names)))
+
+
+def size_of(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Return width and height of an entry of `images` in pixels; (0, 0) if it has no valid size."""
+    size = entry.get("width"), entry.get("height")
+    valid = all(isinstance(side, int | float) and 0 < side < 1e9 for side in size)
+    return (int(size[0]), int(size[1])) if valid else (0, 0)
+
+
+def describe(error: Exception) -> str:
+    """Describe an exception in words; a `KeyError` alone is only the name of the key."""
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
