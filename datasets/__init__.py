@@ -19,6 +19,9 @@ images.
 
 Two small data sets need no download. `datasets.embedded.write_digits(root)` writes handwritten
 digits to classify, `datasets.scenes.write_scenes(root)` writes scenes of digits to detect.
+
+`python -m datasets.check` finds the problems of a data set, and `python -m datasets.convert`
+converts annotations of other formats to COCO's.
 """
 
 from datasets.archives import TarArchive, ZipArchive

@@ -1,6 +1,7 @@
 """Reading of a COCO annotation file as JSON: its categories, sizes, and a part of its images."""
 
 import json
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ __all__ = [
     "select_images",
     "size_of",
 ]
+
+logger = logging.getLogger(__name__)
 
 # Ids of COCO's 80 categories, which are numbered up to 90 with gaps. Published models have 91
 # classes.
@@ -59,7 +62,7 @@ def category_names_of(data: Mapping[str, Any]) -> dict[int, str]:
     parents = {int(entry["id"]): str(entry.get("supercategory")) for entry in data["categories"]}
     placeholder = parents.get(0) == "none" and names[0] in parents.values()
     if placeholder and not any(entry.get("category_id") == 0 for entry in data["annotations"]):
-        del names[0]
+        logger.info("category 0 (%s) is a placeholder without objects: left out", names.pop(0))
     return names
 
 
@@ -70,7 +73,7 @@ def select_images(data: Mapping[str, Any], only: Collection[str]) -> dict[str, A
         data: Content of an annotation file.
         only: File names of the images to keep.
     """
-    images = [entry for entry in data["images"] if entry["file_name"] in only]
+    images = [entry for entry in data["images"] if str(entry["file_name"]) in only]
     dropped = {entry["id"] for entry in data["images"]} - {entry["id"] for entry in images}
     # Annotations of images that the file does not list are kept, to be reported.
     kept = [entry for entry in data["annotations"] if entry["image_id"] not in dropped]

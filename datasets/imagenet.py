@@ -8,6 +8,7 @@ torchvision's ImageFolder uses the topmost folder as the class, not the parent f
 one level of folders, such as ImageNet, both are the same.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ __all__ = ["SPLIT_NAMES", "Split", "Transform", "FolderImages", "TarImages", "bu
 Split = Literal["train", "val"]
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation")}
 Transform = Callable[[Image.Image], Any]
+
+logger = logging.getLogger(__name__)
 
 
 class FolderImages(LabeledImages):
@@ -143,7 +146,10 @@ def build_imagenet(
 def _find(root: Path, split: Split) -> tuple[Path, Path]:
     """Return folder and tar of a split, by the first of its names that exists."""
     pairs = [(root / name, root / f"{name}.tar") for name in SPLIT_NAMES[split]]
-    return next((pair for pair in pairs if any(path.exists() for path in pair)), pairs[0])
+    found = next((pair for pair in pairs if any(path.exists() for path in pair)), pairs[0])
+    if found is not pairs[0]:
+        logger.info("%s: images from %s", split, next(path for path in found if path.exists()))
+    return found
 
 
 def _open_part(

@@ -139,7 +139,7 @@ def _find_root(file: Path, path: Any) -> Path:
 def _find_place(root: Path, place: Any, file: Path) -> Path:
     """Return the folder or list of images that the YAML file names."""
     name = str(place)
-    # Roboflow writes ../train/images, although the folder is beside the YAML file.
+    # Roboflow writes ../train/images, although the folder is next to the YAML file.
     candidates = [root / name, root / name.removeprefix("../")]
     for path in candidates:
         if path.exists():

@@ -3,7 +3,7 @@
 The trainers stop at the first problem; here all are collected, with the same helper functions.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,10 @@ from datasets.coco_json import category_names_of, describe, read_json, select_im
 from datasets.errors import DataError
 
 __all__ = ["Examined", "examine"]
+
+# Finding of each key of an annotation that is not valid.
+_KINDS = {"bbox": "invalid boxes", "category_id": "objects of unknown categories"}
+_UNLISTED = "objects of unlisted images"
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def _examine(
     keys = sorted(images)
     row_of = {key: row for row, key in enumerate(keys)}
     names = [str(images[key]["file_name"]) for key in keys]
-    bad: dict[str, list[str]] = {"box": [], "category": [], "segmentation": [], "image": []}
+    bad: dict[str, list[str]] = defaultdict(list)
     rows, objects, crowds = [], [], 0
     for number, entry in enumerate(data["annotations"], 1):
         key = entry.get("id", f"number {number}")
@@ -88,10 +92,10 @@ def _examine(
         if with_masks and row is not None and not problem:
             problem = _compare_rle(entry, images[keys[row]])
         if row is None:
-            bad["image"].append(f"annotation {key}: image {entry['image_id']}")
+            bad[_UNLISTED].append(f"annotation {key}: image {entry['image_id']}")
         elif problem:
-            kind = problem.split(" ")[0].removesuffix("_id").replace("bbox", "box")
-            kind = kind if kind in bad else "segmentation"
+            # A problem begins with the name of the key.
+            kind = _KINDS.get(problem.partition(" ")[0], "invalid segmentations")
             bad[kind].append(f"annotation {key} of {names[row]}: {problem}")
         elif entry.get("iscrowd", 0):
             crowds += 1
@@ -117,20 +121,12 @@ def _examine(
 
 def _invalid(bad: Mapping[str, list[str]], split: str) -> list[Finding]:
     """Return the findings of annotations that are not valid."""
-    stops = "Training stops at the start."
-    findings = [
-        Finding("error", kind, split, len(bad[key]), stops, bad[key])
-        for key, kind in (
-            ("box", "invalid boxes"),
-            ("category", "objects of unknown categories"),
-            ("segmentation", "invalid segmentations"),
-        )
-        if bad[key]
-    ]
-    if bad["image"]:
-        meaning = "The file does not list their images, so they are left out."
-        kind = "objects of unlisted images"
-        findings.append(Finding("warning", kind, split, len(bad["image"]), meaning, bad["image"]))
+    findings = []
+    for kind, cases in sorted(bad.items()):
+        level, meaning = "error", "Training stops at the first one."
+        if kind == _UNLISTED:
+            level, meaning = "warning", "The file does not list their images: they are left out."
+        findings.append(Finding(level, kind, split, len(cases), meaning, cases))
     return findings
 
 

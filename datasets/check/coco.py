@@ -20,8 +20,6 @@ from datasets.saved_split import SplitOptions
 
 __all__ = ["check_coco"]
 
-_OwnFiles = Mapping[str, tuple[str | None, str | None]]
-
 
 @dataclass(frozen=True)
 class _Split:
@@ -35,7 +33,7 @@ class _Split:
 def check_coco(
     coco_path: str | os.PathLike[str] | None = None,
     *,
-    own_files: _OwnFiles | None = None,
+    own_files: Mapping[str, tuple[str | None, str | None]] | None = None,
     with_masks: bool = False,
     read_images: bool = False,
     num_workers: int = 0,
@@ -52,7 +50,7 @@ def check_coco(
         train_val_split: Use a part of the training images for validation, as for `build_coco`.
     """
     own_files = own_files or {"train": (None, None), "val": (None, None)}
-    report = Report(str(coco_path or own_files["train"][1]))
+    report = Report(str(coco_path or next(iter(own_files.values()))[1]))
     splits: dict[str, _Split] = {}
     for name, (images, annotations) in own_files.items():
         try:

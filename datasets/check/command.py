@@ -79,9 +79,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     folders.add_argument("--load-tar", action="store_true", help="read train.tar and val.tar")
     both = parser.add_argument_group("split")
     both.add_argument(
-        "--train-val-split", type=float, help="fraction of train to use for validation"
+        "--train-val-split",
+        type=float,
+        metavar="FRACTION",
+        help="fraction of the training images to use for validation, as in the trainers",
     )
-    both.add_argument("--split-seed", type=int, default=0, help="default: 0")
+    both.add_argument(
+        "--split-seed", type=int, default=0, help="random seed of --train-val-split (default: 0)"
+    )
     work = parser.add_argument_group("check")
     work.add_argument("--images", action="store_true", help="decode every image")
     cores = len(os.sched_getaffinity(0))

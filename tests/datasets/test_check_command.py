@@ -100,6 +100,24 @@ def test_flags_are_those_of_the_trainers(
     assert "Result: 0 errors, 0 warnings, 0 notes" in output
 
 
+def test_one_split_can_be_checked(coco: Coco, capsys: pytest.CaptureFixture[str]) -> None:
+    root = coco.write()
+    annotations = root / "annotations" / "instances_val2017.json"
+    flags = ["--val_images", str(root / "val2017"), "--val_annotations", str(annotations)]
+    assert main(flags) == 0
+    assert "val: 4 images, 8 objects, 2 classes" in capsys.readouterr().out
+
+
+def test_a_split_by_seed_is_checked(coco: Coco, capsys: pytest.CaptureFixture[str]) -> None:
+    root = coco.write()
+    annotations = root / "annotations" / "instances_train2017.json"
+    flags = ["--train_images", str(root / "train2017"), "--train_annotations", str(annotations)]
+    assert main([*flags, "--train_val_split", "0.25", "--split_seed", "2"]) == 0
+    output = capsys.readouterr().out
+    assert "train: 9 images, 18 objects" in output
+    assert "val: 3 images, 6 objects" in output
+
+
 def test_class_folders_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--data-path", str(Folders(tmp_path).write())]) == 0
     assert "train: 12 images, 3 classes" in capsys.readouterr().out
@@ -114,6 +132,10 @@ def test_class_folders_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--coco_path", "a", "--num_workers", "-1"], "--num_workers must be at least 0, got -1"),
         (["--data-path", "a", "--data-set", "CIFAR"], "invalid choice: 'CIFAR'"),
         (["--coco_path", "a", "--none"], "unrecognized arguments: --none"),
+        (
+            ["--coco_path", "a", "--train_val_split", "1"],
+            "--train_val_split must be between 0 and 1, got 1.0",
+        ),
     ],
 )
 def test_a_mistake_in_a_flag_is_one_line(
