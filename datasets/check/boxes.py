@@ -36,10 +36,11 @@ def find_bad_boxes(examined: Examined, sizes: np.ndarray, split: str) -> list[Fi
         meaning = "Width and height must be > 0; training leaves these objects out."
         findings.append(_box_finding("empty boxes", empty, examined, meaning, split))
     if np.count_nonzero(outside):
-        meaning = (
-            f"Training clips them to the image; {np.count_nonzero(gone)} are entirely outside and "
-            "left out."
-        )
+        meaning = "Training clips them to the image."
+        if lost := np.count_nonzero(gone):
+            meaning = (
+                f"Training clips them to the image, and leaves out {lost} without a pixel in it."
+            )
         findings.append(_box_finding("boxes outside the image", outside, examined, meaning, split))
     if (boxes <= 1).all() and np.count_nonzero(~empty):
         meaning = "Coordinates must be in pixels; all of them are at most 1."

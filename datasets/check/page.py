@@ -98,8 +98,8 @@ def _bars(names: Sequence[str], values: Mapping[str, Sequence[int]]) -> str:
 
     Each split has a scale of its own, so that a small one remains visible.
     """
-    step, left, width = 12, 180, 420
-    height = step * len(values) + 6
+    step, left, width = 15, 180, 420
+    height = step * len(values) + 8
     parts = []
     for row, name in enumerate(names):
         top = row * height
@@ -110,10 +110,10 @@ def _bars(names: Sequence[str], values: Mapping[str, Sequence[int]]) -> str:
         )
         for number, (split, counts) in enumerate(values.items()):
             length = width * counts[row] / max(1, *counts)
-            y = top + 3 + number * step
+            y = top + 4 + number * step
             parts.append(
                 f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{step - 2}" '
-                f'fill="{_COLORS[split]}"/><text x="{left + length + 4:.1f}" y="{y + 9}">'
+                f'fill="{_COLORS[split]}"/><text x="{left + length + 4:.1f}" y="{y + 11}">'
                 f"{counts[row]:,}</text>"
             )
     legend = ", ".join(

@@ -8,7 +8,7 @@ __all__ = ["BINS", "coco_sizes", "histogram"]
 
 # Edges of the histogram: side of a square with the object's area, in pixels.
 _EDGES = (0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-BINS = [*(f"{low}-{high}" for low, high in itertools.pairwise(_EDGES)), "512-"]
+BINS = [*(f"{low}-{high}" for low, high in itertools.pairwise(_EDGES)), "512+"]
 
 
 def coco_sizes(areas: np.ndarray) -> dict[str, int]:
