@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from irpe_core.config import RPEConfig, parse_rpe_spec
 from irpe_core.modules import RPEAttention
 from irpe_core.multihead import RPEMultiheadAttention
 from irpe_core.replaceable import TIMM_ATTENTIONS, class_path, reason_against
+from irpe_core.tracing import static_sizes
 
 __all__ = ["add_irpe", "set_grid"]
 
@@ -110,10 +112,12 @@ class _GridFollower:
         self.attentions = attentions
 
     def __call__(self, source: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(output, torch.fx.Proxy):
+            return  # torch.fx traces without images: the grid stays the one of the latest ones
         if hasattr(source, "dynamic_feat_size"):
-            grid = source.dynamic_feat_size(tuple(inputs[0].shape[-2:]))
+            grid = source.dynamic_feat_size(static_sizes(inputs[0].shape[-2:]))
         elif isinstance(output, Tensor) and output.dim() == 4:
-            grid = tuple(output.shape[-2:])
+            grid = static_sizes(output.shape[-2:])
         else:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from irpe_core.config import RPEConfig
+from irpe_core.tracing import is_recording, not_recorded
 from rpe_ops import GridBuckets
 
 __all__ = ["piecewise_index", "bucket_ids", "grid_buckets", "BucketCache", "BUCKET_CACHE"]
@@ -277,9 +278,16 @@ class BucketCache:
 
     def _get(self, key: tuple, compute: Callable[[], Any], like: Tensor) -> Any:
         """Return the entry of a key; compute it if it is not in the cache."""
+        if is_recording() and not any(isinstance(part, torch.SymInt) for part in key):
+            with not_recorded():
+                return self._get_real(key, compute)
         # While tracing, sizes may be symbolic and tensors fake. They must not enter the cache.
         if torch.compiler.is_compiling() or type(like) not in (Tensor, nn.Parameter):
             return compute()
+        return self._get_real(key, compute)
+
+    def _get_real(self, key: tuple, compute: Callable[[], Any]) -> Any:
+        """Return the entry of a key whose sizes are integers."""
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)

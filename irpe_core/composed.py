@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from irpe_core.tracing import is_recording
+
 __all__ = ["add_mask", "attention_weights", "composed_attention", "logit_bias"]
 
 
@@ -30,8 +32,10 @@ def composed_attention(
     bias = logit_bias(q, k, rpe_q, rpe_k, grid, scale)
     bias = add_mask(bias, attn_mask, q.dtype)
     # On the CPU, torch's attention has no fused kernel with the gradient of a bias. Its fallback
-    # checks every row for masks, which is slower than the steps below.
-    if rpe_v is None and (q.is_cuda or not torch.is_grad_enabled()):
+    # checks every row for masks, which is slower than the steps below. Exporters to ONNX change the
+    # memory order of its result, which the following reshape then cannot view.
+    with_torch = not is_recording() and (q.is_cuda or not torch.is_grad_enabled())
+    if rpe_v is None and with_torch:
         return F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=scale)
     attn_BHQK = attention_weights(q * scale, k, bias, has_mask=attn_mask is not None)
     if dropout_p > 0:
@@ -78,5 +82,7 @@ def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None, *, has_mask: bo
         return logits.softmax(-1)
     nowhere = torch.isneginf(logits).all(-1, keepdim=True)
     attn = logits.masked_fill_(nowhere, 0.0).softmax(-1)
-    # The backward pass of softmax needs its output, which must not be overwritten then.
-    return attn.masked_fill(nowhere, 0.0) if attn.requires_grad else attn.masked_fill_(nowhere, 0.0)
+    if attn.requires_grad or is_recording():
+        # The backward pass of softmax needs its output, which must not be overwritten then.
+        return attn.masked_fill(nowhere, 0.0)
+    return attn.masked_fill_(nowhere, 0.0)

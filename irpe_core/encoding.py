@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import rpe_ops
 from irpe_core.buckets import BUCKET_CACHE
 from irpe_core.config import RPEConfig
+from irpe_core.tracing import is_recording, static_sizes
+from rpe_ops import reference
 
 __all__ = ["ContextualRPE", "BiasRPE", "ValueRPE", "CrossRPE", "build_rpe", "resolve_grid"]
 
@@ -83,12 +85,19 @@ class _TableRPE(nn.Module):
 
     def _bucket_ids(self, x: Tensor, height: int | None, width: int | None) -> Tensor:
         """Return the bucket ids of the tokens of `x`, from the cache."""
-        grid = resolve_grid(x.shape[-2], self.config.skip, height, width)
+        (tokens,) = static_sizes(x.shape[-2:-1])
+        grid = resolve_grid(tokens, self.config.skip, height, width)
         return BUCKET_CACHE.get(self.config, *grid, self.axis, like=x)
 
     def _apply_table(self, x: Tensor, table: Tensor) -> Tensor:
         """Multiply `x (B, H, L, n)` by `table (Hs, n, m)`; a shared table is one matrix product."""
         return x @ (table[0] if self.table_heads == 1 else table)
+
+    def _gather(self, lookup: Tensor, ids: Tensor) -> Tensor:
+        """Read the value of every pair's bucket."""
+        if is_recording():
+            return reference.gather(lookup, ids)
+        return rpe_ops.gather(lookup, ids, implementation=self.implementation, check_bounds=False)
 
     def reset_parameters(self) -> None:
         """Set the table to zero, so that a new encoding does not change the outputs."""
@@ -129,7 +138,7 @@ class ContextualRPE(_TableRPE):
         """
         ids = self._bucket_ids(x, height, width)
         lookup = self._apply_table(x, self.lookup_table_weight)
-        return rpe_ops.gather(lookup, ids, implementation=self.implementation, check_bounds=False)
+        return self._gather(lookup, ids)
 
     def table(self) -> Tensor:
         """Return the table `(Hs, d, K)` for `rpe_ops.attention`."""
@@ -160,7 +169,7 @@ class BiasRPE(_TableRPE):
         """
         ids = self._bucket_ids(x, height, width)
         lookup = self.lookup_table_bias[None, :, None].expand(-1, -1, x.shape[-2], -1)
-        return rpe_ops.gather(lookup, ids, implementation=self.implementation, check_bounds=False)
+        return self._gather(lookup, ids)
 
     def table(self) -> Tensor:
         """Return the table `(Hs, K)` for `rpe_ops.attention`."""
@@ -191,14 +200,17 @@ class ValueRPE(_TableRPE):
             ValueError: The tokens do not form the grid.
         """
         ids = self._bucket_ids(attn, height, width)
-        sums = rpe_ops.bucket_sum(
-            attn,
-            ids,
-            self.config.num_buckets,
-            implementation=self.implementation,
-            check_bounds=False,
-        )
+        sums = self._bucket_sum(attn, ids)
         return self._apply_table(sums, self.lookup_table_weight)
+
+    def _bucket_sum(self, attn: Tensor, ids: Tensor) -> Tensor:
+        """Sum the attention weights of every bucket."""
+        buckets = self.config.num_buckets
+        if is_recording():
+            return reference.bucket_sum(attn, ids, buckets)
+        return rpe_ops.bucket_sum(
+            attn, ids, buckets, implementation=self.implementation, check_bounds=False
+        )
 
     def table(self) -> Tensor:
         """Return the table `(Hs, K, d)` for `rpe_ops.attention`."""

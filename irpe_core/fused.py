@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import rpe_ops
 from irpe_core.buckets import BUCKET_CACHE
 from irpe_core.encoding import resolve_grid
+from irpe_core.tracing import is_recording
 
 __all__ = ["can_fuse", "first_encoding", "fused_attention", "fused_implementation", "input_dtype"]
 
@@ -17,7 +18,7 @@ __all__ = ["can_fuse", "first_encoding", "fused_attention", "fused_implementatio
 def fused_implementation(choice: str, device: torch.device) -> str | None:
     """Return the implementation of fused attention, or None to compose attention."""
     # "cuda" has no fused attention, and the fused reference exists only to test the others.
-    if choice in ("cuda", "reference"):
+    if choice in ("cuda", "reference") or is_recording():
         return None
     chosen = rpe_ops.resolve(choice, device, "attention")
     return None if chosen == "reference" else chosen

@@ -17,6 +17,17 @@ from irpe_core.replaceable import TIMM_ATTENTIONS, check_replaceable, class_path
 
 __all__ = ["RPEAttention"]
 
+
+@torch.fx.wrap  # torch.fx records one node, and does not trace the checks inside
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, *encodings: nn.Module | None, is_causal: bool, **options
+) -> Tensor:
+    """Call `rpe_attention`; raise ValueError if `is_causal` is True."""
+    if is_causal:
+        raise ValueError("is_causal must be False on a two-dimensional grid, got True")
+    return rpe_attention(q, k, v, *encodings, **options)
+
+
 _LAYERS = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
 _EVA_LAYERS = ("q_proj", "k_proj", "v_proj", "q_bias", "v_bias")
 
@@ -120,18 +131,17 @@ class RPEAttention(nn.Module):
         Raises:
             ValueError: The tokens do not form the grid, or `is_causal` is True.
         """
-        if is_causal:
-            raise ValueError("is_causal must be False on a two-dimensional grid, got True")
         gate = None if self.gate is None else self.gate(x).sigmoid()
         q, k, v = self._project(x)
         height, width = self.grid or (None, None)
-        out = rpe_attention(
+        out = _attend(
             self.q_norm(q),
             self.k_norm(k),
             v,
             self.rpe_q,
             self.rpe_k,
             self.rpe_v,
+            is_causal=is_causal,
             height=height,
             width=width,
             attn_mask=attn_mask,
@@ -148,8 +158,10 @@ class RPEAttention(nn.Module):
     def _cut(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """Split joint projections `(B, L, 3·H·d)` into queries, keys and values `(B, H, L, d)`."""
         # Splitting before the heads saves a copy of the gradients in the backward pass.
-        heads = self.num_heads, self.head_dim
-        return tuple(part.unflatten(-1, heads).transpose(1, 2) for part in qkv.chunk(3, -1))
+        q, k, v = qkv.chunk(3, -1)  # torch.fx can trace this, but no loop over the parts
+        # With unflatten, torch.onnx.export(dynamo=False) would make the batch size a constant.
+        shape = qkv.shape[0], qkv.shape[1], self.num_heads, self.head_dim
+        return tuple(part.reshape(shape).transpose(1, 2) for part in (q, k, v))
 
 
 class _RPEEvaAttention(RPEAttention):

@@ -206,8 +206,10 @@ class RPEMultiheadAttention(nn.MultiheadAttention):
         """Return queries, keys and values `(B, H, L, d)`."""
         weights = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        # With unflatten, torch.onnx.export(dynamo=False) would make the batch size a constant.
+        shape = inputs[0].shape[0], inputs[0].shape[1], self.num_heads, self.head_dim
         return [
-            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            F.linear(x, weight, bias).reshape(shape).transpose(1, 2)
             for x, weight, bias in zip(inputs, weights, biases, strict=True)
         ]
 

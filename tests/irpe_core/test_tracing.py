@@ -1,10 +1,13 @@
-"""torch.compile in one graph, with static and dynamic shapes, and torch.export."""
+"""torch.compile in one graph, torch.export, torch.fx and torch.jit.trace."""
+
+import warnings
 
 import pytest
 import timm
 import torch
 
-from irpe_core import RPEAttention, RPEConfig, add_irpe
+from irpe_core import RPEAttention, RPEConfig, RPEMultiheadAttention, add_irpe
+from irpe_core.buckets import BUCKET_CACHE
 from tests.recipes import fill
 
 
@@ -76,3 +79,47 @@ def test_attention_compiles_with_inductor(dynamic):
     module = fill(RPEAttention(12, 2, RPEConfig(skip=1, rpe_on="qkv")))
     inputs = [torch.randn(2, side * side + 1, 12) for side in (3, 5)]
     check_compiled(module, inputs, dynamic=dynamic)
+
+
+def traced(module: torch.nn.Module, *inputs: torch.Tensor) -> torch.nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(module, inputs)
+
+
+@pytest.mark.parametrize("method", ["product", "cross"])
+@pytest.mark.parametrize("grid", [None, (2, 8)], ids=["square", "rectangle"])
+def test_torch_jit_trace_records_standard_operators_and_constant_buckets(method, grid):
+    module = fill(RPEAttention(12, 2, RPEConfig(method=method, skip=1, rpe_on="qkv"), grid))
+    x = torch.randn(2, 17, 12)
+    BUCKET_CACHE.clear()
+    trace = traced(module, x)
+    kinds = [node.kind() for node in trace.inlined_graph.nodes()]
+    assert not any(kind.startswith(("rpe_ops", "irpe_core")) for kind in kinds)
+    assert "aten::arange" not in kinds
+    for batch in (2, 3):
+        x = torch.randn(batch, 17, 12)
+        torch.testing.assert_close(trace(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_torch_jit_trace_works_for_padded_multihead_attention():
+    module = RPEMultiheadAttention(
+        12, 2, batch_first=True, rpe=RPEConfig(rpe_on="qkv"), grid=(2, 4)
+    )
+    fill(module.eval())
+    x, padding = torch.randn(2, 8, 12), torch.arange(8).repeat(2, 1) > 5
+    trace = traced(module, x, x, x, padding)
+    for out, expected in zip(trace(x, x, x, padding), module(x, x, x, padding), strict=True):
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_torch_fx_records_attention_as_one_node_with_its_tables():
+    module = fill(RPEAttention(12, 2, RPEConfig(skip=1, rpe_on="qkv"), (2, 4)))
+    graph = torch.fx.symbolic_trace(module)
+    names = [getattr(node.target, "__name__", "") for node in graph.graph.nodes]
+    assert names.count("_attend") == 1
+    assert dict(graph.named_parameters()).keys() == dict(module.named_parameters()).keys()
+    x = torch.randn(3, 9, 12)
+    assert torch.equal(graph(x), module(x))
+    with pytest.raises(ValueError, match="is_causal must be False"):
+        graph(x, is_causal=True)
