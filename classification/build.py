@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from classification.config import ClassificationConfig
 from classification.data import eval_loader
 from classification.evaluate import evaluate
-from classification.finetune import adapt_weights
+from classification.finetune import adapt_weights, recorded_image_size
 from classification.losses import DistillationLoss, base_criterion
 from classification.models import build_model
 from datasets import ResilientDataset
@@ -71,7 +71,7 @@ def create_model(
         )
     except CheckpointError:
         raise
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise UsageError(
             f"model {config.model!r} cannot be built with these options: {error}"
         ) from error
@@ -79,25 +79,13 @@ def create_model(
         load_weights(model, checkpoint["model"], may_lack_tables=config.eval)
     elif config.finetune:
         source = load_checkpoint(config.finetune)
-        weights = adapt_weights(source["model"], model, _image_size(source, config.finetune))
+        weights = adapt_weights(
+            source["model"], model, recorded_image_size(source, config.finetune)
+        )
         load_weights(model, weights, may_lack_tables=True)
     if config.distillation_type != "none":
         model.set_distilled_training(True)
     return model
-
-
-def _image_size(checkpoint: dict, source: str) -> tuple[int, int] | None:
-    """Return height and width of the training images of a checkpoint, or None if unknown."""
-    size = (checkpoint.get("args") or {}).get("input_size")
-    if size is None:
-        return None
-    pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
-    if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
-        raise CheckpointError(
-            f"args of {source}: input_size must be one side or height and width in pixels, "
-            f"got {size!r}"
-        )
-    return pair
 
 
 def create_ema(

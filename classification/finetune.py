@@ -14,12 +14,30 @@ from torch import Tensor, nn
 
 from irpe_core import CheckpointError
 
-__all__ = ["adapt_weights"]
+__all__ = ["KERNEL", "adapt_weights", "recorded_image_size"]
 
 logger = logging.getLogger(__name__)
 
-# If these shapes are equal, two position embeddings can differ only in their grids.
-_SAME_ON_EVERY_GRID = ("patch_embed.proj.weight", "cls_token", "dist_token", "reg_token")
+KERNEL = "patch_embed.proj.weight"  # (C, input channels, height, width) of a patch
+_PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
+
+
+def recorded_image_size(checkpoint: dict, source: str) -> tuple[int, int] | None:
+    """Return height and width of the training images of a checkpoint, or None if unknown.
+
+    Raises:
+        CheckpointError: `args.input_size` of the checkpoint is not a size.
+    """
+    size = (checkpoint.get("args") or {}).get("input_size")
+    if size is None:
+        return None
+    pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
+        raise CheckpointError(
+            f"args of {source}: input_size must be one side or height and width in pixels, "
+            f"got {size!r}"
+        )
+    return pair
 
 
 def adapt_weights(
@@ -60,10 +78,13 @@ def _differ_only_in_grid(weights: dict[str, Tensor], own: dict[str, Tensor]) -> 
         {name: tuple(x.shape) for name, x in state.items()} for state in (weights, own)
     )
     found, wanted = shapes.get("pos_embed", ()), own_shapes.get("pos_embed", ())
+    # The number of input channels has nothing to do with the grid.
+    kernel, own_kernel = (each.get(KERNEL, ()) for each in (shapes, own_shapes))
     return (
         len(found) == len(wanted) == 3
         and found[::2] == wanted[::2]
-        and all(shapes.get(name) == own_shapes.get(name) for name in _SAME_ON_EVERY_GRID)
+        and (kernel[:1], kernel[2:]) == (own_kernel[:1], own_kernel[2:])
+        and all(shapes.get(name) == own_shapes.get(name) for name in _PREFIX_TOKENS)
     )
 
 

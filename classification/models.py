@@ -1,9 +1,10 @@
 """DeiT with iRPE: the published models in timm's registry, and other models by options.
 
-A published model is timm's `deit_{size}_patch16_224` with iRPE in the attention of every block. It
-keeps the learned absolute position embedding and timm's parameter names, and adds
-`blocks.N.attn.rpe_*`. One thing differs from timm: the class token is initialized with standard
-deviation 0.02, as in DeiT, instead of near zero.
+A published model is timm's DeiT with iRPE in the attention of every block. It keeps the learned
+absolute position embedding and timm's parameter names, and adds `blocks.N.attn.rpe_*`. One thing
+differs from timm: the class token is initialized with standard deviation 0.02, as in DeiT, instead
+of near zero. The models are built by timm's `build_model_with_cfg`, so `timm.create_model` has the
+same options for them as for timm's DeiT.
 
 Source: DeiT (Touvron et al., ICML 2021) and iRPE (Wu et al., ICCV 2021).
 """
@@ -12,17 +13,32 @@ import logging
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from classification.finetune import adapt_weights
-from irpe_core import CheckpointError, add_irpe, load_checkpoint, load_weights
+from classification.pretrained import adapt_pretrained, read_source
+from irpe_core import CheckpointError, add_irpe
 
-__all__ = ["PUBLISHED", "build_model", "is_deit"]
+# timm adds the names of the published models when they are registered below.
+__all__ = [
+    "PUBLISHED",
+    "VisionTransformerIRPE",
+    "VisionTransformerIRPEDistilled",
+    "build_model",
+    "is_deit",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +53,11 @@ PUBLISHED = {
     "deit_small_patch16_224_ctx_euc_20_shared_k": ("small", "rpe-20.0-euc-ctx-1-k"),
     "deit_small_patch16_224_ctx_quant_51_shared_k": ("small", "rpe-33.0-quant-ctx-1-k"),
     "deit_small_patch16_224_ctx_cross_56_shared_k": ("small", "rpe-20.0-cross-ctx-1-k"),
+}
+_SIZES = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
 }
 _WITHOUT_CHECKPOINT = {
     "deit_small_patch16_224_ctx_euc_20_shared_k",
@@ -64,7 +85,7 @@ def _pretrained_cfg(name: str) -> dict:
     }
 
 
-default_cfgs = {name: _pretrained_cfg(name) for name in PUBLISHED}
+default_cfgs = generate_default_cfgs({name: _pretrained_cfg(name) for name in PUBLISHED})
 
 
 def is_deit(name: str) -> bool:
@@ -72,53 +93,76 @@ def is_deit(name: str) -> bool:
     return name.startswith("deit_")
 
 
-def _plain_deit(size: str, distilled: bool, **kwargs) -> nn.Module:
-    """Create timm's DeiT with the initialization of DeiT."""
-    name = f"deit_{size}{'_distilled' if distilled else ''}_patch16_224"
-    return _initialize_as_deit(timm.create_model(name, **kwargs))
-
-
 def _initialize_as_deit(model: nn.Module) -> nn.Module:
-    """Initialize the class token as in DeiT."""
-    nn.init.trunc_normal_(model.cls_token, std=0.02)
+    """Initialize the class token as in DeiT; a model may have none."""
+    if model.cls_token is not None:
+        nn.init.trunc_normal_(model.cls_token, std=0.02)
+    return model
+
+
+class _WithIRPE:
+    """The part that both classes below add to a vision transformer of timm."""
+
+    def __init__(self, *args, rpe: str, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        add_irpe(self, rpe)
+
+    def init_weights(self, *args, **kwargs) -> None:
+        """Initialize the weights as timm, and the class token as DeiT."""
+        super().init_weights(*args, **kwargs)
+        _initialize_as_deit(self)
+
+
+class VisionTransformerIRPE(_WithIRPE, VisionTransformer):
+    """timm's `VisionTransformer` with iRPE in every block; `rpe` is the spec."""
+
+
+class VisionTransformerIRPEDistilled(_WithIRPE, VisionTransformerDistilled):
+    """timm's `VisionTransformerDistilled` with iRPE in every block; `rpe` is the spec."""
+
+
+def _create_deit(
+    name: str, pretrained: bool = False, *, distilled: bool = False, **kwargs
+) -> nn.Module:
+    """Create a published model by timm's builder; `kwargs` are those of `timm.create_model`."""
+    size, spec = PUBLISHED[name]
+    overlay = {"classifier": ("head", "head_dist")} if distilled else {}
+    overlay |= kwargs.pop("pretrained_cfg_overlay", None) or {}
+    weights = image_size = None
+    if pretrained:
+        source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
+        weights, image_size = read_source(source, kwargs.get("cache_dir"))
+    if weights is not None:
+        overlay["state_dict"] = weights
+    model = build_model_with_cfg(
+        VisionTransformerIRPEDistilled if distilled else VisionTransformerIRPE,
+        name,
+        pretrained,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=partial(adapt_pretrained, image_size=image_size),
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        **{"patch_size": 16, "rpe": spec, **_SIZES[size], **kwargs},
+    )
+    if weights is not None:
+        # The model has its own copy now. features_only wraps it in a module with another dict.
+        for module in model.modules():
+            vars(module).get("pretrained_cfg", {}).pop("state_dict", None)
     return model
 
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
     """Return the function that timm's registry calls to build a published model."""
+
+    def build(pretrained: bool = False, **kwargs) -> nn.Module:
+        return _create_deit(name, pretrained, **kwargs)
+
     size, spec = PUBLISHED[name]
-
-    def build(pretrained: bool = False, *, distilled: bool = False, **kwargs) -> nn.Module:
-        # timm passes these to every entry point; they are set below.
-        for option in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-            kwargs.pop(option, None)
-        model = add_irpe(_plain_deit(size, distilled, **kwargs), spec)
-        model.pretrained_cfg = model.default_cfg = default_cfgs[name]
-        if pretrained:
-            _load_published(model, name)
-        return model
-
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"Build DeiT-{size} with `{spec}`."
-    return build
+    return register_model(build)
 
 
-def _load_published(model: nn.Module, name: str) -> None:
-    """Load the published weights, adapted to the number of classes and image size of the model.
-
-    Raises:
-        ValueError: The model has no published checkpoint.
-        CheckpointError: The download failed or the weights do not fit.
-    """
-    url = default_cfgs[name]["url"]
-    if not url:
-        raise ValueError(f"model {name!r} has no published checkpoint")
-    image_size = default_cfgs[name]["input_size"][1:]
-    load_weights(model, adapt_weights(load_checkpoint(url)["model"], model, image_size))
-
-
-for _name in PUBLISHED:
-    register_model(_entrypoint(_name))
+globals().update({name: _entrypoint(name) for name in PUBLISHED})
 
 
 def build_model(

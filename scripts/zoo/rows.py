@@ -210,7 +210,8 @@ class Row:
         """URL of the checkpoint; None if none is published."""
         if self.own_checkpoint or self.task == "detection":
             return self.own_checkpoint
-        return default_cfgs.get(self.config.model, {}).get("url") or None
+        registered = default_cfgs.get(self.config.model)
+        return (registered.default.url or None) if registered else None
 
     @property
     def logs(self) -> Logs | None:

@@ -9,11 +9,12 @@ import socket
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
 from classification.main import main
-from classification.models import build_model, default_cfgs
+from classification.models import build_model
 from irpe_core import CheckpointError, load_weights
 from tests.classification.conftest import weights
 from tests.origins import evaluation, write_origins
@@ -143,8 +144,9 @@ def test_pretrained_downloads_the_release_and_reports_what_does_not_fit(
     released = fill(build_model(PUBLISHED, num_classes=1000, input_size=(224, 224)))
     torch.save({"model": released.state_dict()}, tmp_path / "zoo.pth")
     data = [*flags[flags.index("--data_set") :], "--model", PUBLISHED, "--eval", "--pretrained"]
+    registered = timm.models._registry._model_pretrained_cfgs[PUBLISHED]
     with serve(zoo=(tmp_path / "zoo.pth").read_bytes()) as site:
-        monkeypatch.setitem(default_cfgs[PUBLISHED], "url", site.url("zoo.pth"))
+        monkeypatch.setattr(registered, "url", site.url("zoo.pth"))
         metrics = evaluation(main, tmp_path / "out", *data, "--input_size", "32")
         assert metrics["test_loss"] > 0
         assert "head.weight has new random weights for 10 classes" in caplog.messages
@@ -152,7 +154,7 @@ def test_pretrained_downloads_the_release_and_reports_what_does_not_fit(
         code, line = failure(*data, "--input_size", "32", "--embed_dim", "96")
         assert code == 1
         assert "the checkpoint is 192 channels wide, the model 96" in line
-        monkeypatch.setitem(default_cfgs[PUBLISHED], "url", site.url("none.pth"))
+        monkeypatch.setattr(registered, "url", site.url("none.pth"))
         code, line = failure(*data)
         assert (code, "none.pth: the server answered 404 Not Found" in line) == (1, True)
 

@@ -52,8 +52,9 @@ def run(document: str) -> None:
     """Execute the Python blocks of a document in one namespace."""
     namespace: dict = {"__name__": "__main__"}
     for number, block in enumerate(blocks(document, "python"), 1):
-        # Published weights would be downloaded.
-        code = block.replace("pretrained=True", "pretrained=False")
+        # Published weights would be downloaded, but not those that the block itself saves.
+        saves = "save_for_hf" in block or "save_pretrained" in block
+        code = block if saves else block.replace("pretrained=True", "pretrained=False")
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             exec(compile(code, f"{document}, block {number}", "exec"), namespace)

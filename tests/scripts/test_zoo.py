@@ -71,7 +71,9 @@ def test_the_header_of_a_configuration_has_the_published_metrics(row):
 
 
 def test_every_released_model_is_a_row_with_all_metrics_and_the_url_of_the_model():
-    assert [row.name for row in CLASSIFIERS] == [n for n in PUBLISHED if default_cfgs[n]["url"]]
+    assert [row.name for row in CLASSIFIERS] == [
+        name for name in PUBLISHED if default_cfgs[name].default.url
+    ]
     for row in ROWS:
         assert row.published.keys() == {**TASKS[row.task].costs, **TASKS[row.task].metrics}.keys()
     urls = [row.checkpoint for row in ROWS if row.checkpoint]
@@ -79,7 +81,7 @@ def test_every_released_model_is_a_row_with_all_metrics_and_the_url_of_the_model
     assert len({url.rpartition("/")[0] for url in urls}) == 1
     for row in CLASSIFIERS:
         assert row.config.model == row.name
-        assert row.checkpoint == default_cfgs[row.name]["url"]
+        assert row.checkpoint == default_cfgs[row.name].default.url
     for row in DETECTORS:
         suffix = "_300epochs" if row.config.epochs == 300 else ""
         assert row.checkpoint.endswith(f"/{row.config.enc_rpe2d}{suffix}.pth")
