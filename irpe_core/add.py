@@ -26,7 +26,7 @@ def add_irpe(
     """Add iRPE to the self-attention of a vision transformer or an encoder, in place.
 
     The function finds `blocks[i].attn` of timm's vision transformers (also EVA, if without RoPE),
-    and every layer with a single attention, an `nn.MultiheadAttention` named `self_attn`, as in
+    `blocks[i].attns[j].attn` of those with parallel attentions, and every layer with a single attention, an `nn.MultiheadAttention` named `self_attn`, as in
     `nn.TransformerEncoder` and DETR's encoder. It leaves the layers of a decoder unchanged, because
     they have a second attention. The tables start at zero, so the outputs of the model stay the
     same until it is trained further. The state dict gains the tables and keeps all other names.
@@ -133,7 +133,11 @@ def _find(model: nn.Module) -> dict[str, nn.Module]:
     if isinstance(model, nn.MultiheadAttention) or class_path(model) in TIMM_ATTENTIONS:
         return {"": model}
     if _has_blocks(model):
-        return {f"blocks.{name}.attn": b.attn for name, b in model.blocks.named_children()}
+        return {
+            f"blocks.{name}.{inner}": attention
+            for name, block in model.blocks.named_children()
+            for inner, attention in _attentions(block).items()
+        }
     return {
         f"{name}.self_attn".removeprefix("."): layer.self_attn
         for name, layer in model.named_modules()
@@ -143,11 +147,20 @@ def _find(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def _attentions(block: nn.Module) -> dict[str, nn.Module]:
+    """Return the `attn` of a block of timm, or all `attns.N.attn` of a parallel block, by name."""
+    if hasattr(block, "attn"):
+        return {"attn": block.attn}
+    branches = getattr(block, "attns", None)
+    branches = branches.named_children() if isinstance(branches, nn.ModuleList) else ()
+    return {f"attns.{name}.attn": b.attn for name, b in branches if hasattr(b, "attn")}
+
+
 def _has_blocks(model: nn.Module) -> bool:
-    """Return whether a model has a list of blocks with an `attn` each, as timm's models have."""
+    """Return whether a model has a list of blocks with attentions, as timm's models have."""
     blocks = getattr(model, "blocks", None)
     is_list = isinstance(blocks, (nn.Sequential, nn.ModuleList)) and len(blocks) > 0
-    return is_list and all(hasattr(block, "attn") for block in blocks)
+    return is_list and all(_attentions(block) for block in blocks)
 
 
 def _choose(model: nn.Module, layers: Sequence[int | str] | None) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from irpe_core import add_irpe, load_weights
+from irpe_core import RPEAttention, add_irpe, load_weights
 from tests.recipes import fill
 
 SPEC = "rpe-1.9-product-ctx-1-qkv"
@@ -33,6 +33,7 @@ FAMILIES = {
     "hybrid": ("vit_tiny_r_s16_p8_224", 1, {}),
     "post-norm": ("vit_tiny_patch16_224", 1, RES_POST),
     "gated": ("vit_tiny_patch16_224", 1, {}),
+    "parallel": ("vit_small_patch16_18x2_224", 1, {}),
     "eva": ("eva_giant_patch14_224.clip_ft_in1k", 1, {}),
     "eva-three-projections": ("eva_giant_patch14_224", 1, {"qkv_fused": False}),
     "eva-inner-norm": ("eva_giant_patch14_clip_224", 1, {"scale_attn_inner": True}),
@@ -68,14 +69,16 @@ def test_a_family_computes_the_same_until_its_tables_are_trained(family, trainin
     before = model(x), model.forward_features(x)
     add_irpe(model, SPEC)
     torch.testing.assert_close((model(x), model.forward_features(x)), before)
-    assert model.blocks[0].attn.rpe_k.config.skip == FAMILIES[family][1]
+    attentions = [m for m in model.modules() if isinstance(m, RPEAttention)]
+    assert {attn.rpe_k.config.skip for attn in attentions} == {FAMILIES[family][1]}
+    assert {attn.grid for attn in attentions} == {model.patch_embed.grid_size}
     assert set(model.state_dict()) - names == set(tables(model))
     assert set(model.state_dict()) >= names
     # The loss is a sum over all tokens. Logits depend only on the class token in the last layer,
     # whose pairs are all in one bucket and give no gradient.
     optimizer = torch.optim.SGD(tables(model).values(), lr=0.1)
     (model.forward_features(x) * before[1].cos()).sum().backward()
-    assert len(tables(model)) == 6
+    assert len(tables(model)) == 3 * len(attentions) == (12 if family == "parallel" else 6)
     assert all(table.grad.abs().max() > 1e-6 for table in tables(model).values())
     optimizer.step()
     assert (model.forward_features(x) - before[1]).abs().max() > 1e-6
@@ -133,7 +136,6 @@ REFUSED = {
     "gated-positional": ("convit_tiny", {}, rf"convit\.GPSA\) {ANOTHER}"),
     "differential": ("vit_tiny_patch16_224", {"attn_layer": "diff"}, f"DiffAttention.* {ANOTHER}"),
     "in-the-block": ("vit_base_patch16_xp_224", {}, "its blocks are ParallelScalingBlock"),
-    "in-twos": ("vit_small_patch16_18x2_224", {}, r"blocks\.0\.attns\.0\.attn .*in layers="),
     "pyramid": ("pit_ti_224", {}, r"transformers\.0\.blocks\.0\.attn .*in layers="),
     "no-grid": ("naflexvit_base_patch16_gap", {}, "no patch_embed that gives the grid: pass grid="),
     "drops-patches": (
