@@ -1,4 +1,4 @@
-"""Adding iRPE to an existing model: find its attentions, replace them and pass them the grid."""
+"""Adding iRPE to an existing model: replace its attentions and pass them the grid."""
 
 from collections.abc import Sequence
 
@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from irpe_core.config import RPEConfig, parse_rpe_spec
+from irpe_core.find import choose_attentions, has_blocks, prefix_tokens
+from irpe_core.huggingface import RPETransformersAttention, find_projection
 from irpe_core.modules import RPEAttention
 from irpe_core.multihead import RPEMultiheadAttention
-from irpe_core.replaceable import TIMM_ATTENTIONS, class_path, reason_against
+from irpe_core.replaceable import TRANSFORMERS_ATTENTIONS, class_path, reason_against
 from irpe_core.tracing import static_sizes
 
 __all__ = ["add_irpe", "set_grid"]
 
-_Attention = RPEAttention | RPEMultiheadAttention
+_Attention = RPEAttention | RPEMultiheadAttention | RPETransformersAttention
 
 
 def add_irpe(
@@ -26,22 +28,25 @@ def add_irpe(
     """Add iRPE to the self-attention of a vision transformer or an encoder, in place.
 
     The function finds `blocks[i].attn` of timm's vision transformers (also EVA, if without RoPE),
-    `blocks[i].attns[j].attn` of those with parallel attentions, and every layer with a single attention, an `nn.MultiheadAttention` named `self_attn`, as in
-    `nn.TransformerEncoder` and DETR's encoder. It leaves the layers of a decoder unchanged, because
-    they have a second attention. The tables start at zero, so the outputs of the model stay the
-    same until it is trained further. The state dict gains the tables and keeps all other names.
-    Create the optimizer afterwards.
+    `blocks[i].attns[j].attn` of those with parallel attentions, the attentions of Hugging Face's
+    ViT, DeiT, DINOv2 and DETR encoder, and every layer with a single attention, an
+    `nn.MultiheadAttention` named `self_attn`, as in `nn.TransformerEncoder` and DETR's encoder. It
+    leaves the layers of a decoder unchanged, because they have a second attention. The tables start
+    at zero, so the outputs of the model stay the same until it is trained further. The state dict
+    gains the tables and keeps all other names. Create the optimizer afterwards.
 
     Args:
         model: The model, or a single attention.
         rpe: A spec such as `rpe-1.9-product-ctx-1-k`, or a configuration. With a spec, `skip` is
-            the `num_prefix_tokens` (class and register tokens) of the model, or 0 if it has no such
-            attribute. A configuration must have the same `skip`. An empty spec changes nothing.
+            the number of class, distillation and register tokens of a model of timm or Hugging
+            Face, otherwise 0. A configuration must have the same `skip`. An empty spec changes
+            nothing.
         grid: Height and width in tokens, without the skipped tokens, for all images. Or the name of
             the module that returns the feature map `(B, C, height, width)` of the tokens, such as
             `"patch_embed.proj"`: the grid is then read from its output for every batch. By default
-            it is read from `patch_embed` of timm's models and `input_proj` of DETR. For other
-            models the grid is `hw=` of the call, the grid of `set_grid`, or a square.
+            it is read from `patch_embed` of timm's models, from the patch embedding of Hugging
+            Face's, and from the input projection of DETR. For other models the grid is `hw=` of the
+            call, the grid of `set_grid`, or a square.
         layers: Indices of the attentions found, or names of any attentions, such as
             `["blocks.0.attn", "blocks.1.attn"]`; default all that are found.
 
@@ -52,7 +57,7 @@ def add_irpe(
         ValueError: The spec is malformed, no attention is found, or an attention computes something
             that would be lost, such as a relative position bias. The model is then unchanged.
     """
-    skip = getattr(model, "num_prefix_tokens", None)
+    skip = prefix_tokens(model)
     config = parse_rpe_spec(rpe, skip=skip or 0) if isinstance(rpe, str) else rpe
     if config is None:
         return model
@@ -60,7 +65,7 @@ def add_irpe(
         raise ValueError(f"rpe must be a spec or an RPEConfig, got {config!r}")
     if skip is not None and config.skip != skip:
         raise ValueError(f"rpe.skip must be {skip}, the model's prefix tokens, got {config.skip}")
-    chosen = _choose(model, layers)
+    chosen = choose_attentions(model, layers)
     _check(model, chosen)
     source = _grid_source(model, grid)
     start = grid if source is None else getattr(source, "grid_size", None)
@@ -128,80 +133,6 @@ class _GridFollower:
             attention.grid = grid
 
 
-def _find(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the attentions to replace by default, by name; the name of `model` itself is empty."""
-    if isinstance(model, nn.MultiheadAttention) or class_path(model) in TIMM_ATTENTIONS:
-        return {"": model}
-    if _has_blocks(model):
-        return {
-            f"blocks.{name}.{inner}": attention
-            for name, block in model.blocks.named_children()
-            for inner, attention in _attentions(block).items()
-        }
-    return {
-        f"{name}.self_attn".removeprefix("."): layer.self_attn
-        for name, layer in model.named_modules()
-        if [n for n, _ in layer.named_children() if "attn" in n or "attention" in n]
-        == ["self_attn"]
-        and isinstance(layer.self_attn, nn.MultiheadAttention)
-    }
-
-
-def _attentions(block: nn.Module) -> dict[str, nn.Module]:
-    """Return the `attn` of a block of timm, or all `attns.N.attn` of a parallel block, by name."""
-    if hasattr(block, "attn"):
-        return {"attn": block.attn}
-    branches = getattr(block, "attns", None)
-    branches = branches.named_children() if isinstance(branches, nn.ModuleList) else ()
-    return {f"attns.{name}.attn": b.attn for name, b in branches if hasattr(b, "attn")}
-
-
-def _has_blocks(model: nn.Module) -> bool:
-    """Return whether a model has a list of blocks with attentions, as timm's models have."""
-    blocks = getattr(model, "blocks", None)
-    is_list = isinstance(blocks, (nn.Sequential, nn.ModuleList)) and len(blocks) > 0
-    return is_list and all(_attentions(block) for block in blocks)
-
-
-def _choose(model: nn.Module, layers: Sequence[int | str] | None) -> dict[str, nn.Module]:
-    """Return the attentions to replace, by name; raise ValueError if `layers` names none."""
-    found = _find(model)
-    if layers is None:
-        if not found:
-            raise ValueError(_nothing_found(model))
-        return found
-    names = list(found)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    chosen = {}
-    several = isinstance(layers, Sequence) and not isinstance(layers, str)
-    for layer in layers if several else [layers]:
-        in_range = type(layer) is int and -len(names) <= layer < len(names)
-        name = names[layer] if in_range else layer
-        if not isinstance(name, str) or name not in modules:
-            raise ValueError(
-                f"layers must hold indices of the {len(names)} attentions found in "
-                f"{_name(model)} or names of its modules, got {layer!r}"
-            )
-        chosen[name] = modules[name]
-    if not chosen:
-        raise ValueError("layers must name at least one attention, got none")
-    return chosen
-
-
-def _nothing_found(model: nn.Module) -> str:
-    """Describe what a model has instead of an attention that add_irpe can find."""
-    message = f"add_irpe finds no blocks with attn and no layers with self_attn in {_name(model)}"
-    for name, module in model.named_modules():
-        if hasattr(module, "num_prefix_tokens") and _has_blocks(module):
-            return f"{message}: call it on its {name}, which is a {_name(module)}"
-    for name, module in model.named_modules():
-        if name and any(word in type(module).__name__.lower() for word in ("attn", "attention")):
-            reason = reason_against(module) or "can be named in layers="
-            return f"{message}: its {name} ({class_path(module)}) {reason}"
-    block = next(iter(getattr(model, "blocks", ())), None)
-    return message if block is None else f"{message}: its blocks are {_name(block)}"
-
-
 def _check(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
     """Raise ValueError if a replacement would not compute what the model computes."""
     for name, attention in chosen.items():
@@ -243,13 +174,15 @@ def _grid_source(model: nn.Module, grid: tuple[int, int] | str | None) -> nn.Mod
         return None
     if hasattr(getattr(model, "patch_embed", None), "dynamic_feat_size"):
         return model.patch_embed
-    if _has_blocks(model):
+    if has_blocks(model):
         raise ValueError(
             f"{_name(model)} has no patch_embed that gives the grid: pass grid=(height, width), or "
             "the name of the module that returns the feature map"
         )
     projection = getattr(model, "input_proj", None)
-    return projection if isinstance(projection, nn.Conv2d) else None
+    if isinstance(projection, nn.Conv2d):
+        return projection
+    return find_projection(model)
 
 
 def _has_irpe(module: nn.Module) -> bool:
@@ -271,6 +204,8 @@ def _check_grid(grid: tuple[int, int] | None) -> None:
 
 def _equip(attention: nn.Module, config: RPEConfig, grid: tuple[int, int] | None) -> _Attention:
     """Return an attention with iRPE and with the layers of the given attention."""
+    if class_path(attention) in TRANSFORMERS_ATTENTIONS:
+        return RPETransformersAttention(attention, config, grid)
     is_torch = isinstance(attention, nn.MultiheadAttention)
     kind = RPEMultiheadAttention if is_torch else RPEAttention
     return kind.from_attention(attention, config, grid)

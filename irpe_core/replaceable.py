@@ -12,6 +12,7 @@ from torch import nn
 __all__ = [
     "TIMM_ATTENTIONS",
     "TORCH_ATTENTIONS",
+    "TRANSFORMERS_ATTENTIONS",
     "class_path",
     "check_replaceable",
     "reason_against",
@@ -27,12 +28,22 @@ TORCH_ATTENTIONS = {
     "torch.nn.modules.activation.MultiheadAttention",
     "irpe_core.multihead.RPEMultiheadAttention",
 }
+# Number of class and distillation tokens by class.
+TRANSFORMERS_ATTENTIONS = {
+    "transformers.models.vit.modeling_vit.ViTAttention": 1,
+    "transformers.models.deit.modeling_deit.DeiTAttention": 2,
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Attention": 1,
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
+    ".Dinov2WithRegistersAttention": 1,
+    "transformers.models.detr.modeling_detr.DetrSelfAttention": 0,
+}
 
 # Parameters, buffers and modules, and arguments, of the two classes of timm.
 _TIMM_STATE = {
     *("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "v_bias"),
     *("q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"),
 }
+_TRANSFORMERS_STATE = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _TIMM_ARGUMENTS = {"x", "rope", "attn_mask", "is_causal"}
 
 
@@ -49,7 +60,8 @@ def check_replaceable(attention: nn.Module, classes: set[str]) -> None:
 
 
 def reason_against(
-    attention: nn.Module, classes: set[str] = TIMM_ATTENTIONS | TORCH_ATTENTIONS
+    attention: nn.Module,
+    classes: set[str] = TIMM_ATTENTIONS | TORCH_ATTENTIONS | {*TRANSFORMERS_ATTENTIONS},
 ) -> str:
     """Return why iRPE cannot replace an attention; empty if it can.
 
@@ -66,6 +78,8 @@ def reason_against(
         return "has hooks, which would be lost: register them after add_irpe"
     if "forward" in vars(attention):
         return "has a forward that is not the one of its class"
+    if class_path(attention) in TRANSFORMERS_ATTENTIONS:
+        return _reason_against_transformers(attention)
     is_timm = class_path(attention) in TIMM_ATTENTIONS
     return _reason_against_timm(attention) if is_timm else _reason_against_torch(attention)
 
@@ -92,6 +106,17 @@ def _reason_against_timm(attention: nn.Module) -> str:
     arguments = set(inspect.signature(attention.forward).parameters)
     extra += sorted(arguments - _TIMM_ARGUMENTS)
     return f"also has {', '.join(extra)}, which would be lost" if extra else ""
+
+
+def _reason_against_transformers(attention: nn.Module) -> str:
+    """Return why an attention of transformers cannot be replaced; empty if it can."""
+    state = {name.split(".")[0] for name in attention.state_dict()}
+    if state == _TRANSFORMERS_STATE:
+        return ""
+    return (
+        f"must have {', '.join(sorted(_TRANSFORMERS_STATE))}, got {', '.join(sorted(state))}: "
+        "install transformers>=5"
+    )
 
 
 def _reason_against_torch(attention: nn.MultiheadAttention) -> str:

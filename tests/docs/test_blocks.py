@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,8 @@ def run(document: str) -> None:
         # Published weights would be downloaded, but not those that the block itself saves.
         saves = "save_for_hf" in block or "save_pretrained" in block
         code = block if saves else block.replace("pretrained=True", "pretrained=False")
+        if "ViTForImageClassification" in code and not find_spec("transformers"):
+            continue  # it is optional
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             exec(compile(code, f"{document}, block {number}", "exec"), namespace)
