@@ -118,7 +118,7 @@ class _GridFollower:
 
     def __call__(self, source: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(output, torch.fx.Proxy):
-            return  # torch.fx traces without images: the grid stays the one of the latest ones
+            return  # torch.fx traces without images: keep the latest grid
         if hasattr(source, "dynamic_feat_size"):
             grid = source.dynamic_feat_size(static_sizes(inputs[0].shape[-2:]))
         elif isinstance(output, Tensor) and output.dim() == 4:

@@ -18,7 +18,10 @@ __all__ = ["is_recording", "not_recorded", "static_sizes"]
 
 def is_recording() -> bool:
     """Return whether a tracer records standard operators of PyTorch."""
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    # The last call alone takes longer than the others, and attention asks in every layer.
+    return torch.jit.is_tracing() or (
+        torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+    )
 
 
 def static_sizes(sizes: Iterable[int]) -> tuple[int, ...]:
