@@ -9,33 +9,33 @@ stores dS for a limited number of heads, and dq and the gradients of the lookups
 Every element is summed by one program in a fixed order. Notation: rpe_ops/README.md.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rpe_ops.grid import GridBuckets
 from rpe_ops.triton_kernels.dropout_mask import survives
-from rpe_ops.triton_kernels.flat_sums import sum_pairs
+from rpe_ops.triton_kernels.flat_sums import prepare_sums
 from rpe_ops.triton_kernels.flat_tiles import (
     FLAT_SIZES,
+    PLANS,
+    FlatKind,
     bias_and_ids,
-    flat_arguments,
+    common_tensors,
+    flat_kind,
     heads_per_pass,
     keep_keys,
     own_tokens,
     pair_lookups,
     pairs_buffer,
+    pairs_stride,
 )
 from rpe_ops.triton_kernels.grid_tiles import LOG2E, load_queries, load_rows
-from rpe_ops.triton_kernels.launch import device_of, matrices
+from rpe_ops.triton_kernels.launch import Launch, device_of, prepare, strides_of, with_rows
 
 __all__ = ["lookup_backward"]
-
-# The common arguments that the kernel of dq needs.
-_QUERIES_ARGUMENTS = [
-    *("heads", "tokens", "blocks", "other_blocks", "scale", "DIM", "BLOCK_DIM"),
-    *("BLOCK_OWN", "BLOCK_OTHER", "num_warps", "num_stages", "maxnreg"),
-]
 
 
 @triton.jit(do_not_specialize=FLAT_SIZES)
@@ -159,59 +159,58 @@ def lookup_backward(
     grad_lookup_k, grad_lookup_q = (
         None if lookup is None else q.new_empty(lookup.shape) for lookup in (lookup_k, lookup_q)
     )
-    lookups = (lookup_k, lookup_q, grad_sums)
-    present = [x is not None for x in lookups]
-    rest = (buckets, key_padding, seed, scale, dropout_p, lookups, any(present))
-    common = flat_arguments(q, *rest, backward=True)
-    operands = matrices(
-        q=q,
-        k=k,
-        v=v,
-        do=grad_out,
-        lk=q if lookup_k is None else lookup_k,
-        lq=q if lookup_q is None else lookup_q,
-        gs=q if grad_sums is None else grad_sums,
-        dk=grad_k,
-        dv=grad_v,
-    )
-    of_queries = matrices(k=k, dq=grad_q)
-    for x, grad in ((operands["p_dk"], grad_k), (of_queries["p_dq"], grad_q)):
-        assert x is grad, "the gradient of a head spans too much memory"
-    # The sums for lookup_k need dS by rows, those for lookup_q by columns; dq can read both.
-    by_columns = lookup_q is not None
-    by_rows = lookup_k is not None or not by_columns
+    given = [x is not None for x in (lookup_k, lookup_q, grad_sums, key_padding)]
+    kind = flat_kind(q, buckets, *given, scale, dropout_p, backward=True)
+    by_rows, by_columns = _orders(kind)
     size = heads_per_pass(q, copies=by_rows + by_columns)
     rows, columns = (pairs_buffer(q, size) if stored else q for stored in (by_rows, by_columns))
-    pairs = rows if by_rows else columns
-    of_queries |= {name: common[name] for name in _QUERIES_ARGUMENTS}
+    absent = (q if x is None else x for x in (lookup_k, lookup_q, grad_sums))
+    operands = [with_rows(x) for x in (q, k, v, grad_out, *absent, grad_q, grad_k, grad_v)]
+    # All three gradients have the same strides.
+    assert operands[7] is grad_q, "the gradient of a head spans too much memory"
+    ids, *rest = common_tensors(q, kind, buckets, key_padding, seed)
+    of_keys = (*operands[:7], ids, *rest, lse, delta, grad_k, grad_v, rows, columns)
+    of_queries = (operands[1], rows if by_rows else columns, grad_q)
     with device_of(q):
-        for first in range(0, batch * heads, size):
-            in_pass = min(size, batch * heads - first)
-            grid = (in_pass * common["blocks"],)
-            _flat_keys_kernel[grid](
-                **operands,
-                **common,
-                p_lse=lse,
-                p_delta=delta,
-                p_rows=rows,
-                p_columns=columns,
-                pairs_l=pairs.shape[-1],
-                first_head=first,
-                HAS_K=present[0],
-                HAS_Q=present[1],
-                HAS_SUMS=present[2],
-                STORE_ROWS=by_rows,
-                STORE_COLUMNS=by_columns,
-            )
-            _flat_queries_kernel[grid](
-                **of_queries,
-                p_pairs=pairs,
-                pairs_q=pairs.shape[-1] if by_rows else 1,
-                pairs_k=1 if by_rows else pairs.shape[-1],
-                pairs_l=pairs.shape[-1],
-                first_head=first,
-            )
-            for x, grad in ((rows, grad_lookup_k), (columns, grad_lookup_q)):
+        for keys, queries, sum_pairs in _plan(kind, size, tuple(x.stride() for x in operands)):
+            keys.run(*of_keys)
+            queries.run(*of_queries)
+            for pairs, grad in ((rows, grad_lookup_k), (columns, grad_lookup_q)):
                 if grad is not None:
-                    sum_pairs(x, grad, first, in_pass, common["p_ids"], buckets)
+                    # Without shifts, `lse` and shifts are not read.
+                    sum_pairs.run(pairs, grad, ids, pairs, pairs)
     return grad_q, grad_k, grad_v, grad_lookup_k, grad_lookup_q
+
+
+def _orders(kind: FlatKind) -> tuple[bool, bool]:
+    """Return whether dS is stored by rows and by columns.
+
+    The sums for lookup_k need it by rows, those for lookup_q by columns; dq can read both.
+    """
+    return kind.has_k or not kind.has_q, kind.has_q
+
+
+@functools.lru_cache(maxsize=PLANS)
+def _plan(
+    kind: FlatKind, size: int, strides: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[Launch, Launch, Launch], ...]:
+    """Return the launches of keys, queries and bucket sums, for every pass of `size` heads."""
+    names = ("q", "k", "v", "do", "lk", "lq", "gs", "dq", "dk", "dv")
+    by_rows, by_columns = _orders(kind)
+    stride = pairs_stride(kind.shape[2])
+    numbers = {
+        **kind.numbers(),
+        **strides_of(names, strides),
+        "pairs_q": stride if by_rows else 1,
+        "pairs_k": 1 if by_rows else stride,
+        "STORE_ROWS": by_rows,
+        "STORE_COLUMNS": by_columns,
+    }
+    plan = []
+    for first, heads in kind.passes(size):
+        numbers["first_head"] = first
+        programs = (heads * numbers["blocks"],)
+        keys = prepare(_flat_keys_kernel, programs, numbers)
+        queries = prepare(_flat_queries_kernel, programs, numbers)
+        plan.append((keys, queries, prepare_sums(kind, first, heads, has_shifts=False)))
+    return tuple(plan)

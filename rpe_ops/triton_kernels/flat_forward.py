@@ -8,6 +8,8 @@ bucket sums of A, the weights of every tile are stored relative to the maximum t
 tile, and `flat_sums` rescales and sums them. Notation: rpe_ops/README.md.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -15,18 +17,21 @@ from torch import Tensor
 
 from rpe_ops.grid import GridBuckets
 from rpe_ops.triton_kernels.dropout_mask import query_keys, survives
-from rpe_ops.triton_kernels.flat_sums import sum_pairs
+from rpe_ops.triton_kernels.flat_sums import prepare_sums
 from rpe_ops.triton_kernels.flat_tiles import (
     FLAT_SIZES,
+    PLANS,
+    FlatKind,
     bias_and_ids,
-    flat_arguments,
+    common_tensors,
+    flat_kind,
     heads_per_pass,
     keep_keys,
     own_tokens,
     pairs_buffer,
 )
 from rpe_ops.triton_kernels.grid_tiles import LN2, LOG2E, load_rows
-from rpe_ops.triton_kernels.launch import device_of, matrices
+from rpe_ops.triton_kernels.launch import Launch, device_of, prepare, strides_of, with_rows
 
 __all__ = ["lookup_forward"]
 
@@ -115,43 +120,39 @@ def lookup_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend, with head dims up to 128 and no float64; see `rpe_ops.reference.lookup_forward`."""
     batch, heads, tokens, dim = q.shape
-    lookups = (lookup_k, lookup_q)
-    has_buckets = needs_sums or any(x is not None for x in lookups)
-    rest = (buckets, key_padding, seed, scale, dropout_p, lookups, has_buckets)
-    common = flat_arguments(q, *rest, backward=False)
+    given = (lookup_k is not None, lookup_q is not None, needs_sums, key_padding is not None)
+    kind = flat_kind(q, buckets, *given, scale, dropout_p, backward=False)
     out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
-    operands = matrices(
-        q=q,
-        k=k,
-        v=v,
-        out=out,
-        lk=q if lookup_k is None else lookup_k,
-        lq=q if lookup_q is None else lookup_q,
-    )
-    assert operands["p_out"] is out, "the output of a head spans too much memory"
     size = heads_per_pass(q, copies=int(needs_sums))
     pairs, sums, shifts = q, q.new_empty(0), q
     if needs_sums:
         pairs = pairs_buffer(q, size)
-        sums = q.new_empty(batch, heads, tokens, buckets.num_lookups)
-        shifts = lse.new_empty(size, tokens, common["other_blocks"])
+        sums = q.new_empty(batch, heads, tokens, kind.num_lookups)
+        shifts = lse.new_empty(size, tokens, -(-tokens // kind.tiles.other))
+    lookups = (q if lookup is None else lookup for lookup in (lookup_k, lookup_q))
+    operands = [with_rows(x) for x in (q, k, v, *lookups, out)]
+    assert operands[5] is out, "the output of a head spans too much memory"
+    ids, *rest = common_tensors(q, kind, buckets, key_padding, seed)
+    tensors = (*operands[:5], ids, *rest, out, lse, pairs, shifts)
     with device_of(q):
-        for first in range(0, batch * heads, size):
-            in_pass = min(size, batch * heads - first)
-            _flat_forward_kernel[(in_pass * common["blocks"],)](
-                **operands,
-                **common,
-                p_lse=lse,
-                p_pairs=pairs,
-                p_shifts=shifts,
-                pairs_l=pairs.shape[-1],
-                first_head=first,
-                HAS_K=lookup_k is not None,
-                HAS_Q=lookup_q is not None,
-                KEEP_PAIRS=needs_sums,
-            )
+        for attend, sum_pairs in _plan(kind, size, tuple(x.stride() for x in operands)):
+            attend.run(*tensors)
             if needs_sums:
-                rest = (common["p_ids"], buckets, lse, shifts, common["BLOCK_OTHER"])
-                sum_pairs(pairs, sums, first, in_pass, *rest)
+                sum_pairs.run(pairs, sums, ids, lse, shifts)
     return out, sums, lse
+
+
+@functools.lru_cache(maxsize=PLANS)
+def _plan(
+    kind: FlatKind, size: int, strides: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[Launch, Launch], ...]:
+    """Return the launches of attention and of the bucket sums, for every pass of `size` heads."""
+    numbers = kind.numbers() | strides_of(("q", "k", "v", "lk", "lq", "out"), strides)
+    numbers["KEEP_PAIRS"] = kind.has_sums
+    plan = []
+    for first, heads in kind.passes(size):
+        numbers["first_head"] = first
+        attend = prepare(_flat_forward_kernel, (heads * numbers["blocks"],), numbers)
+        plan.append((attend, prepare_sums(kind, first, heads, has_shifts=True)))
+    return tuple(plan)

@@ -10,15 +10,12 @@ second matrix has ones for one term only. Notation: rpe_ops/README.md.
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from rpe_ops.compact_ids import ids_size
-from rpe_ops.grid import GridBuckets
-from rpe_ops.triton_kernels.flat_tiles import FLAT_SIZES, pair_ids
+from rpe_ops.triton_kernels.flat_tiles import FLAT_SIZES, FlatKind, pair_ids, pairs_stride
 from rpe_ops.triton_kernels.grid_tiles import LOG2E
-from rpe_ops.triton_kernels.launch import next_power_of_2
+from rpe_ops.triton_kernels.launch import Launch, next_power_of_2, prepare
 
-__all__ = ["sum_pairs"]
+__all__ = ["prepare_sums"]
 
 
 @triton.jit(do_not_specialize=FLAT_SIZES)
@@ -82,54 +79,44 @@ def _exact_product(b_pairs, b_hot, b_sums):
     return b_sums
 
 
-def sum_pairs(
-    pairs: Tensor,
-    sums: Tensor,
-    first_head: int,
-    heads: int,
-    ids: Tensor,
-    buckets: GridBuckets,
-    lse: Tensor | None = None,
-    shifts: Tensor | None = None,
-    block_other: int = 64,
-) -> None:
-    """Compute the bucket sums of some heads.
+def prepare_sums(kind: FlatKind, first_head: int, heads: int, *, has_shifts: bool) -> Launch:
+    """Return the launch that computes the bucket sums of some heads.
+
+    Its tensors are:
+
+    - pairs `(heads or more, L, stride)`, zero where the second token does not exist;
+    - the sums of all heads, `(B, H, L, terms·K)`;
+    - the bucket ids from `rpe_ops.compact_ids`;
+    - `lse`, and shifts `(heads or more, L, blocks)`: the pairs of a block are weights times
+      `2^(lse·log2(e) - shift)`. Without shifts the pairs are summed as they are.
 
     Args:
-        pairs: `(heads or more, L, stride)`, zero where the second token does not exist.
-        sums: Result for all heads, `(B, H, L, terms·K)`.
+        kind: The kind of attention.
         first_head: First head of the result.
         heads: Number of heads.
-        ids: Bucket ids from `rpe_ops.compact_ids`.
-        buckets: Buckets of the grid.
-        lse: Logarithm of the sum of every row, with `shifts`.
-        shifts: `(heads or more, L, blocks)`: the pairs of a block are weights times
-            `2^(lse·log2(e) - shift)`. Without it the pairs are summed as they are.
-        block_other: Tokens of a block of `shifts`.
+        has_shifts: Whether there are shifts, for blocks of `kind.tiles.other` tokens.
     """
-    tokens = buckets.num_tokens
-    block_sums = min(128, max(16, next_power_of_2(buckets.num_lookups)))
+    tokens = kind.shape[2]
+    block_other = kind.tiles.other if has_shifts else 64
+    block_sums = min(128, max(16, next_power_of_2(kind.num_lookups)))
     block_heads = max(16, min(64, next_power_of_2(heads)))
     blocks = -(-heads // block_heads)
-    _flat_sums_kernel[(tokens * blocks, -(-buckets.num_lookups // block_sums))](
-        p_pairs=pairs,
-        p_sums=sums,
-        p_ids=ids,
-        p_lse=pairs if lse is None else lse,
-        p_shifts=pairs if shifts is None else shifts,
-        pairs_l=pairs.shape[-1],
-        ids_l=ids_size(buckets),
-        heads=heads,
-        first_head=first_head,
-        tokens=tokens,
-        blocks=blocks,
-        other_blocks=-(-tokens // block_other),
-        num_lookups=buckets.num_lookups,
-        HAS_SHIFTS=shifts is not None,
-        TERMS=buckets.row_base.shape[0],
-        BLOCK_HEADS=block_heads,
-        BLOCK_OTHER=block_other,
-        BLOCK_SUMS=block_sums,
-        num_warps=4,
-        num_stages=2,
-    )
+    numbers = {
+        "pairs_l": pairs_stride(tokens),
+        "ids_l": kind.ids_stride,
+        "heads": heads,
+        "first_head": first_head,
+        "tokens": tokens,
+        "blocks": blocks,
+        "other_blocks": -(-tokens // block_other),
+        "num_lookups": kind.num_lookups,
+        "HAS_SHIFTS": has_shifts,
+        "TERMS": kind.terms,
+        "BLOCK_HEADS": block_heads,
+        "BLOCK_OTHER": block_other,
+        "BLOCK_SUMS": block_sums,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+    programs = (tokens * blocks, -(-kind.num_lookups // block_sums))
+    return prepare(_flat_sums_kernel, programs, numbers)

@@ -23,7 +23,11 @@ __all__ = [
     "FLAT_SIZES",
     "FlatTiles",
     "choose_flat_tiles",
-    "flat_arguments",
+    "PLANS",
+    "FlatKind",
+    "flat_kind",
+    "common_tensors",
+    "pairs_stride",
     "pairs_buffer",
     "heads_per_pass",
     "own_tokens",
@@ -36,6 +40,8 @@ __all__ = [
 # Triton must not compile again when these change; see `launch.RUNTIME_SIZES`.
 FLAT_SIZES = ["heads", "first_head", "tokens", "blocks", "other_blocks", "num_lookups", "threshold"]
 
+# Number of kinds of attention whose launches are kept ready.
+PLANS = 64
 # Size of the temporary pairs of one pass. It is smaller than the L2 cache of the GPUs that have
 # compute capability 8.0 and 9.0, so that the kernel that reads the pairs finds them there.
 _MAX_PAIRS_BYTES = 32 * 2**20
@@ -83,48 +89,104 @@ def choose_flat_tiles(q: Tensor, reads: int, *, backward: bool) -> FlatTiles:
     return FlatTiles(min(own, largest), min(other, largest), warps, 1 if backward else 2)
 
 
-def flat_arguments(
+class FlatKind(NamedTuple):
+    """All that the numbers of a launch depend on, except strides and heads per pass.
+
+    Launches are prepared once per kind and kept (`functools.lru_cache`). A kind holds values only,
+    no tensors, so equal kinds have the same launches.
+
+    Attributes:
+        shape: B, H, L and d.
+        tiles: Shape of the tiles.
+        terms: Buckets of a pair.
+        num_lookups: Values of a lookup per token.
+        ids_stride: Length of a row of the bucket ids.
+        has_k: Whether lookups of the queries are added to the logits.
+        has_q: Whether lookups of the keys are added to the logits.
+        has_sums: Whether the bucket sums of the weights are needed, or have a gradient.
+        has_padding: Whether some keys are padded.
+        scale: Factor on the products.
+        dropout_p: Probability of dropping a weight.
+    """
+
+    shape: torch.Size
+    tiles: FlatTiles
+    terms: int
+    num_lookups: int
+    ids_stride: int
+    has_k: bool
+    has_q: bool
+    has_sums: bool
+    has_padding: bool
+    scale: float
+    dropout_p: float
+
+    def numbers(self) -> dict:
+        """Return the arguments of all flat kernels that are no tensors, by name."""
+        _, heads, tokens, dim = self.shape
+        threshold = int(self.dropout_p * 2**32)
+        return {
+            "ids_l": self.ids_stride,
+            "pairs_l": pairs_stride(tokens),
+            "heads": heads,
+            "tokens": tokens,
+            "blocks": -(-tokens // self.tiles.own),
+            "other_blocks": -(-tokens // self.tiles.other),
+            "scale": float(self.scale),
+            # Triton derives the type of an integer from its value. The bits of the uint32 are
+            # passed as an int32, so that the type is always the same.
+            "threshold": threshold - 2**32 if threshold >= 2**31 else threshold,
+            "keep_scale": 1 / (1 - self.dropout_p),
+            "HAS_K": self.has_k,
+            "HAS_Q": self.has_q,
+            "HAS_SUMS": self.has_sums,
+            "HAS_PADDING": self.has_padding,
+            "HAS_DROPOUT": self.dropout_p > 0,
+            "TERMS": self.terms,
+            "DIM": dim,
+            "BLOCK_DIM": max(16, next_power_of_2(dim)),
+            "BLOCK_OWN": self.tiles.own,
+            "BLOCK_OTHER": self.tiles.other,
+            "num_warps": self.tiles.warps,
+            "num_stages": self.tiles.stages,
+            # Without this limit ptxas spills registers in order to run more programs at a time.
+            "maxnreg": 255,
+        }
+
+    def passes(self, size: int) -> list[tuple[int, int]]:
+        """Return the first head and the number of heads of every pass of at most `size` heads."""
+        heads = self.shape[0] * self.shape[1]
+        return [(first, min(size, heads - first)) for first in range(0, heads, size)]
+
+
+def flat_kind(
     q: Tensor,
     buckets: GridBuckets,
-    key_padding: Tensor | None,
-    seed: Tensor,
+    has_k: bool,
+    has_q: bool,
+    has_sums: bool,
+    has_padding: bool,
     scale: float,
     dropout_p: float,
-    lookups: tuple[Tensor | None, ...],
-    has_buckets: bool,
+    *,
     backward: bool,
-) -> dict:
-    """Return the arguments of all flat kernels, by name; an absent tensor is passed as `q`."""
-    tokens, terms = q.shape[2], buckets.row_base.shape[0]
-    reads = terms * sum(x is not None for x in lookups)
+) -> FlatKind:
+    """Return the kind of attention with queries `q (B, H, L, d)`; see `FlatKind`."""
+    terms, num_lookups = buckets.row_base.shape[0], buckets.num_lookups
+    # The forward stores the weights and does not read a lookup for their sums.
+    reads = terms * (has_k + has_q + (has_sums and backward))
     tiles = choose_flat_tiles(q, reads, backward=backward)
-    threshold = int(dropout_p * 2**32)
-    return {
-        "p_ids": compact_ids(buckets) if has_buckets else q,
-        "p_padding": q if key_padding is None else key_padding.contiguous().view(torch.uint8),
-        "p_seed": seed,
-        "heads": q.shape[1],
-        "tokens": tokens,
-        "ids_l": ids_size(buckets),
-        "blocks": -(-tokens // tiles.own),
-        "other_blocks": -(-tokens // tiles.other),
-        "scale": scale,
-        # Triton derives the type of an integer from its value. The bits of the uint32 are passed as
-        # an int32, so that the type is always the same.
-        "threshold": threshold - 2**32 if threshold >= 2**31 else threshold,
-        "keep_scale": 1 / (1 - dropout_p),
-        "HAS_PADDING": key_padding is not None,
-        "HAS_DROPOUT": dropout_p > 0,
-        "TERMS": terms,
-        "DIM": q.shape[-1],
-        "BLOCK_DIM": max(16, next_power_of_2(q.shape[-1])),
-        "BLOCK_OWN": tiles.own,
-        "BLOCK_OTHER": tiles.other,
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-        # Without this limit ptxas spills registers in order to run more programs at a time.
-        "maxnreg": 255,
-    }
+    given = (has_k, has_q, has_sums, has_padding)
+    return FlatKind(q.shape, tiles, terms, num_lookups, ids_size(buckets), *given, scale, dropout_p)
+
+
+def common_tensors(
+    q: Tensor, kind: FlatKind, buckets: GridBuckets, key_padding: Tensor | None, seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `p_ids`, `p_padding` and `p_seed`; an absent tensor is passed as `q`."""
+    has_buckets = kind.has_k or kind.has_q or kind.has_sums
+    ids = compact_ids(buckets) if has_buckets else q
+    return ids, q if key_padding is None else key_padding.contiguous().view(torch.uint8), seed
 
 
 def heads_per_pass(q: Tensor, copies: int) -> int:
@@ -135,19 +197,19 @@ def heads_per_pass(q: Tensor, copies: int) -> int:
         copies: Number of temporary tensors of pairs; 0 means that all heads fit.
     """
     heads = q.shape[0] * q.shape[1]
-    size = copies * q.shape[2] * pairs_stride(q) * q.element_size()
+    size = copies * q.shape[2] * pairs_stride(q.shape[2]) * q.element_size()
     passes = max(1, -(-heads * size // _MAX_PAIRS_BYTES))
     return min(heads, max(_MIN_HEADS, -(-heads // passes)))
 
 
-def pairs_stride(q: Tensor) -> int:
+def pairs_stride(tokens: int) -> int:
     """Return the length of a row of the temporary pairs, a multiple of 16 for wide loads."""
-    return -(-q.shape[2] // 16) * 16
+    return -(-tokens // 16) * 16
 
 
 def pairs_buffer(q: Tensor, heads: int) -> Tensor:
     """Return empty temporary pairs `(heads, L, stride)` in the dtype of `q`."""
-    return q.new_empty(heads, q.shape[2], pairs_stride(q))
+    return q.new_empty(heads, q.shape[2], pairs_stride(q.shape[2]))
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import contextlib
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from rpe_ops.grid import GridBuckets
@@ -14,6 +15,10 @@ __all__ = [
     "choose_tiles",
     "common_arguments",
     "matrices",
+    "Launch",
+    "prepare",
+    "with_rows",
+    "strides_of",
     "sums_block",
     "device_of",
     "next_power_of_2",
@@ -25,6 +30,8 @@ RUNTIME_SIZES = [
     *("heads", "height", "width", "skip", "num_buckets", "run_width"),
     *("tiles", "own_chunks", "other_chunks", "threshold"),
 ]
+
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Tiles(NamedTuple):
@@ -113,14 +120,52 @@ def common_arguments(
 
 def matrices(**named: Tensor) -> dict:
     """Return tensors `(B, H, L, n)` as `p_name` and strides `name_b`, `name_h`, `name_l`."""
-    arguments = {}
-    for name, x in named.items():
-        # Offsets within a head are 32-bit, so a head that spans more memory is copied.
-        if x.stride(-1) != 1 or x.shape[2] * x.stride(2) >= 2**31:
-            x = x.contiguous()
-        arguments[f"p_{name}"] = x
-        arguments |= {f"{name}_{axis}": x.stride(i) for i, axis in enumerate("bhl")}
-    return arguments
+    tensors = {name: with_rows(x) for name, x in named.items()}
+    strides = strides_of(tuple(tensors), tuple(x.stride() for x in tensors.values()))
+    return {f"p_{name}": x for name, x in tensors.items()} | strides
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """Return a tensor `(B, H, L, n)`, or a copy if kernels cannot address its rows."""
+    stride = x.stride()
+    # Offsets within a head are 32-bit, so a head that spans more memory is copied.
+    return x if stride[3] == 1 and x.shape[2] * stride[2] < 2**31 else x.contiguous()
+
+
+def strides_of(names: tuple[str, ...], strides: tuple[tuple[int, ...], ...]) -> dict:
+    """Return the strides of tensors `(B, H, L, n)` as `name_b`, `name_h` and `name_l`."""
+    return {
+        f"{name}_{axis}": size
+        for name, stride in zip(names, strides, strict=True)
+        for axis, size in zip("bhl", stride, strict=False)
+    }
+
+
+class Launch(NamedTuple):
+    """A launch of a kernel that is ready but for its tensors.
+
+    Attributes:
+        kernel: The kernel. Its tensors `p_` are its first arguments.
+        programs: Number of programs in each dimension.
+        numbers: The arguments after the tensors. By position they cost the host less time.
+        options: Options of Triton, such as the number of warps.
+    """
+
+    kernel: triton.JITFunction
+    programs: tuple[int, ...]
+    numbers: tuple
+    options: dict
+
+    def run(self, *tensors: Tensor) -> None:
+        """Launch the kernel."""
+        self.kernel[self.programs](*tensors, *self.numbers, **self.options)
+
+
+def prepare(kernel: triton.JITFunction, programs: tuple[int, ...], numbers: dict) -> Launch:
+    """Return a launch from numbers by name, which may have more names than the kernel needs."""
+    names = [name for name in kernel.arg_names if not name.startswith("p_")]
+    options = {name: numbers[name] for name in _OPTIONS if name in numbers}
+    return Launch(kernel, programs, tuple(numbers[name] for name in names), options)
 
 
 def sums_block(buckets: GridBuckets) -> int:
@@ -130,7 +175,9 @@ def sums_block(buckets: GridBuckets) -> int:
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Return a context in which the device of a GPU tensor is the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
 
 
 def next_power_of_2(number: int) -> int:

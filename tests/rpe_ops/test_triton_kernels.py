@@ -11,7 +11,7 @@ import rpe_ops
 from irpe_core import RPEConfig, build_rpe, rpe_attention, set_implementation
 from irpe_core.buckets import grid_buckets
 from rpe_ops import triton_kernels
-from rpe_ops.triton_kernels import attention, flat_tiles
+from rpe_ops.triton_kernels import attention, flat_backward, flat_forward, flat_tiles
 from tests.rpe_ops.attention_cases import DEVICE, GRIDS, SETTINGS, Case, Problem, check
 from tests.rpe_ops.attention_oracle import Results
 
@@ -100,6 +100,20 @@ def test_temporary_pairs_in_several_passes_change_nothing(monkeypatch):
     assert flat_tiles.heads_per_pass(problem.q, copies=2) == 1
     for x, y in zip(problem.by_kernels(), expected, strict=True):
         assert torch.equal(x, y)
+
+
+def test_launches_are_prepared_once_per_kind():
+    def misses():
+        return [module._plan.cache_info().misses for module in (flat_forward, flat_backward)]
+
+    problem = Problem(CASES["product-qkv-float16"]._replace(grid=(2, 2)), family_kernels("flat"))
+    expected, prepared = problem.by_kernels(), misses()
+    assert all(map(torch.equal, problem.by_kernels(), expected))
+    assert misses() == prepared
+    # Other strides are another kind.
+    problem.q = problem.q.contiguous()
+    assert all(map(torch.equal, problem.by_kernels(), expected))
+    assert misses() == [count + 1 for count in prepared]
 
 
 def test_small_grids_use_flat_tiles_and_large_ones_do_not():
