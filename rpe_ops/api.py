@@ -143,8 +143,9 @@ def attention(
     chosen = implementations.resolve(implementation, q.device, "attention")
     if reason := implementations.reason_against_input(chosen, q):
         raise ValueError(reason)
-    seed = q.new_zeros(1, dtype=torch.int64)
+    # Without dropout, the seed has no effect.
+    seed = q.new_empty(1, dtype=torch.int64)
     if dropout_p > 0:
         seed.random_()
-    rest = (key_padding, seed, scale, dropout_p, chosen)
-    return ops.attend(q, k, v, *tables.values(), *buckets, *rest)
+    rest = (buckets, key_padding, seed, scale, dropout_p, chosen)
+    return ops.attend(q, k, v, table_k, table_q, table_v, *rest)

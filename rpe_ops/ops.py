@@ -15,7 +15,7 @@ from rpe_ops.grid import GridBuckets
 
 __all__ = ["gather", "bucket_sum", "attention", "attention_backward", "attend"]
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 torch.library.define(
     "rpe_ops::gather", "(Tensor lookup, Tensor bucket_ids, str implementation) -> Tensor"
@@ -57,33 +57,33 @@ def _bucket_sum(pairs: Tensor, bucket_ids: Tensor, num_buckets: int, implementat
     return implementations.load(implementation).bucket_sum(pairs, bucket_ids, num_buckets)
 
 
-def _attention(q, k, v, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def _attention(*inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward pass of attention of an implementation."""
-    tables, buckets, rest, implementation = _split(rest)
-    forward = implementations.load(implementation).attention_forward
-    # The operator computes in the dtype of its inputs, so autocast must not change the dtype of the
-    # torch operators inside.
-    with torch.autocast(q.device.type, enabled=False):
-        return forward(q, k, v, *tables, buckets, *rest)
+    return _run("attention_forward", *inputs[:6], GridBuckets(*inputs[6:13]), *inputs[13:])
 
 
-def _attention_backward(grad_out, q, k, v, *rest) -> tuple[Tensor, ...]:
+def _attention_backward(*inputs) -> tuple[Tensor, ...]:
     """Run the backward pass of attention of an implementation."""
-    tables, buckets, rest, implementation = _split(rest)
-    backward = implementations.load(implementation).attention_backward
-    with torch.autocast(q.device.type, enabled=False):
-        grads = backward(grad_out, q, k, v, *tables, buckets, *rest)
+    grads = _run("attention_backward", *inputs[:7], GridBuckets(*inputs[7:14]), *inputs[14:])
     # A torch.library operator cannot return None, so an empty tensor means "no gradient".
-    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+    return tuple(inputs[0].new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _run(name: str, *arguments) -> tuple:
+    """Call a function of the implementation that is the last argument."""
+    *arguments, implementation = arguments
+    function = getattr(implementations.load(implementation), name)
+    device_type = arguments[0].device.type
+    # The operator computes in the dtype of its inputs, so autocast must not change the dtype of the
+    # torch operators inside. Entering a context costs more time than this question.
+    if not torch.is_autocast_enabled(device_type):
+        return function(*arguments)
+    with torch.autocast(device_type, enabled=False):
+        return function(*arguments)
 
 
 torch.library.impl("rpe_ops::attention", "default", _attention)
 torch.library.impl("rpe_ops::attention_backward", "default", _attention_backward)
-
-
-def _split(rest: tuple) -> tuple[tuple, GridBuckets, tuple, str]:
-    """Split the arguments after q, k, v into tables, buckets, the others and the implementation."""
-    return rest[:3], GridBuckets(*rest[3:10]), rest[10:-1], rest[-1]
 
 
 @torch.library.register_fake("rpe_ops::gather")
@@ -156,17 +156,21 @@ def _attention_setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _attention_grad(ctx, grad_out: Tensor | None, *_, backward=None):
+def _attention_grad(ctx, grad_out: Tensor | None, *_):
     """Return the gradients of `attention` for each of its 18 inputs."""
     if grad_out is None:
         return (None,) * 18
     saved = ctx.saved_tensors
-    grads = (backward or attention_backward)(
+    grads = attention_backward(
         grad_out, *saved[:8], *ctx.grid, *saved[8:], ctx.scale, ctx.dropout_p, ctx.implementation
     )
-    tables = zip(grads[3:], saved[3:6], strict=True)
-    of_tables = [None if table is None else grad for grad, table in tables]
-    return (*grads[:3], *of_tables, *[None] * 12)
+    return *_of_present(grads, saved), *[None] * 12
+
+
+def _of_present(grads: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]) -> list:
+    """Replace the empty gradients of absent tables by None; `inputs` begins with q, k, v."""
+    pairs = zip(grads, inputs, strict=False)
+    return [None if x is None else grad for grad, x in pairs]
 
 
 def _no_second_derivative(ctx, *grads: Tensor | None):
@@ -181,22 +185,28 @@ class _EagerAttention(torch.autograd.Function):
     """`rpe_ops::attention` and its derivative without the dispatcher, for eager execution.
 
     The autograd of `torch.library` runs in Python and costs more time on the host than a small
-    attention on a GPU.
+    attention on a GPU. The inputs are those of `attend`.
     """
 
     @staticmethod
     def forward(ctx, *inputs):
-        """Compute attention; the inputs are those of the operator."""
-        output = _attention(*inputs)
-        _attention_setup(ctx, inputs, output)
-        return output
+        """Compute attention."""
+        out, sums, lse = _run("attention_forward", *inputs)
+        ctx.buckets, ctx.rest = inputs[6], inputs[9:]
+        ctx.save_for_backward(*inputs[:6], *inputs[7:9], out, sums, lse)
+        return out
 
     @staticmethod
-    def backward(ctx, grad_out, *_):
+    def backward(ctx, grad_out):
         """Compute the gradients, like the operator."""
-        # With create_graph, the operator raises the error about the second derivative.
-        backward = attention_backward if torch.is_grad_enabled() else _attention_backward
-        return _attention_grad(ctx, grad_out, backward=backward)
+        saved = ctx.saved_tensors
+        tensors, others = (grad_out, *saved[:6]), (*saved[6:], *ctx.rest)
+        if torch.is_grad_enabled():
+            # With create_graph, the operator raises the error about the second derivative.
+            grads = _of_present(attention_backward(*tensors, *ctx.buckets, *others), saved)
+        else:
+            grads = _run("attention_backward", *tensors, ctx.buckets, *others)
+        return *grads, *[None] * 6
 
 
 def _is_eager(tensors: tuple) -> bool:
@@ -209,16 +219,21 @@ def _is_eager(tensors: tuple) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
-        and all(type(x) in _PLAIN for x in tensors if x is not None)
+        and _PLAIN.issuperset(map(type, tensors))
     )
 
 
 def attend(*inputs) -> Tensor:
-    """Return `out` of `rpe_ops::attention`, on the path with the least cost on the host."""
-    if not _is_eager(inputs[:8]):
-        return attention(*inputs)[0]
-    run = _EagerAttention.apply if torch.is_grad_enabled() else _attention
-    return run(*inputs)[0]
+    """Return `out` of `rpe_ops::attention`, on the path with the least cost on the host.
+
+    The inputs are those of the operator, but the buckets are one argument, `GridBuckets`.
+    """
+    buckets = inputs[6]
+    if not _is_eager((*inputs[:6], *buckets[:2])):
+        return attention(*inputs[:6], *buckets, *inputs[7:])[0]
+    if torch.is_grad_enabled():
+        return _EagerAttention.apply(*inputs)
+    return _run("attention_forward", *inputs)[0]
 
 
 torch.library.register_autograd("rpe_ops::gather", _gather_backward, setup_context=_gather_setup)

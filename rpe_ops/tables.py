@@ -42,11 +42,12 @@ def attention_forward(
         `lse (B, H, L)`, the logarithm of the sum of exponentials of every row of logits, float32
         or wider, -inf for a query without any key.
     """
-    lookups = _lookup(q, table_k, scale), _lookup(k, table_q, scale)
+    lookup_k, _ = _lookup(q, table_k, scale)
+    lookup_q, _ = _lookup(k, table_q, scale)
     rest = (buckets, key_padding, seed, table_v is not None, scale, dropout_p)
-    out, sums, lse = lookup_forward(q, k, v, *lookups, *rest)
+    out, sums, lse = lookup_forward(q, k, v, lookup_k, lookup_q, *rest)
     if table_v is not None:
-        out += _product(sums, table_v)
+        out += _product(_rows(sums, table_v), table_v, q.shape)
     return out, sums, lse
 
 
@@ -69,60 +70,85 @@ def attention_backward(
     dropout_p: float,
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of q, k, v, table_k, table_q and table_v; None for an absent input."""
-    lookups = _lookup(q, table_k, scale), _lookup(k, table_q, scale)
+    lookup_k, rows_q = _lookup(q, table_k, scale)
+    lookup_q, rows_k = _lookup(k, table_q, scale)
     # `out` includes sums T_v, so this is the delta of both outputs of the attention with lookups:
     # the gradient of `sums` times `sums` equals `grad_out` times sums T_v.
     delta = (grad_out.to(lse.dtype) * out).sum(-1)
     grad_sums = grad_table_v = None
     if table_v is not None:
-        grad_sums = _product(grad_out, table_v.transpose(-2, -1))
-        grad_table_v = _sum_of_products(sums, grad_out, table_v)
+        rows = _rows(grad_out, table_v)
+        grad_sums = _product(rows, table_v.transpose(1, 2), q.shape)
+        grad_table_v = _sum_of_products(_rows(sums, table_v), rows)
     rest = (buckets, key_padding, seed, delta, lse, scale, dropout_p)
-    grad_q, grad_k, grad_v, *grad_lookups = lookup_backward(
-        grad_out, grad_sums, q, k, v, *lookups, *rest
+    grad_q, grad_k, grad_v, grad_lookup_k, grad_lookup_q = lookup_backward(
+        grad_out, grad_sums, q, k, v, lookup_k, lookup_q, *rest
     )
-    grad_table_k = _through_table(grad_lookups[0], q, table_k, scale, grad_q)
-    grad_table_q = _through_table(grad_lookups[1], k, table_q, scale, grad_k)
+    grad_table_k = _through_table(grad_lookup_k, rows_q, table_k, scale, grad_q)
+    grad_table_q = _through_table(grad_lookup_q, rows_k, table_q, scale, grad_k)
     return grad_q, grad_k, grad_v, grad_table_k, grad_table_q, grad_table_v
 
 
-def _lookup(x: Tensor, table: Tensor | None, scale: float) -> Tensor | None:
-    """Return the lookup `(B, H, L, terms·K)` of tokens `x (B, H, L, d)`."""
+def _lookup(x: Tensor, table: Tensor | None, scale: float) -> tuple[Tensor | None, Tensor | None]:
+    """Return the lookup `(B, H, L, terms·K)` of tokens `x (B, H, L, d)`, and `_rows` of `x`.
+
+    A bias has a lookup without rows. An absent table has neither.
+    """
     if table is None:
-        return None
+        return None, None
     if table.ndim == 2:
-        return table[None, :, None].expand(*x.shape[:-1], -1)
-    return _product(x, table, scale)
+        return table[None, :, None].expand(*x.shape[:-1], -1), None
+    rows = _rows(x, table)
+    return _product(rows, table, x.shape, scale), rows
 
 
 def _through_table(
-    grad_lookup: Tensor | None, x: Tensor, table: Tensor | None, scale: float, grad_x: Tensor
+    grad_lookup: Tensor | None,
+    rows: Tensor | None,
+    table: Tensor | None,
+    scale: float,
+    grad_x: Tensor,
 ) -> Tensor | None:
-    """Return the gradient of a table, and add the gradient of the tokens `x` to `grad_x`."""
+    """Return the gradient of a table, and add the gradient of the tokens to `grad_x`.
+
+    `rows` are those of the tokens, from `_lookup`.
+    """
     if table is None:
         return None
     if table.ndim == 2:
-        grad = grad_lookup.sum((0, 2), dtype=torch.promote_types(x.dtype, torch.float32))
-        return (grad.sum(0, keepdim=True) if len(table) == 1 else grad).to(x.dtype)
-    grad_x += _product(grad_lookup, table.transpose(-2, -1), scale)
-    return _sum_of_products(x, grad_lookup, table, scale)
+        grad = grad_lookup.sum((0, 2), dtype=torch.promote_types(grad_x.dtype, torch.float32))
+        return (grad.sum(0, keepdim=True) if len(table) == 1 else grad).to(grad_x.dtype)
+    rows_of_grad = _rows(grad_lookup, table)
+    grad_x += _product(rows_of_grad, table.transpose(1, 2), grad_x.shape, scale)
+    return _sum_of_products(rows, rows_of_grad, scale)
 
 
-def _product(x: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
-    """Return `scale·x (B, H, L, m) @ table (Hs, m, n)`, scaled before it is rounded."""
-    rows = _rows_of_tables(x, table)
-    product = torch.baddbmm(x.new_zeros(()), rows, table, beta=0, alpha=scale)
-    if len(table) == 1:
-        return product.view(*x.shape[:-1], -1)
-    return product.unflatten(1, (len(x), -1)).transpose(0, 1)
-
-
-def _sum_of_products(x: Tensor, y: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
-    """Return `scale·xᵀ y` of `(B, H, L, m)` and `(B, H, L, n)`, summed over what shares a table."""
-    x, y = _rows_of_tables(x, table), _rows_of_tables(y, table)
-    return torch.baddbmm(x.new_zeros(()), x.transpose(1, 2), y, beta=0, alpha=scale)
-
-
-def _rows_of_tables(x: Tensor, table: Tensor) -> Tensor:
+def _rows(x: Tensor, table: Tensor) -> Tensor:
     """Reshape `(B, H, L, n)` to `(Hs, rows, n)`, with all tokens that share a table as rows."""
-    return x.flatten(0, 2)[None] if len(table) == 1 else x.transpose(0, 1).flatten(1, 2)
+    batch, heads, tokens, width = x.shape
+    if table.shape[0] == 1:
+        return x.reshape(1, batch * heads * tokens, width)
+    return x.transpose(0, 1).reshape(heads, batch * tokens, width)
+
+
+def _product(rows: Tensor, table: Tensor, shape: torch.Size, scale: float = 1.0) -> Tensor:
+    """Return `scale·x (B, H, L, m) @ table (Hs, m, n)`, scaled before it is rounded.
+
+    `rows` are those of `x`, and `shape` begins with B, H, L.
+    """
+    product = _scaled_product(rows, table, scale)
+    batch, heads, tokens, _ = shape
+    if table.shape[0] == 1:
+        return product.view(batch, heads, tokens, table.shape[2])
+    return product.view(heads, batch, tokens, table.shape[2]).transpose(0, 1)
+
+
+def _sum_of_products(rows_x: Tensor, rows_y: Tensor, scale: float = 1.0) -> Tensor:
+    """Return `scale·xᵀ y` of `(B, H, L, m)` and `(B, H, L, n)`, summed over what shares a table."""
+    return _scaled_product(rows_x.transpose(1, 2), rows_y, scale)
+
+
+def _scaled_product(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """Return `scale·x @ y` of batches of matrices, scaled before it is rounded."""
+    # With beta = 0, the first argument is not read.
+    return torch.baddbmm(x.new_empty(()), x, y, beta=0, alpha=scale)

@@ -56,32 +56,33 @@ def check_attention(
     scale: float | None,
 ) -> None:
     """Raise ValueError unless the arguments of `rpe_ops.attention` are valid."""
+    shape, dtype, device = q.shape, q.dtype, q.device
     if (
-        q.ndim != 4
-        or q.shape[-2] != buckets.num_tokens
-        or q.shape[-1] == 0
-        or q.dtype not in _ATTENTION_DTYPES
+        len(shape) != 4
+        or shape[2] != buckets.num_tokens
+        or shape[3] == 0
+        or dtype not in _ATTENTION_DTYPES
     ):
         raise ValueError(
             "q must be a tensor of float16, bfloat16, float32 or float64 and shape (B, H, L, d), "
-            f"L = {buckets.num_tokens} for this grid, got {q.dtype} of shape {tuple(q.shape)}"
+            f"L = {buckets.num_tokens} for this grid, got {dtype} of shape {tuple(shape)}"
         )
     for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape != q.shape:
+        if tensor.shape != shape:
             raise ValueError(
-                f"{name} must have the shape of q, {tuple(q.shape)}, got {tuple(tensor.shape)}"
+                f"{name} must have the shape of q, {tuple(shape)}, got {tuple(tensor.shape)}"
             )
     given = {name: table for name, table in tables.items() if table is not None}
     for name, table in given.items():
-        _check_table(name, table, q.shape[1], q.shape[3], buckets.num_lookups)
-    for name, tensor in {"k": k, "v": v, **given}.items():
-        if tensor.dtype != q.dtype:
-            raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(_device_message(name, q.device, tensor.device))
-    if buckets.row_base.device != q.device:
-        raise ValueError(_device_message("buckets", q.device, buckets.row_base.device))
-    _check_padding(key_padding, (q.shape[0], q.shape[2]), q.device)
+        _check_table(name, table, shape[1], shape[3], buckets.num_lookups)
+    for name, tensor in (("k", k), ("v", v), *given.items()):
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} must have the dtype of q, {dtype}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(_device_message(name, device, tensor.device))
+    if buckets.row_base.device != device:
+        raise ValueError(_device_message("buckets", device, buckets.row_base.device))
+    _check_padding(key_padding, (shape[0], shape[2]), device)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     # torch.compile cannot trace math.isfinite of a symbolic number.

@@ -87,9 +87,10 @@ def test_eager_attention_equals_the_operator_bit_for_bit(implementation, rpe_on)
     tables = [x if name in rpe_on else None for name, x in zip("kqv", tables, strict=True)]
     padding = torch.arange(LENGTH).expand(2, -1) > 9
     tail = (padding, torch.ones(1, dtype=torch.int64), 0.3, 0.1, implementation)
-    arguments = (q, k, v, *tables, *grid_buckets(CONFIG, *GRID), *tail)
+    buckets = grid_buckets(CONFIG, *GRID)
     wanted = [x for x in (q, k, v, *tables) if x is not None]
-    eager, operator = ops.attend(*arguments), ops.attention(*arguments)[0]
+    eager = ops.attend(q, k, v, *tables, buckets, *tail)
+    operator = ops.attention(q, k, v, *tables, *buckets, *tail)[0]
     assert "EagerAttention" in eager.grad_fn.name()
     assert "EagerAttention" not in operator.grad_fn.name()
     assert torch.equal(eager, operator)
