@@ -168,13 +168,6 @@ _bucket_ids_op = torch.ops.irpe_core.bucket_ids.default
 _axis_offsets_op = torch.ops.irpe_core.axis_offsets.default
 
 
-def _grid_buckets(
-    config: RPEConfig, height: int, width: int, axis_offsets: tuple[Tensor, Tensor]
-) -> GridBuckets:
-    """Return the buckets of a grid made of its axis offsets."""
-    return GridBuckets(*axis_offsets, height, width, config.skip, config.num_buckets, config.side)
-
-
 def grid_buckets(
     config: RPEConfig, height: int, width: int, device: torch.device | str | None = None
 ) -> GridBuckets:
@@ -188,7 +181,7 @@ def grid_buckets(
     """
     device = torch.device(device or "cpu")
     axis_offsets = _axis_offsets_op(config.method, height, width, config.ratio, device)
-    return _grid_buckets(config, height, width, axis_offsets)
+    return GridBuckets(*axis_offsets, height, width, config.skip, config.num_buckets, config.side)
 
 
 def bucket_ids(
@@ -272,9 +265,8 @@ class BucketCache:
 
     def grid(self, config: RPEConfig, height: int, width: int, like: Tensor) -> GridBuckets:
         """Return the buckets of a grid for `rpe_ops.attention`; arguments as in `get`."""
-        arguments = (config.method, height, width, config.ratio, like.device)
-        axis_offsets = self._get(arguments, lambda: _axis_offsets_op(*arguments), like)
-        return _grid_buckets(config, height, width, axis_offsets)
+        key = (config.method, height, width, config.ratio, config.skip, like.device)
+        return self._get(key, lambda: grid_buckets(config, height, width, like.device), like)
 
     def _get(self, key: tuple, compute: Callable[[], Any], like: Tensor) -> Any:
         """Return the entry of a key; compute it if it is not in the cache."""
@@ -312,12 +304,12 @@ class BucketCache:
             self._nbytes += _nbytes(entry)
 
 
-def _tensors(entry: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _tensors(entry: Tensor | GridBuckets) -> tuple[Tensor, ...]:
     """Return the tensors of an entry."""
-    return (entry,) if isinstance(entry, Tensor) else entry
+    return (entry,) if isinstance(entry, Tensor) else (entry.row_base, entry.local)
 
 
-def _nbytes(entry: Tensor | tuple[Tensor, ...]) -> int:
+def _nbytes(entry: Tensor | GridBuckets) -> int:
     """Return the size of an entry in bytes."""
     return sum(tensor.nbytes for tensor in _tensors(entry))
 
