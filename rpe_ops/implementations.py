@@ -32,7 +32,7 @@ __all__ = [
 # Fastest first: the order in which "auto" tries them.
 IMPLEMENTATIONS = ("cuda", "triton", "cpp", "reference")
 OPERATORS = ("gather", "bucket_sum", "attention")
-VARIANTS = {"triton": ("flat", "rows")}
+VARIANTS = {"triton": ("flat", "flat_wide", "rows")}
 
 _MODULES = {
     "cuda": "rpe_ops.library",

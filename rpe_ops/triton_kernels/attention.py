@@ -40,8 +40,11 @@ def lookup_forward(
     The dtype must not be float64, and the head dim must be at most 128. `family` is one of
     `FAMILIES`, by default the choice of `choose_family`.
     """
-    kernels = {"flat": flat_forward, "rows": forward}[family or choose_family(q, buckets)]
-    return kernels.lookup_forward(q, k, v, lookup_k, lookup_q, buckets, *rest)
+    inputs = (q, k, v, lookup_k, lookup_q, buckets, *rest)
+    family = family or choose_family(q, buckets)
+    if family == "rows":
+        return forward.lookup_forward(*inputs)
+    return flat_forward.lookup_forward(*inputs, wide=family == "flat_wide")
 
 
 def lookup_backward(
@@ -57,6 +60,8 @@ def lookup_backward(
     family: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Compute the gradients; see `rpe_ops.reference.lookup_backward`, and `lookup_forward`."""
-    kernels = {"flat": flat_backward, "rows": backward}[family or choose_family(q, buckets)]
-    tensors = (grad_out, grad_sums, q, k, v, lookup_k, lookup_q)
-    return kernels.lookup_backward(*tensors, buckets, *rest)
+    inputs = (grad_out, grad_sums, q, k, v, lookup_k, lookup_q, buckets, *rest)
+    family = family or choose_family(q, buckets)
+    if family == "rows":
+        return backward.lookup_backward(*inputs)
+    return flat_backward.lookup_backward(*inputs, wide=family == "flat_wide")

@@ -150,8 +150,13 @@ def lookup_backward(
     lse: Tensor,
     scale: float,
     dropout_p: float,
+    *,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Compute the gradients of q, k, v and the lookups; see `rpe_ops.reference.lookup_backward`."""
+    """Compute the gradients of q, k, v and the lookups; see `rpe_ops.reference.lookup_backward`.
+
+    `wide` is that of `choose_flat_tiles`.
+    """
     batch, heads, tokens, dim = q.shape
     grad_q, grad_k, grad_v = (
         q.new_empty(batch, tokens, heads, dim).transpose(1, 2) for _ in range(3)
@@ -160,7 +165,7 @@ def lookup_backward(
         None if lookup is None else q.new_empty(lookup.shape) for lookup in (lookup_k, lookup_q)
     )
     given = [x is not None for x in (lookup_k, lookup_q, grad_sums, key_padding)]
-    kind = flat_kind(q, buckets, *given, scale, dropout_p, backward=True)
+    kind = flat_kind(q, buckets, *given, scale, dropout_p, backward=True, wide=wide)
     by_rows, by_columns = _orders(kind)
     size = heads_per_pass(q, copies=by_rows + by_columns)
     rows, columns = (pairs_buffer(q, size) if stored else q for stored in (by_rows, by_columns))

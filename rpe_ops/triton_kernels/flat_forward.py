@@ -117,11 +117,16 @@ def lookup_forward(
     needs_sums: bool,
     scale: float,
     dropout_p: float,
+    *,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend, with head dims up to 128 and no float64; see `rpe_ops.reference.lookup_forward`."""
+    """Attend, with head dims up to 128 and no float64; see `rpe_ops.reference.lookup_forward`.
+
+    `wide` is that of `choose_flat_tiles`.
+    """
     batch, heads, tokens, dim = q.shape
     given = (lookup_k is not None, lookup_q is not None, needs_sums, key_padding is not None)
-    kind = flat_kind(q, buckets, *given, scale, dropout_p, backward=False)
+    kind = flat_kind(q, buckets, *given, scale, dropout_p, backward=False, wide=wide)
     out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
     size = heads_per_pass(q, copies=int(needs_sums))

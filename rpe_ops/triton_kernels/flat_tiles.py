@@ -66,7 +66,7 @@ class FlatTiles(NamedTuple):
     stages: int
 
 
-def choose_flat_tiles(q: Tensor, reads: int, *, backward: bool) -> FlatTiles:
+def choose_flat_tiles(q: Tensor, reads: int, *, backward: bool, wide: bool = False) -> FlatTiles:
     """Choose the tiles by shape only, so that results never depend on a measurement.
 
     The tiles are the largest ones of those compared that need no spilled registers on sm_80 and
@@ -76,6 +76,7 @@ def choose_flat_tiles(q: Tensor, reads: int, *, backward: bool) -> FlatTiles:
         q: Queries `(B, H, L, d)`.
         reads: Lookups that are read per pair, in all terms.
         backward: Whether the tiles are for the backward.
+        wide: Use twice as many own tokens and warps: half as many programs load the other tokens.
     """
     tokens, head_dim = q.shape[2:]
     own, other, warps = 64, 32, 4
@@ -85,6 +86,8 @@ def choose_flat_tiles(q: Tensor, reads: int, *, backward: bool) -> FlatTiles:
         own, other = (64, 16) if head_dim <= 64 else (32, 16)
     elif head_dim > 32 and reads > 3:
         own = 32
+    if wide:
+        own, warps = 2 * own, 2 * warps
     largest = max(16, next_power_of_2(tokens))
     return FlatTiles(min(own, largest), min(other, largest), warps, 1 if backward else 2)
 
@@ -170,12 +173,13 @@ def flat_kind(
     dropout_p: float,
     *,
     backward: bool,
+    wide: bool,
 ) -> FlatKind:
     """Return the kind of attention with queries `q (B, H, L, d)`; see `FlatKind`."""
     terms, num_lookups = buckets.row_base.shape[0], buckets.num_lookups
     # The forward stores the weights and does not read a lookup for their sums.
     reads = terms * (has_k + has_q + (has_sums and backward))
-    tiles = choose_flat_tiles(q, reads, backward=backward)
+    tiles = choose_flat_tiles(q, reads, backward=backward, wide=wide)
     given = (has_k, has_q, has_sums, has_padding)
     return FlatKind(q.shape, tiles, terms, num_lookups, ids_size(buckets), *given, scale, dropout_p)
 

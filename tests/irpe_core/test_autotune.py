@@ -287,11 +287,13 @@ def test_a_compiled_layer_chooses_while_it_is_traced(clock, tuner, ran, fastest)
 
 def test_variants_of_triton_are_candidates(monkeypatch):
     monkeypatch.undo()
-    names = ("triton/flat", "triton/rows", COMPOSED)
+    names = ("triton/flat", "triton/flat_wide", "triton/rows", COMPOSED)
     assert names == candidates.CANDIDATES
-    for name in names[:2]:
+    for name in names[:3]:
         assert implementations.resolve(name, CPU, "attention") == name
-    with pytest.raises(ValueError, match="variant of triton's attention must be one of flat, rows"):
+    with pytest.raises(
+        ValueError, match="variant of triton's attention must be one of flat, flat_wide, rows"
+    ):
         implementations.resolve("triton/big", CPU, "attention")
     with pytest.raises(ValueError, match="variant of triton's gather must be one of none"):
         implementations.resolve("triton/rows", CPU, "gather")

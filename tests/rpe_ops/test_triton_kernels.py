@@ -55,7 +55,11 @@ CASES = {
 }
 
 
-@pytest.fixture(params=attention.FAMILIES)
+# The variant "flat_wide" has the kernels of "flat"; it has a test of its own.
+FAMILIES = ("flat", "rows")
+
+
+@pytest.fixture(params=FAMILIES)
 def kernels(request):
     """Kernels of each family."""
     return triton_kernels.variant(request.param)
@@ -68,7 +72,7 @@ def test_attention_and_gradients_follow_the_equations(case, kernels):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", attention.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16], ids=str)
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}x{grid[1]}")
 @pytest.mark.parametrize("method", ["product", "euc", "quant", "cross"])
@@ -83,6 +87,14 @@ def test_a_negative_scale_follows_the_equations(kernels):
     problem = Problem(Case(rpe_on="qkv", grid=(2, 3), skip=1), kernels)
     problem.scale = -0.5
     check(problem.by_kernels(), problem.by_oracle(), FLOAT32)
+
+
+def test_wide_tiles_follow_the_equations():
+    case = Case(rpe_on="qkv", grid=(10, 13), skip=1, dtype=BFLOAT16, padding=True, dropout_p=0.1)
+    problem = Problem(case, triton_kernels.variant("flat_wide"))
+    own = [flat_tiles.choose_flat_tiles(problem.q, 3, backward=False, wide=w).own for w in (0, 1)]
+    assert own == [64, 128]
+    check(problem.by_kernels(), problem.by_oracle(), BFLOAT16, rounds_lookups=True)
 
 
 def test_temporary_pairs_in_several_passes_change_nothing(monkeypatch):
@@ -106,7 +118,9 @@ def test_launches_are_prepared_once_per_kind():
     def misses():
         return [module._plan.cache_info().misses for module in (flat_forward, flat_backward)]
 
-    problem = Problem(CASES["product-qkv-float16"]._replace(grid=(2, 2)), family_kernels("flat"))
+    problem = Problem(
+        CASES["product-qkv-float16"]._replace(grid=(2, 2)), triton_kernels.variant("flat")
+    )
     expected, prepared = problem.by_kernels(), misses()
     assert all(map(torch.equal, problem.by_kernels(), expected))
     assert misses() == prepared
