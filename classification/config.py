@@ -32,10 +32,6 @@ class ModelConfig(Config):
     """Add the distillation token and head of DeiT."""
     input_size: int | tuple[int, int] = 224
     """Image size in pixels: one side, or height and width."""
-    drop: float = Field(0.0, ge=0, lt=1)
-    """Dropout probability of the projections and the head."""
-    drop_path: float = Field(0.1, ge=0, lt=1)
-    """Stochastic depth probability of the last block; it rises linearly from 0 in the first."""
     patch_size: int | None = Field(None, ge=1)
     """Side of a patch in pixels; none uses that of the model."""
     embed_dim: int | None = Field(None, ge=1)
@@ -46,11 +42,6 @@ class ModelConfig(Config):
     """Number of attention heads; none uses that of the model."""
     mlp_ratio: float | None = Field(None, gt=0)
     """Ratio of the hidden channels of the MLP to embed_dim; none uses that of the model."""
-    pretrained: bool = False
-    """Start from the published weights, or evaluate them with --eval."""
-    finetune: str = ""
-    """Path or URL of a checkpoint to fine-tune, also of another image size, with other classes or
-    without iRPE."""
 
     @field_validator("model")
     @classmethod
@@ -82,6 +73,20 @@ class ModelConfig(Config):
         """Height and width of the images in pixels."""
         size = self.input_size
         return (size, size) if isinstance(size, int) else size
+
+
+class StartConfig(Config):
+    """Initial weights and dropout."""
+
+    pretrained: bool = False
+    """Start from the published weights, or evaluate them with --eval."""
+    finetune: str = ""
+    """Path or URL of a checkpoint to fine-tune, also of another image size, with other classes or
+    without iRPE."""
+    drop: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability of the projections and the head."""
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    """Stochastic depth probability of the last block; it rises linearly from 0 in the first."""
 
 
 class DataConfig(Config):
@@ -235,7 +240,7 @@ class DistillConfig(Config):
 
 
 class ClassificationConfig(
-    ModelConfig, DataConfig, AugmentConfig, OptimConfig, DistillConfig, RunConfig
+    ModelConfig, StartConfig, DataConfig, AugmentConfig, OptimConfig, DistillConfig, RunConfig
 ):
     """Training and evaluation of DeiT with iRPE."""
 

@@ -13,6 +13,7 @@ from classification.build import (
 )
 from classification.config import ClassificationConfig, parse_args
 from classification.data import build_split, train_loader
+from classification.saved import complete, describe
 from datasets import DataError
 from engine import (
     Recipe,
@@ -41,12 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: Flags; None for those of the process.
     """
-    config = parse_args(argv)
-    session = start_session(config, load_checkpoint, timm=timm.__version__)
-    if config.eval:
-        evaluate(config, session)
-    else:
-        train(config, session)
+    session = start_session(parse_args(argv), load_checkpoint, complete, timm=timm.__version__)
+    run_mode = evaluate if session.config.eval else train
+    run_mode(session.config, session)
 
 
 def train(config: ClassificationConfig, session: Session) -> None:
@@ -77,7 +75,7 @@ def train(config: ClassificationConfig, session: Session) -> None:
         evaluate=create_evaluation(config, val_data, device),
         best_by="acc1",
         checkpoint_extras=lambda: {
-            "classes": list(train_data.classes),
+            **describe(config, train_data.classes),
             "attention_choices": AUTOTUNER.state_dict(),
         },
         versions={"rpe_ops": operators},

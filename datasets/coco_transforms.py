@@ -31,9 +31,11 @@ __all__ = [
     "short_side_size",
     "resize_short_side",
     "resize",
+    "resize_image",
     "crop",
     "flip",
     "normalize",
+    "normalize_image",
 ]
 
 Target = dict[str, Tensor]
@@ -62,6 +64,21 @@ class EvalTransform:
     def __call__(self, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
         """Transform an image and its target."""
         return normalize(*resize_short_side(image, target, self.size, self.max_size))
+
+    def transform_image(self, image: Image.Image) -> Tensor:
+        """Transform an image without a target to a tensor `(3, h, w)`."""
+        size = short_side_size(image.height, image.width, self.size, self.max_size)
+        return normalize_image(resize_image(image, *size))
+
+    def settings(self) -> dict[str, Any]:
+        """Return the transform as plain values, which checkpoints and exported files record."""
+        return {
+            "shortest_edge": self.size,
+            "longest_edge": self.max_size,
+            "interpolation": "bilinear",
+            "mean": list(IMAGENET_DEFAULT_MEAN),
+            "std": list(IMAGENET_DEFAULT_STD),
+        }
 
 
 @dataclass(frozen=True)
@@ -205,13 +222,18 @@ def resize(image: Image.Image, target: Target, height: int, width: int) -> Sampl
         "area": target["area"] * (x * y),
         "size": torch.tensor([height, width]),
     }
-    if (height, width) == (image.height, image.width):
-        return image, target
-    if "masks" in target:
+    if "masks" in target and (height, width) != (image.height, image.width):
         target["masks"] = F.resize(
             target["masks"], [height, width], interpolation=InterpolationMode.NEAREST
         )
-    return F.resize(image, [height, width]), target
+    return resize_image(image, height, width), target
+
+
+def resize_image(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize an image (bilinear) to (height, width)."""
+    if (height, width) == (image.height, image.width):
+        return image
+    return F.resize(image, [height, width])
 
 
 def crop(
@@ -246,8 +268,12 @@ def flip(image: Image.Image, target: Target) -> Sample:
 
 def normalize(image: Image.Image, target: Target) -> tuple[Tensor, Target]:
     """Convert to a tensor normalized as for ImageNet, and boxes to cx, cy, w, h in [0, 1]."""
-    tensor = F.to_dtype(F.to_image(image), torch.float32, scale=True).as_subclass(Tensor)
-    tensor = F.normalize(tensor, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     boxes = box_convert(target["boxes"], "xyxy", "cxcywh")
     boxes = boxes / torch.tensor([image.width, image.height, image.width, image.height])
-    return tensor, target | {"boxes": boxes}
+    return normalize_image(image), target | {"boxes": boxes}
+
+
+def normalize_image(image: Image.Image) -> Tensor:
+    """Convert an image to a tensor `(3, h, w)` normalized as for ImageNet."""
+    tensor = F.to_dtype(F.to_image(image), torch.float32, scale=True).as_subclass(Tensor)
+    return F.normalize(tensor, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)

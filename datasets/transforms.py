@@ -8,14 +8,14 @@ and the input size may be a rectangle.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-__all__ = ["Augment", "build_transform"]
+__all__ = ["Augment", "build_transform", "eval_settings"]
 
 Augment = Literal["recipe", "affine", "none"]
 
@@ -68,9 +68,9 @@ def build_transform(
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"input_size must be a side or (height, width) > 0, got {input_size}")
 
-    without_crop = augment == "affine" or max(size) <= _SMALL
+    without_crop = _without_crop(size, augment)
     if not is_train or augment == "none":
-        return _evaluation(size, without_crop)
+        return create_transform(**eval_settings(size, augment))
     if augment == "affine":
         return _affine(size)
     try:
@@ -115,13 +115,29 @@ def _posterize(image: Image.Image, bits: int, **unused: object) -> Image.Image:
     return ImageOps.posterize(image, min(bits, 8))
 
 
-def _evaluation(size: tuple[int, int], without_crop: bool) -> transforms.Compose:
-    """Build the evaluation transform."""
-    if without_crop:
-        return transforms.Compose([_resize(size), *_to_tensor()])
-    return create_transform(
-        input_size=size, is_training=False, interpolation="bicubic", crop_pct=224 / 256
-    )
+def eval_settings(input_size: tuple[int, int], augment: Augment = "recipe") -> dict[str, Any]:
+    """Return the arguments of `timm.data.create_transform` that give the evaluation transform.
+
+    They are plain values, which checkpoints and exported files record.
+
+    Args:
+        input_size: Height and width in pixels.
+        augment: Augmentation for training, see `build_transform`.
+    """
+    without_crop = _without_crop(input_size, augment)
+    return {
+        "input_size": [3, *input_size],
+        "interpolation": "bicubic",
+        "crop_pct": 1.0 if without_crop else 224 / 256,
+        "crop_mode": "squash" if without_crop else "center",
+        "mean": list(IMAGENET_DEFAULT_MEAN),
+        "std": list(IMAGENET_DEFAULT_STD),
+    }
+
+
+def _without_crop(size: tuple[int, int], augment: Augment) -> bool:
+    """Return whether evaluation resizes images to exactly the input size."""
+    return augment == "affine" or max(size) <= _SMALL
 
 
 def _affine(size: tuple[int, int]) -> transforms.Compose:

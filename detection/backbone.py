@@ -77,7 +77,7 @@ def build_backbone(config: DetectionConfig, *, load: bool = True) -> Backbone:
         ValueError: The options contradict each other.
         CheckpointError: The weights cannot be read or do not fit.
     """
-    _check_options(config)
+    _check_options(config, load)
     norm = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}[config.backbone_norm]
     build = _build_small if config.backbone == "small" else _build_resnet
     backbone = build(config, norm)
@@ -87,7 +87,7 @@ def build_backbone(config: DetectionConfig, *, load: bool = True) -> Backbone:
     return backbone
 
 
-def _check_options(config: DetectionConfig) -> None:
+def _check_options(config: DetectionConfig, load: bool) -> None:
     """Refuse options that contradict each other."""
     if config.dilation and config.backbone in ("resnet18", "resnet34", "small"):
         raise ValueError(
@@ -97,7 +97,7 @@ def _check_options(config: DetectionConfig) -> None:
         raise ValueError(
             "backbone_stride must be 32 with dilation, which needs the last stage, got 16"
         )
-    if config.backbone == "small" and config.backbone_weights == "imagenet":
+    if load and config.backbone == "small" and config.backbone_weights == "imagenet":
         raise ValueError(
             "backbone_weights must be none or a file with backbone 'small', which has no ImageNet "
             "weights, got 'imagenet'"

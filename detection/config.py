@@ -19,8 +19,6 @@ class BackboneConfig(Config):
 
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "small"] = "resnet50"
     """Backbone: a ResNet of torchvision, or a small network for small images."""
-    backbone_weights: str = "imagenet"
-    """Initial weights of the backbone: imagenet (torchvision's), none, or a path or URL."""
     backbone_norm: Literal["frozen", "batch"] = "frozen"
     """Batch norm of the backbone: frozen, or trained (batch) for training from scratch."""
     backbone_stride: int = 32
@@ -55,8 +53,6 @@ class TransformerConfig(Config):
     """Number of hidden channels of the feed-forward blocks."""
     hidden_dim: int = Field(256, ge=2)
     """Number of channels of a token."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """Dropout probability of the transformer."""
     nheads: int = Field(8, ge=1)
     """Number of attention heads."""
     num_queries: int = Field(100, ge=1)
@@ -67,8 +63,6 @@ class TransformerConfig(Config):
     """Number of classes without no-object; none uses that of the data (91 for COCO)."""
     masks: bool = False
     """Add a mask head, and train and evaluate instance masks."""
-    frozen_weights: str | None = None
-    """Path or URL of the checkpoint of a detector to freeze, so that only the masks are trained."""
 
     @field_validator("enc_rpe2d")
     @classmethod
@@ -76,6 +70,19 @@ class TransformerConfig(Config):
         """Refuse a malformed spec."""
         parse_rpe_spec(spec)
         return spec
+
+
+class StartConfig(Config):
+    """Initial weights and dropout."""
+
+    backbone_weights: str = "imagenet"
+    """Initial weights of the backbone: imagenet (torchvision's), none, or a path or URL."""
+    finetune: str = ""
+    """Path or URL of a checkpoint to fine-tune, also with other classes or without iRPE."""
+    frozen_weights: str | None = None
+    """Path or URL of the checkpoint of a detector to freeze, so that only the masks are trained."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout probability of the transformer."""
 
 
 class LossConfig(Config):
@@ -178,12 +185,10 @@ class OptimConfig(Config):
     """Keep an EMA (exponential moving average) of the weights, and evaluate it too."""
     model_ema_decay: float = Field(0.9997, ge=0, lt=1)
     """Decay of the EMA per optimizer step."""
-    finetune: str = ""
-    """Path or URL of a checkpoint to fine-tune, also with other classes or without iRPE."""
 
 
 class DetectionConfig(
-    BackboneConfig, TransformerConfig, LossConfig, DataConfig, OptimConfig, RunConfig
+    BackboneConfig, TransformerConfig, StartConfig, LossConfig, DataConfig, OptimConfig, RunConfig
 ):
     """Training and evaluation of DETR with iRPE."""
 

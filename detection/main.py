@@ -13,6 +13,7 @@ from detection.build import (
 from detection.coco_eval import format_metrics
 from detection.config import DetectionConfig, parse_args
 from detection.data import build_split, train_loader
+from detection.saved import complete, describe
 from engine import (
     Recipe,
     Session,
@@ -40,12 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: Flags; None for those of the process.
     """
-    config = parse_args(argv)
-    session = start_session(config, load_checkpoint)
-    if config.eval:
-        evaluate(config, session)
-    else:
-        train(config, session)
+    session = start_session(parse_args(argv), load_checkpoint, complete)
+    run_mode = evaluate if session.config.eval else train
+    run_mode(session.config, session)
 
 
 def train(config: DetectionConfig, session: Session) -> None:
@@ -79,7 +77,7 @@ def train(config: DetectionConfig, session: Session) -> None:
         evaluate=create_evaluation(config, criterion, postprocessors, val_data, device),
         best_by="AP",
         checkpoint_extras=lambda: {
-            "label_to_category": label_to_category,
+            **describe(config, train_data.classes, label_to_category),
             "attention_choices": AUTOTUNER.state_dict(),
         },
         versions={"rpe_ops": operators},

@@ -25,6 +25,7 @@ from engine.optim import DTYPES, autocast, make_scaler
 from engine.provenance import provenance
 from engine.recipe import Evaluate, Recipe, run_evaluation, run_training
 from engine.run_config import RunConfig, resolve_dtype, steps_per_epoch, total_batch_size
+from engine.saved_options import with_saved_options
 from engine.seeding import derive_seed, seed_all
 from engine.session import Session, start_session
 from engine.signals import Stopped, StopRequest, shield_worker
@@ -40,6 +41,7 @@ __all__ = [
     "resolve_dtype",
     "Session",
     "start_session",
+    "with_saved_options",
     "Recipe",
     "Evaluate",
     "run_training",

@@ -46,7 +46,10 @@ class Session:
 
 
 def start_session(
-    config: RunConfig, load: Callable[[str], Mapping[str, Any]], **versions: str
+    config: RunConfig,
+    load: Callable[[str], Mapping[str, Any]],
+    complete: Callable[[Any, Mapping[str, Any] | None], Any] | None = None,
+    **versions: str,
 ) -> Session:
     """Join the process group, create the output folder, start logging and load the checkpoint.
 
@@ -55,6 +58,8 @@ def start_session(
     Args:
         config: Options of the run.
         load: Function that reads a checkpoint from a path or URL.
+        complete: Function that returns the options completed from the checkpoint to resume or to
+            evaluate, which is None if there is none; see `engine.with_saved_options`.
         **versions: Versions to record, in addition to those of Python and torch.
 
     Raises:
@@ -71,13 +76,15 @@ def start_session(
         )
     origin = provenance() | versions
     logger.info("%s, %d process(es), %s", device, world_size(), origin)
-    if output_dir is not None and is_main() and not config.eval:
-        text = yaml.safe_dump(dump(config), sort_keys=False)
-        (output_dir / "config.yaml").write_text(f"# {json.dumps(origin)}\n{text}")
     source = _checkpoint_to_resume(config)
     checkpoint = load(source) if source else None
     if checkpoint is not None and not config.eval:
         _check_resumable(checkpoint)
+    if complete is not None:
+        config = complete(config, checkpoint)
+    if output_dir is not None and is_main() and not config.eval:
+        text = yaml.safe_dump(dump(config), sort_keys=False)
+        (output_dir / "config.yaml").write_text(f"# {json.dumps(origin)}\n{text}")
     return Session(config, device, output_dir, checkpoint, origin)
 
 

@@ -44,6 +44,7 @@ NOT_IN_DETR = {
             (
                 detection.BackboneConfig,
                 detection.TransformerConfig,
+                detection.StartConfig,
                 detection.LossConfig,
                 detection.OptimConfig,
             ),
