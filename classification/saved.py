@@ -14,12 +14,12 @@ _MODEL = set(ModelConfig.model_fields) - {"rpe_implementation"}
 _DATA = {"data_set", "inat_category", "augment"}
 
 
-def describe(config: ClassificationConfig, classes: Sequence[str]) -> dict[str, Any]:
+def describe(config: ClassificationConfig, classes: Sequence[str] | None) -> dict[str, Any]:
     """Return the entries of a checkpoint that describe task, classes and images.
 
     Args:
         config: The configuration of the model.
-        classes: Class names.
+        classes: Class names; None if they are unknown.
 
     Returns:
         `task`, `classes`, `image_size` (height and width in pixels) and `transform` (arguments of
@@ -27,7 +27,7 @@ def describe(config: ClassificationConfig, classes: Sequence[str]) -> dict[str, 
     """
     return {
         "task": "classification",
-        "classes": list(classes),
+        "classes": None if classes is None else list(classes),
         "image_size": list(config.image_size),
         "transform": eval_settings(config.image_size, config.augment),
     }

@@ -1,4 +1,4 @@
-"""DETR with iRPE: model, matcher, losses, trainer and COCO evaluation, on plain tensors."""
+"""DETR with iRPE: model, matcher, losses, trainer, COCO evaluation and prediction."""
 
 from detection.build import build_model
 from detection.config import DetectionConfig, parse_args
@@ -7,6 +7,7 @@ from detection.detr import DETR
 from detection.evaluate import evaluate
 from detection.matcher import HungarianMatcher
 from detection.postprocess import PostProcess, PostProcessSegm
+from detection.predictor import Detections, Detector, load
 
 __all__ = [
     "DetectionConfig",
@@ -18,4 +19,7 @@ __all__ = [
     "PostProcess",
     "PostProcessSegm",
     "evaluate",
+    "load",
+    "Detector",
+    "Detections",
 ]

@@ -19,13 +19,13 @@ _EVALUATION = {"num_classes", "eval_padding"}
 
 
 def describe(
-    config: DetectionConfig, classes: Sequence[str], label_to_category: Mapping[int, int]
+    config: DetectionConfig, classes: Sequence[str] | None, label_to_category: Mapping[int, int]
 ) -> dict[str, Any]:
     """Return the entries of a checkpoint that describe task, classes and images.
 
     Args:
         config: The configuration of the model.
-        classes: Class name of each label.
+        classes: Class name of each label; None if they are unknown.
         label_to_category: Category id of each label.
 
     Returns:
@@ -35,7 +35,7 @@ def describe(
     settings = build_coco_transforms("val", image_size=config.image_size).settings()
     return {
         "task": "detection",
-        "classes": list(classes),
+        "classes": None if classes is None else list(classes),
         "label_to_category": dict(label_to_category),
         "image_size": settings["shortest_edge"],
         "transform": settings,
@@ -60,7 +60,10 @@ def complete(config: DetectionConfig, checkpoint: Mapping[str, Any] | None) -> D
 
 
 def with_saved_model(
-    config: DetectionConfig, checkpoint: Mapping[str, Any], source: str, weights: dict[str, Tensor]
+    config: DetectionConfig,
+    checkpoint: Mapping[str, Any],
+    source: str,
+    weights: Mapping[str, Tensor],
 ) -> DetectionConfig:
     """Complete the options of a model from the `args` and the weights of its checkpoint.
 

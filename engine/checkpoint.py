@@ -118,16 +118,20 @@ class CheckpointDir:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, suffix: str = ".tmp") -> Iterator[Path]:
     """Yield a temporary path in the same folder, and rename it to `path` at the end.
 
     After an exception `path` is unchanged.
+
+    Args:
+        path: Path of the file.
+        suffix: Suffix of the temporary path, for libraries that select a format by it.
 
     Raises:
         UserError: The file cannot be written, for example because the disk is full.
     """
     # The temporary name is fixed, so the next save overwrites what a crash has left.
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp{suffix.removesuffix('.tmp')}")
     try:
         yield temporary
         temporary.replace(path)

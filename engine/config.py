@@ -22,7 +22,7 @@ from engine import cli
 from engine.errors import UsageError
 from engine.flags import NONE_WORDS, FlagParser, allowed_types, describe, flag_of, suggest
 
-__all__ = ["AnyConfig", "Config", "dump", "parse_config"]
+__all__ = ["AnyConfig", "Config", "dump", "make_config", "parse_config"]
 
 _WRONG_BOOL = "wrong_bool_type"
 _BOOLEAN_NOTE = " (YAML reads on, off, yes and no as true and false: put the word in quotes)"
@@ -77,6 +77,18 @@ def parse_config(
         cli.fail(error)
 
 
+def make_config(cls: type[AnyConfig], values: dict[str, Any]) -> AnyConfig:
+    """Create a configuration from Python values.
+
+    Raises:
+        UsageError: An option is unknown or has a wrong value.
+    """
+    for name in values:
+        if name not in cls.model_fields:
+            raise UsageError(f"{name} is not an option{suggest(name, cls.model_fields)}")
+    return _validated(cls, values, {name: name for name in values})
+
+
 def dump(config: Config) -> dict[str, Any]:
     """Return all options as plain types (tuples as lists), for checkpoints and YAML."""
     return config.model_dump(mode="json")
@@ -92,14 +104,19 @@ def _parse(cls: type[AnyConfig], argv: Sequence[str], prog: str, description: st
     values, places = _read_file(cls, files[0]) if files else ({}, {})
     values.update(flags)
     places.update((name, flag_of(name)) for name in flags)
-    try:
-        config = cls.model_validate(values)
-    except ValidationError as error:
-        raise UsageError(_explain(cls, error, values, places)) from error
+    config = _validated(cls, values, places)
     if print_config:
         print(yaml.safe_dump(dump(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config
+
+
+def _validated(cls: type[AnyConfig], values: dict[str, Any], places: dict[str, str]) -> AnyConfig:
+    """Create a configuration from values with known places, and raise UsageError for a mistake."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(_explain(cls, error, values, places)) from error
 
 
 def _read_file(cls: type[Config], path: str) -> tuple[dict[str, Any], dict[str, str]]:

@@ -20,6 +20,7 @@ __all__ = [
     "launched_as",
     "in_process_group",
     "init_distributed",
+    "select_device",
     "shutdown",
     "distribute",
     "rank",
@@ -75,6 +76,16 @@ def init_distributed(device: str = "auto") -> torch.device:
             world_size=world_size,
         )
     return chosen
+
+
+def select_device(device: str = "auto") -> torch.device:
+    """Return the device that an option `device` names, without joining a process group.
+
+    Raises:
+        UsageError: The device is unknown or missing.
+    """
+    _, local_rank, world_size = launched_as()
+    return _choose_device(device, local_rank, world_size)
 
 
 def shutdown() -> None:

@@ -17,9 +17,20 @@ from pydantic.fields import FieldInfo
 
 from engine.errors import UsageError
 
-__all__ = ["NONE_WORDS", "FlagParser", "allowed_types", "describe", "flag_of", "suggest"]
+__all__ = [
+    "NONE_WORDS",
+    "POSITIONAL",
+    "FlagParser",
+    "allowed_types",
+    "describe",
+    "flag_of",
+    "suggest",
+]
 
 NONE_WORDS = ("none", "null")
+
+POSITIONAL = "positional"
+"""Metadata of a field that is an argument without a flag: `Annotated[str, POSITIONAL]`."""
 
 _WORDS = {
     bool: "true or false",
@@ -43,7 +54,7 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, cls: type[BaseModel], prog: str, description: str) -> None:
         super().__init__(
             prog=prog,
-            usage="%(prog)s [--config FILE.yaml] [--option VALUE ...]",
+            usage=f"%(prog)s {_positionals(cls)}[--config FILE.yaml] [--option VALUE ...]",
             description=description,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
@@ -70,7 +81,10 @@ class FlagParser(argparse.ArgumentParser):
             SystemExit: After `--help`.
         """
         flags = self._option_string_actions
-        given, extras = self.parse_known_args(_with_dashes(argv, flags))
+        # Positional arguments may be before, between and after the flags.
+        mixed = any(POSITIONAL in field.metadata for field in self._fields.values())
+        parse = self.parse_known_intermixed_args if mixed else self.parse_known_args
+        given, extras = parse(_with_dashes(argv, flags))
         if not extras:
             return {name: self._unpack(name, words) for name, words in vars(given).items()}
         unknown = next((extra for extra in extras if extra.startswith("-")), None)
@@ -110,8 +124,8 @@ def _with_dashes(argv: Sequence[str], known: Container[str]) -> list[str]:
 
 
 def flag_of(name: str) -> str:
-    """Return the flag of a field: `--batch-size` for `batch_size`."""
-    return "--" + name.replace("_", "-")
+    """Return the flag of a field: `--batch-size` for `batch_size`, `--json` for `json_`."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def allowed_types(annotation: Any) -> tuple[Any, ...]:
@@ -146,9 +160,20 @@ def _describe_type(kind: Any) -> str:
     return _WORDS.get(kind) or getattr(kind, "__name__", str(kind))
 
 
+def _positionals(cls: type[BaseModel]) -> str:
+    """Return the positional arguments of a configuration for the usage line."""
+    fields = cls.model_fields.items()
+    names = [name.upper() for name, field in fields if POSITIONAL in field.metadata]
+    return "".join(f"{name} " for name in names)
+
+
 def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
-    """Add the flag of a field to a group of the parser."""
+    """Add the flag, or the positional argument, of a field to a group of the parser."""
     allowed = allowed_types(field.annotation)
+    if POSITIONAL in field.metadata:
+        count = {"nargs": "+"} if tuple in allowed else {}
+        group.add_argument(name, metavar=name.upper(), help=_help(field), **count)
+        return
     options: dict[str, Any] = {"dest": name, "help": _help(field)}
     if bool in allowed:
         options["action"] = argparse.BooleanOptionalAction

@@ -18,13 +18,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from detection.saved import class_head
 from engine import UsageError, check_writable, parse_config, run
 from irpe_core import CheckpointError, load_checkpoint
 from scripts.export.models import (
     ClassifierExport,
     DetectorExport,
     ExportOptions,
-    class_head,
     classifier,
     detector,
 )

@@ -2,30 +2,26 @@
 
 from collections.abc import Iterable
 
-import timm
 import torch
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
-from classification.build import create_model
-from classification.config import ClassificationConfig, ModelConfig
-from detection.build import build_network
-from detection.config import BackboneConfig, DetectionConfig, TransformerConfig
+from classification.config import ClassificationConfig
+from classification.restore import restore as restore_classifier
+from classification.restore import restore_published
+from detection.config import DetectionConfig
+from detection.restore import restore as restore_detector
+from detection.segmentation import DETRSegmentation
 from engine import Config, UsageError, UserError
-from irpe_core import load_weights
 from scripts.export.program import Exportable
 
 __all__ = [
     "ClassifierExport",
     "DetectorExport",
     "ExportOptions",
-    "class_head",
     "classifier",
     "detector",
 ]
-
-# Options of a training run, which the model does not depend on.
-_RUN_OPTIONS = {"pretrained", "finetune", "rpe_implementation"}
 
 
 class ExportOptions(Config):
@@ -69,8 +65,7 @@ def classifier(options: ClassifierExport, checkpoint: dict | None) -> Exportable
     if checkpoint is None:
         if "model" not in options.model_fields_set:
             raise UsageError("--pretrained needs --model, the name of the published model")
-        num_classes = timm.models.get_pretrained_cfg_value(options.model, "num_classes")
-        model = create_model(options, num_classes)
+        model, metadata = restore_published(options)
     else:
         weights = _weights(options, checkpoint)
         head = weights.get("head.weight")
@@ -79,14 +74,13 @@ def classifier(options: ClassifierExport, checkpoint: dict | None) -> Exportable
                 f"{options.checkpoint} holds neither a classifier (a matrix head.weight) nor a "
                 "detector (a matrix class_embed.weight)"
             )
-        options = _complete(options, checkpoint, [ModelConfig], needed="model")
-        model = create_model(options, len(head), {"model": weights})
+        model, metadata = restore_classifier(options, checkpoint, weights, options.checkpoint)
 
     def samples() -> Iterable[tuple[Tensor, ...]]:
         for batch in (2, 1, 3):
-            yield (torch.randn(batch, 3, *options.image_size),)
+            yield (torch.randn(batch, 3, *metadata["image_size"]),)
 
-    return Exportable(model, {"images": {0: "batch"}}, ("logits",), samples)
+    return Exportable(model, {"images": {0: "batch"}}, ("logits",), samples, metadata)
 
 
 def detector(options: DetectorExport, checkpoint: dict) -> Exportable:
@@ -98,27 +92,13 @@ def detector(options: DetectorExport, checkpoint: dict) -> Exportable:
         CheckpointError: The weights do not fit the model.
     """
     weights = _weights(options, checkpoint)
-    head = class_head(weights)
-    if head is None:
-        raise UserError(
-            f"--use-ema: the EMA weights of {options.checkpoint} must be those of a detector (a "
-            "matrix class_embed.weight)"
-        )
-    has_tables = any("lookup_table" in name for name in weights)
-    needed = "enc_rpe2d" if has_tables else None
-    options = _complete(options, checkpoint, [BackboneConfig, TransformerConfig], needed=needed)
-    options = options.model_copy(update={"num_classes": len(head) - 1, "aux_loss": False})
-    try:
-        model = build_network(options, load=False)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    load_weights(model, weights)
+    model, metadata = restore_detector(options, checkpoint, weights, options.checkpoint)
     inputs = {
         "images": {0: "batch", 2: "height", 3: "width"},
         "mask": {0: "batch", 1: "height", 2: "width"},
     }
-    outputs = ("pred_logits", "pred_boxes") + ("pred_masks",) * options.masks
-    return Exportable(model, inputs, outputs, _padded_images)
+    outputs = ("pred_logits", "pred_boxes") + ("pred_masks",) * isinstance(model, DETRSegmentation)
+    return Exportable(model, inputs, outputs, _padded_images, metadata)
 
 
 def _padded_images() -> Iterable[tuple[Tensor, ...]]:
@@ -137,44 +117,9 @@ def _padded_images() -> Iterable[tuple[Tensor, ...]]:
         yield images, mask
 
 
-def class_head(weights: dict[str, Tensor]) -> Tensor | None:
-    """Return the weight matrix of a detector's class head, None for other models."""
-    found = (w for name, w in weights.items() if name.endswith("class_embed.weight"))
-    return next((w for w in found if w.ndim == 2), None)
-
-
 def _weights(options: ExportOptions, checkpoint: dict) -> dict[str, Tensor]:
     """Return the weights to export: those of the model or its EMA."""
     weights = checkpoint.get("model_ema") if options.use_ema else checkpoint["model"]
     if weights is None:
         raise UserError(f"--use-ema: {options.checkpoint} has no EMA weights (model_ema)")
     return weights
-
-
-def _complete(
-    options: ExportOptions, checkpoint: dict, groups: list[type[Config]], needed: str | None
-) -> ExportOptions:
-    """Take the options that were not given from the `args` of the checkpoint.
-
-    Args:
-        options: Flags and values of the `--config` file.
-        checkpoint: A checkpoint with or without `args`.
-        groups: Option groups that describe the model.
-        needed: Option that must be given in one of the two places.
-
-    Raises:
-        UsageError: `needed` is not given.
-        UserError: A value in `args` is not allowed.
-    """
-    args = checkpoint.get("args") or {}
-    shape = {name for group in groups for name in group.model_fields} - _RUN_OPTIONS
-    values = {name: args[name] for name in shape if name in args}
-    values |= {name: getattr(options, name) for name in options.model_fields_set}
-    if needed and needed not in values:
-        raise UsageError(f"{options.checkpoint} does not name its {needed}: give --{needed}")
-    try:
-        return type(options).model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        raise UserError(f"args of {options.checkpoint}: {place}: {problem['msg']}") from error

@@ -5,11 +5,12 @@ onnxruntime. Both are made from one program, which computes bucket ids from the 
 """
 
 import io
+import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch._decomp import get_decompositions
 from torch.export import Dim, ExportedProgram
 
 from engine import UserError, replacing
+from engine.exported import METADATA_FILE, ExportedModel, onnx_properties, open_exported
 from irpe_core import set_implementation
 from irpe_core.lowering import lower
 
@@ -24,8 +26,6 @@ __all__ = ["TOLERANCE", "Exportable", "export", "require_onnx"]
 
 TOLERANCE = 1e-4
 REQUIREMENTS = "requirements-export.txt"
-
-Predict = Callable[..., dict[str, Tensor]]
 
 
 class Exportable(NamedTuple):
@@ -39,6 +39,8 @@ class Exportable(NamedTuple):
     """Output names."""
     samples: Callable[[], Iterable[tuple[Tensor, ...]]]
     """Function that returns sample inputs. All are compared; the first is also traced."""
+    metadata: Mapping[str, Any] = {}
+    """Plain values to record in the file, such as the class names."""
 
 
 def export(exportable: Exportable, output: Path, opset: int = 18) -> float:
@@ -60,11 +62,10 @@ def export(exportable: Exportable, output: Path, opset: int = 18) -> float:
     samples = list(exportable.samples())
     program = _trace(exportable, samples[0])
     as_onnx = output.suffix == ".onnx"
-    content = _to_onnx(program, exportable, opset) if as_onnx else _to_pt2(program)
-    with replacing(output) as temporary:
+    content = _to_onnx(program, exportable, opset) if as_onnx else _to_pt2(program, exportable)
+    with replacing(output, suffix=output.suffix) as temporary:
         temporary.write_bytes(content)
-        predict = (_open_onnx if as_onnx else _open_pt2)(temporary, exportable.outputs)
-        difference = _largest_difference(exportable, predict, samples)
+        difference = _largest_difference(exportable, open_exported(temporary), samples)
         # Written with `not`, so that NaN fails too.
         if not difference <= TOLERANCE:
             raise UserError(
@@ -93,14 +94,14 @@ def _trace(exportable: Exportable, sample: tuple[Tensor, ...]) -> ExportedProgra
 
 
 def _largest_difference(
-    exportable: Exportable, predict: Predict, samples: list[tuple[Tensor, ...]]
+    exportable: Exportable, exported: ExportedModel, samples: list[tuple[Tensor, ...]]
 ) -> float:
     """Return the largest absolute difference from the model over all outputs and samples."""
     differences = []
     with torch.no_grad():
         for sample in samples:
             expected = _by_name(exportable.model(*sample), exportable.outputs)
-            found = predict(*sample)
+            found = _by_name(exported(*sample), exportable.outputs)
             differences += [
                 (found[name] - expected[name]).abs().max() for name in exportable.outputs
             ]
@@ -112,18 +113,12 @@ def _by_name(result: Tensor | dict[str, Tensor], names: tuple[str, ...]) -> dict
     return {names[0]: result} if isinstance(result, Tensor) else result
 
 
-def _to_pt2(program: ExportedProgram) -> bytes:
+def _to_pt2(program: ExportedProgram, exportable: Exportable) -> bytes:
     """Serialize a program for `torch.export.load`."""
     file = io.BytesIO()
-    torch.export.save(program, file)
+    metadata = json.dumps(exportable.metadata, ensure_ascii=False)
+    torch.export.save(program, file, extra_files={METADATA_FILE: metadata})
     return file.getvalue()
-
-
-def _open_pt2(path: Path, outputs: tuple[str, ...]) -> Predict:
-    """Load a `.pt2` file as a function from inputs to outputs by name."""
-    with path.open("rb") as file:
-        module = torch.export.load(file).module()
-    return lambda *inputs: _by_name(module(*inputs), outputs)
 
 
 def require_onnx() -> None:
@@ -160,19 +155,7 @@ def _to_onnx(program: ExportedProgram, exportable: Exportable, opset: int) -> by
     written = exported.model.opset_imports[""]
     if written != opset:
         raise UserError(f"this model cannot be written in opset {opset}, but in {written}")
-    return exported.model_proto.SerializeToString()
-
-
-def _open_onnx(path: Path, outputs: tuple[str, ...]) -> Predict:
-    """Load an `.onnx` file as a function from inputs to outputs by name."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [node.name for node in session.get_inputs()]
-
-    def predict(*inputs: Tensor) -> dict[str, Tensor]:
-        feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
-        arrays = session.run(list(outputs), feeds)
-        return {name: torch.from_numpy(a) for name, a in zip(outputs, arrays, strict=True)}
-
-    return predict
+    proto = exported.model_proto
+    for name, value in onnx_properties(exportable.metadata).items():
+        proto.metadata_props.add(key=name, value=value)
+    return proto.SerializeToString()

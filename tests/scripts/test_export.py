@@ -255,7 +255,7 @@ def test_ema_of_another_kind_of_model_is_refused(detector, classifier, failure, 
     torch.save(content, tmp_path / "odd.pth")
     argv = ("--checkpoint", str(tmp_path / "odd.pth"), "--use-ema")
     code, line = failure(*argv, "--output", str(tmp_path / "model.pt2"))
-    assert (code, "must be those of a detector (a matrix class_embed.weight)" in line) == (
+    assert (code, "must hold a detector (a matrix class_embed.weight)" in line) == (
         1,
         True,
     ), line
@@ -280,13 +280,13 @@ def test_missing_packages_are_named_with_their_file(classifier, failure, tmp_pat
 def test_file_that_differs_from_the_model_is_not_written(
     wrong, classifier, failure, tmp_path, monkeypatch
 ):
-    open_pt2 = program._open_pt2
+    open_exported = program.open_exported
 
-    def open_wrongly(path, outputs):
-        predict = open_pt2(path, outputs)
-        return lambda *inputs: {name: x + wrong for name, x in predict(*inputs).items()}
+    def open_wrongly(path):
+        exported = open_exported(path)
+        return lambda *inputs: exported(*inputs) + wrong
 
-    monkeypatch.setattr(program, "_open_pt2", open_wrongly)
+    monkeypatch.setattr(program, "open_exported", open_wrongly)
     output = tmp_path / "model.pt2"
     output.write_text("the one before")
     code, line = failure("--checkpoint", str(classifier[1]), "--output", str(output))

@@ -1,0 +1,202 @@
+"""Detect objects with a trained model: `python -m detection.predict CHECKPOINT IMAGES...`.
+
+The checkpoint gives model, classes, image size and transform. A published file does not: add its
+`--enc_rpe2d`. Without `--output_dir` and `--json` the objects are printed, one image per line.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_masks
+from pydantic import Field
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from datasets import DataError
+from datasets.coco_annotations import read_json
+from datasets.image_files import ImageFile, ImageFiles, find_images
+from detection.config import BackboneConfig, TransformerConfig
+from detection.predictor import Detections, Detector, load
+from engine import UserError, check_writable, parse_config, replacing, run
+from engine.prediction import (
+    PredictConfig,
+    check_outputs,
+    predict_files,
+    require_all,
+    start_prediction,
+    write_output,
+)
+from irpe_core import CheckpointError, ImplementationError
+
+__all__ = ["DetectorPredict", "coco_entries", "main"]
+
+_JPEG = (".jpg", ".jpeg")
+
+
+class DetectorPredict(PredictConfig, BackboneConfig, TransformerConfig):
+    """Detect objects with a trained model; options of the model override the checkpoint."""
+
+    threshold: float = Field(0.5, ge=0, le=1)
+    """Smallest score of an object; 0 for a JSON file to evaluate."""
+    output_dir: str = ""
+    """Folder for copies of the images with boxes, masks, class names and scores; images with sides
+    below 300 pixels are enlarged."""
+    json_: str = ""
+    """Output file in COCO's format of results."""
+    annotations: str = ""
+    """Annotation file in COCO's format that gives the image ids; without it the ids are the numbers
+    in the file names, or 1, 2, 3, ... if some name is not a number."""
+    image_size: int | None = Field(None, ge=1)
+    """Short side of the images in pixels; none uses that of the checkpoint."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Detect objects in the images that the words name."""
+    config = parse_config(DetectorPredict, argv, prog="detection.predict", description=__doc__)
+    start_prediction()
+    files = find_images(config.images)
+    ids = _image_ids(files, config.annotations)
+    pictures = _picture_paths(files, Path(config.output_dir)) if config.output_dir else None
+    check_outputs([*map(Path, filter(None, [config.json_])), *(pictures or [])], force=config.force)
+    detector = _load(config)
+    entries: list[dict[str, Any]] = []
+
+    def predict(batch: list[tuple[int, _Sample]]) -> None:
+        tensors, sizes = [s.image for _, s in batch], [s.size for _, s in batch]
+        results = detector.predict(tensors, sizes, config.threshold)
+        for (index, sample), found in zip(batch, results, strict=True):
+            if pictures is not None:
+                _save_picture(sample.pixels, found, pictures[index])
+            if config.json_:
+                entries.extend(coco_entries(ids[index], files[index].short_name, found))
+            if pictures is None and not config.json_:
+                print(_line(files[index].name, found))
+
+    samples = partial(_Sample.of, detector=detector, with_pixels=pictures is not None)
+    bad = predict_files(ImageFiles([file.name for file in files], samples), predict, config)
+    if config.json_:
+        write_output(Path(config.json_), json.dumps(entries))
+    require_all(bad, len(files))
+
+
+def coco_entries(image_id: int, name: str, found: Detections) -> Iterator[dict[str, Any]]:
+    """Yield the detections of an image in COCO's format of results.
+
+    Args:
+        image_id: Id of the image in the annotations.
+        name: Name of the image, for the additional entry `file_name`.
+        found: The detections.
+    """
+    corners = found.boxes.double()
+    sides = corners[:, 2:] - corners[:, :2]
+    boxes = [(*xy, *wh) for xy, wh in zip(corners[:, :2].tolist(), sides.tolist(), strict=True)]
+    scores = found.scores.tolist()
+    for i, (category, score, box) in enumerate(zip(found.categories, scores, boxes, strict=True)):
+        entry = {
+            "image_id": image_id,
+            "category_id": category,
+            "bbox": list(box),
+            "score": score,
+            "file_name": name,
+        }
+        if found.masks is not None:
+            mask = np.asfortranarray(found.masks[i].numpy().astype(np.uint8))
+            rle = coco_masks.encode(mask)
+            entry["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+        yield entry
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One image: transformed `(3, h, w)`, its height and width, and its pixels to draw into."""
+
+    image: Tensor
+    size: tuple[int, int]
+    pixels: Tensor | None
+
+    @staticmethod
+    def of(image: Image.Image, *, detector: Detector, with_pixels: bool) -> "_Sample":
+        """Transform an image."""
+        pixels = F.pil_to_tensor(image) if with_pixels else None
+        return _Sample(detector.transform(image), (image.height, image.width), pixels)
+
+
+def _load(config: DetectorPredict) -> Detector:
+    """Load the detector that the options name."""
+    own = {*BackboneConfig.model_fields, *TransformerConfig.model_fields, "image_size"}
+    given = config.model_fields_set & own
+    return load(
+        config.checkpoint,
+        classes=config.classes,
+        use_ema=config.use_ema,
+        device=config.device,
+        dtype=config.dtype,
+        **{name: getattr(config, name) for name in given},
+    )
+
+
+def _image_ids(files: Sequence[ImageFile], annotations: str) -> list[int]:
+    """Return the image ids of files for the JSON output.
+
+    Raises:
+        DataError: The annotations cannot be read.
+        UserError: The annotations lack an image.
+    """
+    names = [file.short_name for file in files]
+    if not annotations:
+        stems = [PurePosixPath(name).stem for name in names]
+        numbers = [int(stem) if stem.isascii() and stem.isdigit() else None for stem in stems]
+        is_unique = None not in numbers and len(set(numbers)) == len(numbers)
+        return numbers if is_unique else list(range(1, len(files) + 1))
+    listed = read_json(Path(annotations)).get("images") or []
+    by_name = {str(image.get("file_name")): image.get("id") for image in listed}
+    ids = [by_name.get(name, by_name.get(PurePosixPath(name).name)) for name in names]
+    if None in ids:
+        raise UserError(f"{annotations} must list the image {names[ids.index(None)]}")
+    return ids
+
+
+def _picture_paths(files: Sequence[ImageFile], folder: Path) -> list[Path]:
+    """Return the path of each picture in the output folder: JPEG for JPEG, else PNG."""
+    names = []
+    for file in files:
+        name = PurePosixPath(file.short_name)
+        names.append(name if name.suffix.lower() in _JPEG else name.with_suffix(".png"))
+    # Images of several folders may have the same name.
+    seen: Counter[PurePosixPath] = Counter()
+    paths = []
+    for name in names:
+        seen[name] += 1
+        number = f"_{seen[name]}" if seen[name] > 1 else ""
+        paths.append(folder / name.with_stem(name.stem + number))
+    return paths
+
+
+def _save_picture(pixels: Tensor, found: Detections, path: Path) -> None:
+    """Draw detections and write the picture."""
+    from detection.drawing import draw
+
+    check_writable(path.parent)
+    with replacing(path, suffix=path.suffix) as temporary:
+        draw(pixels, found).save(temporary, quality=95)
+
+
+def _line(name: str, found: Detections) -> str:
+    """Return the objects of an image in one line, the boxes as x1 y1 x2 y2."""
+    shown = name.encode(errors="surrogateescape").decode(errors="replace")
+    rows = zip(
+        found.classes, found.scores.tolist(), found.boxes.round().int().tolist(), strict=True
+    )
+    objects = [f"{label} {score:.2f} {box}" for label, score, box in rows]
+    return f"{shown}: " + ("; ".join(objects) or "no objects")
+
+
+if __name__ == "__main__":
+    run(main, DataError, CheckpointError, ImplementationError)
