@@ -138,7 +138,6 @@ def load(
     """
     source = str(source)
     config = make_config(ClassificationConfig, {**options, "dtype": dtype})
-    target = select_device(device)
     if source.endswith(EXPORTED):
         exported = open_for_task(
             source, "classification", device=device, dtype=dtype, options=options
@@ -146,6 +145,7 @@ def load(
         metadata = exported.metadata
         names = class_names(classes, metadata["classes"], None, source)
         return Classifier(exported, metadata, names, torch.device("cpu"), torch.float32)
+    target = select_device(device)
     if source in PUBLISHED and not Path(source).exists():
         named = make_config(ClassificationConfig, {**options, "model": source})
         model, metadata = restore_published(named)

@@ -237,6 +237,7 @@ def _download(url: str) -> bytes:
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
             data = response.read(_LARGEST_DOWNLOAD + 1)
+            missing = response.length
     except urllib.error.HTTPError as error:
         error.close()
         raise CorruptImageError(
@@ -248,6 +249,10 @@ def _download(url: str) -> bytes:
     if len(data) > _LARGEST_DOWNLOAD:
         raise CorruptImageError(
             f"cannot download {url}: it has more than {_LARGEST_DOWNLOAD} bytes"
+        )
+    if missing:
+        raise CorruptImageError(
+            f"cannot download {url}: the connection broke off at {len(data)} bytes"
         )
     return data
 

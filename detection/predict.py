@@ -13,9 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from pycocotools import mask as coco_masks
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -35,7 +36,7 @@ from engine.prediction import (
 )
 from irpe_core import CheckpointError, ImplementationError
 
-__all__ = ["DetectorPredict", "coco_entries", "main"]
+__all__ = ["DetectorPredict", "main"]
 
 _JPEG = (".jpg", ".jpeg")
 
@@ -49,12 +50,21 @@ class DetectorPredict(PredictConfig, BackboneConfig, TransformerConfig):
     """Folder for copies of the images with boxes, masks, class names and scores; images with sides
     below 300 pixels are enlarged."""
     json_: str = ""
-    """Output file in COCO's format of results."""
+    """Output file of the boxes in COCO's format of results; masks go to a second file, whose name
+    ends in _segm.json."""
     annotations: str = ""
     """Annotation file in COCO's format that gives the image ids; without it the ids are the numbers
     in the file names, or 1, 2, 3, ... if some name is not a number."""
     image_size: int | None = Field(None, ge=1)
     """Short side of the images in pixels; none uses that of the checkpoint."""
+
+    @field_validator("json_")
+    @classmethod
+    def _check_json(cls, path: str) -> str:
+        """Refuse a file name of another format."""
+        if path and not path.endswith(".json"):
+            raise ValueError("must end in .json")
+        return path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,53 +74,53 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = find_images(config.images)
     ids = _image_ids(files, config.annotations)
     pictures = _picture_paths(files, Path(config.output_dir)) if config.output_dir else None
-    check_outputs([*map(Path, filter(None, [config.json_])), *(pictures or [])], force=config.force)
+    boxes_file, masks_file = Path(config.json_), Path(f"{config.json_[:-5]}_segm.json")
+    outputs = [boxes_file, masks_file] if config.json_ else []
+    check_outputs([*outputs, *(pictures or [])], force=config.force)
     detector = _load(config)
-    entries: list[dict[str, Any]] = []
+    results: dict[Path, list[dict[str, Any]]] = {boxes_file: []}
 
     def predict(batch: list[tuple[int, _Sample]]) -> None:
         tensors, sizes = [s.image for _, s in batch], [s.size for _, s in batch]
-        results = detector.predict(tensors, sizes, config.threshold)
-        for (index, sample), found in zip(batch, results, strict=True):
+        detections = detector.predict(tensors, sizes, config.threshold)
+        for (index, sample), found in zip(batch, detections, strict=True):
             if pictures is not None:
                 _save_picture(sample.pixels, found, pictures[index])
             if config.json_:
-                entries.extend(coco_entries(ids[index], files[index].short_name, found))
+                place = {"image_id": ids[index], "file_name": files[index].short_name}
+                results[boxes_file].extend(place | entry for entry in _box_entries(found))
+                if found.masks is not None:
+                    masks = results.setdefault(masks_file, [])
+                    masks.extend(place | entry for entry in _mask_entries(found))
             if pictures is None and not config.json_:
                 print(_line(files[index].name, found))
 
     samples = partial(_Sample.of, detector=detector, with_pixels=pictures is not None)
     bad = predict_files(ImageFiles([file.name for file in files], samples), predict, config)
     if config.json_:
-        write_output(Path(config.json_), json.dumps(entries))
+        for path, entries in results.items():
+            write_output(path, json.dumps(entries))
     require_all(bad, len(files))
 
 
-def coco_entries(image_id: int, name: str, found: Detections) -> Iterator[dict[str, Any]]:
-    """Yield the detections of an image in COCO's format of results.
-
-    Args:
-        image_id: Id of the image in the annotations.
-        name: Name of the image, for the additional entry `file_name`.
-        found: The detections.
-    """
+def _box_entries(found: Detections) -> Iterator[dict[str, Any]]:
+    """Yield the boxes of an image in COCO's format of results, without the image."""
     corners = found.boxes.double()
-    sides = corners[:, 2:] - corners[:, :2]
-    boxes = [(*xy, *wh) for xy, wh in zip(corners[:, :2].tolist(), sides.tolist(), strict=True)]
-    scores = found.scores.tolist()
-    for i, (category, score, box) in enumerate(zip(found.categories, scores, boxes, strict=True)):
-        entry = {
-            "image_id": image_id,
-            "category_id": category,
-            "bbox": list(box),
-            "score": score,
-            "file_name": name,
-        }
-        if found.masks is not None:
-            mask = np.asfortranarray(found.masks[i].numpy().astype(np.uint8))
-            rle = coco_masks.encode(mask)
-            entry["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
-        yield entry
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
+    for category, score, box in zip(found.categories, found.scores.tolist(), boxes, strict=True):
+        yield {"category_id": category, "score": score, "bbox": box}
+
+
+def _mask_entries(found: Detections) -> Iterator[dict[str, Any]]:
+    """Yield the masks of an image in COCO's format of results, without the image.
+
+    They have no boxes, or pycocotools would take the area of the box for that of the mask.
+    """
+    rows = zip(found.categories, found.scores.tolist(), found.masks.numpy(), strict=True)
+    for category, score, mask in rows:
+        rle = coco_masks.encode(np.asfortranarray(mask.astype(np.uint8)))
+        segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
+        yield {"category_id": category, "score": score, "segmentation": segmentation}
 
 
 @dataclass(frozen=True)

@@ -212,12 +212,12 @@ def load(
     """
     source = str(source)
     config = make_config(DetectionConfig, {**options, "dtype": dtype})
-    target = select_device(device)
     if source.endswith(EXPORTED):
         exported = open_for_task(source, "detection", device=device, dtype=dtype, options=options)
         metadata = exported.metadata
         names = class_names(classes, metadata["classes"], None, source)
         return Detector(exported, metadata, names, torch.device("cpu"), torch.float32)
+    target = select_device(device)
     checkpoint = load_checkpoint(source)
     check_task(checkpoint, source)
     weights = select_weights(checkpoint, source, use_ema=use_ema)
