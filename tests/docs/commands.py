@@ -252,6 +252,18 @@ def _export(command: Command) -> None:
     raise CommandError("flags of neither a classifier nor a detector")
 
 
+def _predict(package: str) -> Callable[[Command], None]:
+    """Return the check of a command that predicts: parse its flags."""
+
+    def check_flags(command: Command) -> None:
+        module = importlib.import_module(f"{package}.predict")
+        kinds = {"classification": "ClassifierPredict", "detection": "DetectorPredict"}
+        options = getattr(module, kinds[package])
+        importlib.import_module("engine").parse_config(options, command.words, prog=package)
+
+    return check_flags
+
+
 def _example(module: str) -> Callable[[Command], None]:
     """Return the check of a command that parses its arguments first: run it up to there."""
 
@@ -316,6 +328,8 @@ CHECKS: dict[tuple[str, ...], Callable[[Command], None]] = {
     ("python", "-m", "detection.main"): _trainer("detection"),
     ("python", "-m", "datasets.check"): _parser("datasets.check.command"),
     ("python", "-m", "datasets.convert"): _parser("datasets.convert"),
+    ("python", "-m", "classification.predict"): _predict("classification"),
+    ("python", "-m", "detection.predict"): _predict("detection"),
     ("python", "-m", "scripts.zoo"): _zoo,
     ("python", "-m", "scripts.benchmark"): _benchmark,
     ("python", "-m", "scripts.export"): _export,

@@ -8,10 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from classification.config import ClassificationConfig
+from detection import saved
+from detection.build import build_network
 from detection.config import DetectionConfig
+from engine import dump
+from tests.detection.models import SMALL, config
 from tests.docs.commands import Command, CommandError, check, commands_of
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +71,16 @@ def run(document: str) -> None:
         assert printed == promised(block), block
 
 
+def provide_files(folder: Path) -> None:
+    """Write the files that blocks about predictions read: a photograph and the checkpoint of a detector."""
+    Image.effect_noise((64, 48), 60).convert("RGB").save(folder / "photo.jpg")
+    options = config(f"{SMALL} --image_size 64")
+    described = saved.describe(options, list("abcde"), {n: n + 1 for n in range(5)})
+    content = {"model": build_network(options).state_dict(), "args": dump(options), **described}
+    (folder / "output").mkdir()
+    torch.save(content, folder / "output" / "best_checkpoint.pth")
+
+
 def test_a_wrong_promise_is_seen(tmp_path, monkeypatch):
     text = "```python\nx = 1\nprint(x)  # 1\n```\n\n```python\nfor i in (x, 3):\n    print(i)\n"
     (tmp_path / "a.md").write_text(f"{text}# 1\n# 3\n```\n")
@@ -79,6 +95,7 @@ def test_a_wrong_promise_is_seen(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*nested.tensor")
 def test_python_blocks_run_and_print_what_they_say(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    provide_files(tmp_path)
     run(document)
 
 
@@ -137,6 +154,8 @@ SOUND = [
     f"sbatch --nodes=2 scripts/slurm_detection.sbatch {CONFIG} --output_dir /runs/a",
     "python -m scripts.zoo evaluate --coco ./coco_data --rows detection",
     "python -m scripts.benchmark ops --rounds 3",
+    "python -m classification.predict a.pth photos --topk 3",
+    "python -m detection.predict a.pth photo.jpg --output_dir out",
     "python -m scripts.export --checkpoint a.pth --output a.onnx",
     "python -m examples.draw_buckets --checkpoint a.pth",
     "python -m examples.equip_timm_vit --epochs 2",

@@ -1,5 +1,6 @@
 """Exported files compute the outputs of their model; impossible exports are refused."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,6 +101,12 @@ def test_detector_runs_in_a_process_without_our_packages(detector, tmp_path):
     model, checkpoint = detector
     output = tmp_path / "model.pt2"
     main(["--checkpoint", str(checkpoint), "--output", str(output)])
+    files = {"metadata.json": ""}
+    torch.export.load(output, extra_files=files)
+    metadata = json.loads(files["metadata.json"])
+    assert metadata["task"] == "detection"
+    assert metadata["classes"] is None, "the checkpoint names none"
+    assert metadata["image_size"] == metadata["transform"]["shortest_edge"] == 800
     batches = [images_of(*sizes) for sizes in _SIZES]
     for found, batch in zip(run_elsewhere(output, batches, tmp_path), batches, strict=True):
         assert list(found) == ["pred_logits", "pred_boxes"]
@@ -112,6 +119,10 @@ def test_classifier_is_the_same_in_onnxruntime(classifier, tmp_path, onnxruntime
     main(["--checkpoint", str(checkpoint), "--output", str(output)])
     session = onnxruntime.InferenceSession(output)
     assert [node.shape for node in session.get_inputs()] == [["batch", 3, 32, 48]]
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["task"] == "classification"
+    assert json.loads(metadata["image_size"]) == [32, 48]
+    assert json.loads(metadata["transform"])["crop_pct"] == 0.875
     for n in (1, 4):
         images = torch.randn(n, 3, 32, 48)
         (logits,) = session.run(["logits"], {"images": images.numpy()})
