@@ -47,7 +47,8 @@ class ImageFile(NamedTuple):
 
     Attributes:
         name: Path, `archive.zip/member` or URL.
-        short_name: Path relative to the folder or archive that the user gave, or the file name.
+        short_name: Path relative to the folder or archive that the user gave; the file name for a
+            file, a member of an archive, a pattern or a URL.
     """
 
     name: str
@@ -114,7 +115,6 @@ def read_image(name: str) -> Image.Image:
 
     Raises:
         CorruptImageError: The image cannot be read or decoded, or is too large.
-        DataError: The archive cannot be read.
     """
     data = _read(name)
     if _WEB_PAGE.match(data[:1024]):
@@ -208,7 +208,8 @@ def _members_of(path: Path, member: str) -> Iterator[ImageFile]:
     for name in names:
         inside = name == member or not member or name.startswith(f"{member}/")
         if inside and (name == member or is_image_name(name)):
-            yield ImageFile(f"{path}/{name}", name)
+            short_name = Path(name).name if name == member else name
+            yield ImageFile(f"{path}/{name}", short_name)
 
 
 @lru_cache(maxsize=16)
@@ -222,7 +223,10 @@ def _read(name: str) -> bytes:
     if _is_url(name):
         return _download(name)
     if not Path(name).is_file() and (archive := _archive_in(name)) is not None:
-        return _open_archive(archive[0]).read(archive[1])
+        try:
+            return _open_archive(archive[0]).read(archive[1])
+        except DataError as error:
+            raise CorruptImageError(str(error)) from error
     return read_bytes(Path(name))
 
 

@@ -5,10 +5,10 @@ The checkpoint gives model, classes, image size and transform. A published file 
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,7 +25,7 @@ from datasets.coco_annotations import read_json
 from datasets.image_files import ImageFile, ImageFiles, find_images
 from detection.config import BackboneConfig, TransformerConfig
 from detection.predictor import Detections, Detector, load
-from engine import UserError, check_writable, parse_config, replacing, run
+from engine import UsageError, UserError, check_writable, parse_config, replacing, run
 from engine.prediction import (
     PredictConfig,
     check_outputs,
@@ -95,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if pictures is None and not config.json_:
                 print(_line(files[index].name, found))
 
-    samples = partial(_Sample.of, detector=detector, with_pixels=pictures is not None)
+    # The workers need only the transform, not the model.
+    with_pixels = pictures is not None
+    samples = partial(_Sample.of, transform=detector.transform, with_pixels=with_pixels)
     bad = predict_files(ImageFiles([file.name for file in files], samples), predict, config)
     if config.json_:
         for path, entries in results.items():
@@ -132,10 +134,12 @@ class _Sample:
     pixels: Tensor | None
 
     @staticmethod
-    def of(image: Image.Image, *, detector: Detector, with_pixels: bool) -> "_Sample":
+    def of(
+        image: Image.Image, *, transform: Callable[[Image.Image], Tensor], with_pixels: bool
+    ) -> "_Sample":
         """Transform an image."""
         pixels = F.pil_to_tensor(image) if with_pixels else None
-        return _Sample(detector.transform(image), (image.height, image.width), pixels)
+        return _Sample(transform(image), (image.height, image.width), pixels)
 
 
 def _load(config: DetectorPredict) -> Detector:
@@ -174,19 +178,24 @@ def _image_ids(files: Sequence[ImageFile], annotations: str) -> list[int]:
 
 
 def _picture_paths(files: Sequence[ImageFile], folder: Path) -> list[Path]:
-    """Return the path of each picture in the output folder: JPEG for JPEG, else PNG."""
-    names = []
+    """Return the path of each picture in the output folder: JPEG for JPEG, else PNG.
+
+    Raises:
+        UsageError: A picture would replace an image.
+    """
+    inputs = {Path(file.name).resolve() for file in files}
+    paths: dict[Path, None] = {}
     for file in files:
-        name = PurePosixPath(file.short_name)
-        names.append(name if name.suffix.lower() in _JPEG else name.with_suffix(".png"))
-    # Images of several folders may have the same name.
-    seen: Counter[PurePosixPath] = Counter()
-    paths = []
-    for name in names:
-        seen[name] += 1
-        number = f"_{seen[name]}" if seen[name] > 1 else ""
-        paths.append(folder / name.with_stem(name.stem + number))
-    return paths
+        # A member of an archive may have a name such as ../a.png, which must stay in the folder.
+        parts = [part for part in PurePosixPath(file.short_name).parts if part not in ("/", "..")]
+        path = folder.joinpath(*parts or ["image"])
+        path = path if path.suffix.lower() in _JPEG else path.with_suffix(".png")
+        if path.resolve() in inputs:
+            raise UsageError(f"output_dir must not be the folder of the images, got {folder}")
+        # Images of several folders may have the same name.
+        names = (path.with_stem(f"{path.stem}_{number}") for number in count(2))
+        paths[next(name for name in chain([path], names) if name not in paths)] = None
+    return list(paths)
 
 
 def _save_picture(pixels: Tensor, found: Detections, path: Path) -> None:

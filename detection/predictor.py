@@ -163,8 +163,11 @@ class Detector:
             size: Height and width of the original image.
             threshold: Smallest score.
         """
+        # As in the evaluation, labels without a category and boxes of nan are left out.
+        categories = torch.tensor(list(self._categories))
+        valid = torch.isin(result["labels"], categories) & result["boxes"].isfinite().all(1)
         order = result["scores"].argsort(descending=True, stable=True)
-        kept = order[result["scores"][order] >= threshold]
+        kept = order[(valid & (result["scores"] >= threshold))[order]]
         result = {name: values[kept] for name, values in result.items()}
         masks = None
         if mask_logits is not None:
@@ -181,7 +184,7 @@ class Detector:
             scores=result["scores"],
             labels=result["labels"],
             classes=[self.classes[label] for label in labels],
-            categories=[self._categories.get(label, label) for label in labels],
+            categories=[self._categories[label] for label in labels],
             masks=masks,
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from datasets import build_coco_transforms
-from detection.config import BackboneConfig, DetectionConfig, TransformerConfig
+from detection.config import BackboneConfig, DetectionConfig, LossConfig, TransformerConfig
 from engine import UserError, with_saved_options
 from irpe_core import load_checkpoint
 
@@ -15,7 +15,7 @@ __all__ = ["check_task", "class_head", "complete", "describe", "with_saved_model
 _MODEL = {*BackboneConfig.model_fields, *TransformerConfig.model_fields, "image_size"}
 # The number of classes is that of the data, unless the user gives another.
 _MODEL -= {"rpe_implementation", "num_classes"}
-_EVALUATION = {"num_classes", "eval_padding"}
+_EVALUATION = {*LossConfig.model_fields, "num_classes", "eval_padding"}
 
 
 def describe(
@@ -55,8 +55,8 @@ def complete(config: DetectionConfig, checkpoint: Mapping[str, Any] | None) -> D
     if checkpoint is None:
         checkpoint = load_checkpoint(config.finetune)
     check_task(checkpoint, source)
-    names = _EVALUATION if config.eval and not config.finetune else set()
-    return with_saved_options(config, checkpoint, _MODEL | names, source=source)
+    names = _MODEL | _EVALUATION if config.eval else _MODEL
+    return with_saved_options(config, checkpoint, names, source=source)
 
 
 def with_saved_model(

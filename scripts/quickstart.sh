@@ -64,3 +64,10 @@ run detection detection_evaluation --eval --resume "$out/detection/checkpoint.pt
 wait "$other"
 python -m scripts.quickstart.classification "$out"
 python -m scripts.quickstart.detection "$out"
+
+predict=(python -m detection.predict "$out/detection/best_checkpoint.pth"
+    data/scenes/val2017.zip/val2017/000000008001.jpg --output_dir "$out/predicted")
+"${predict[@]}" > "$out/predicted.txt" 2>&1 || { cat "$out/predicted.txt" && exit 1; }
+printf '\nA predicted picture, %s, made by\n ' "$out/predicted/000000008001.jpg"
+printf ' %q' "${predict[@]}"
+printf '\n'

@@ -57,7 +57,7 @@ ALL = {"a.JPG", "b.png", "sub/c.png", "sub/Grüße 写真.png"}
         ("photos/**/*.png", {"b.png", "c.png", "Grüße 写真.png"}),
         ("photos/sub/Grüße 写真.png", {"Grüße 写真.png"}),
         ("z.zip/sub", {"sub/c.png", "sub/Grüße 写真.png"}),
-        ("z.zip/sub/c.png", {"sub/c.png"}),
+        ("z.zip/sub/c.png", {"c.png"}),
         ("t.tar/b.png", {"b.png"}),
     ],
 )

@@ -1,6 +1,7 @@
 """Detections of the command, of Python and of exported files are the same, and COCO reads them."""
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from torchvision.ops import box_iou
 
 import detection
 from datasets.image_files import find_images, read_image
+from detection import saved
 from detection.build import build_network
 from detection.coco_eval import METRICS
 from detection.drawing import color_of, draw
 from detection.main import main as train
 from detection.predict import main
-from detection.predictor import Detections
+from detection.predictor import Detections, Detector
 from engine import UserError, dump
 from scripts.export.__main__ import main as export
 from tests.commands import failure_of
@@ -147,8 +149,8 @@ def test_pictures_are_drawn_and_never_overwritten(segmenter, names, scenes, tmp_
     image = str(scenes / "val2017.zip" / "val2017" / "000000000049.jpg")
     words = [segmenter, image, "--classes", names, "--threshold", "0", "--output_dir", str(output)]
     main([*words, "--device", "cpu"])
-    (picture,) = (path for path in output.rglob("*") if path.is_file())
-    assert picture.relative_to(output).as_posix() == "val2017/000000000049.jpg"
+    (picture,) = output.iterdir()
+    assert picture == output / "000000000049.jpg"
     # 96 pixels are enlarged to at least 300.
     assert Image.open(picture).size == (384, 384)
     code, line = failure(*words)
@@ -161,13 +163,48 @@ def test_pictures_are_drawn_and_never_overwritten(segmenter, names, scenes, tmp_
 
 def test_pictures_of_the_same_name_are_kept_apart(checkpoint, scenes, tmp_path, monkeypatch):
     image = read_image(str(scenes / "val2017.zip" / "val2017" / "000000000049.jpg"))
-    for name in ("a/x.jpg", "b/x.jpg", "c/x.bmp", "d/x.png"):
-        (tmp_path / name).parent.mkdir()
+    for name in ("a/x.jpg", "b/x.jpg", "b/x_2.jpg", "c/x.bmp", "d/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         image.save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     main([checkpoint, "a", "b", "c", "d", "--output_dir", "out", "--device", "cpu"])
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found == {"x.jpg", "x_2.jpg", "x.png", "x_2.png"}
+    assert found == {"x.jpg", "x_2.jpg", "x_2_2.jpg", "x.png", "x_2.png"}
+
+
+def test_images_are_not_replaced_by_pictures(checkpoint, scenes, tmp_path, failure):
+    image = read_image(str(scenes / "val2017.zip" / "val2017" / "000000000049.jpg"))
+    image.save(tmp_path / "x.jpg")
+    before = (tmp_path / "x.jpg").read_bytes()
+    code, line = failure(checkpoint, str(tmp_path), "--output_dir", str(tmp_path), "--force")
+    assert (code, "output_dir must not be the folder of the images" in line) == (2, True)
+    assert (tmp_path / "x.jpg").read_bytes() == before
+
+
+def test_members_of_an_archive_cannot_leave_the_output_folder(checkpoint, scenes, tmp_path):
+    data = (scenes / "val2017.zip" / "val2017" / "000000000049.jpg").as_posix()
+    read_image(data).save(tmp_path / "x.png")
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+        archive.write(tmp_path / "x.png", "../../up.png")
+    with zipfile.ZipFile(tmp_path / "evil.zip") as archive:
+        assert archive.namelist() == ["../../up.png"]
+    output = tmp_path / "deep" / "out"
+    archive = str(tmp_path / "evil.zip")
+    main([checkpoint, archive, "--output_dir", str(output), "--device", "cpu"])
+    assert set(tmp_path.rglob("*.png")) == {tmp_path / "x.png", output / "up.png"}
+
+
+def test_labels_without_a_category_are_left_out():
+    metadata = saved.describe(config(), ["a", "b"], {0: 7, 1: 9})
+    logits = torch.tensor([[[9.0, 0, 0, 0], [0, 9.0, 0, 0], [0, 0, 9.0, 0], [0, 8.0, 0, 0]]])
+    boxes = torch.full((1, 4, 4), 0.5)
+    boxes[0, 3] = torch.nan
+    outputs = {"pred_logits": logits, "pred_boxes": boxes}
+    cpu = torch.device("cpu")
+    detector = Detector(lambda *_: outputs, metadata, ["a", "b"], cpu, torch.float32)
+    found = detector(Image.new("RGB", (40, 20)), threshold=0)
+    assert found.categories == [7, 9]
+    assert found.boxes.tolist() == [[10, 5, 30, 15]] * 2
 
 
 def test_unreadable_images_are_skipped_named_and_counted(checkpoint, scenes, tmp_path, capsys):

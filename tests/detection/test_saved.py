@@ -21,7 +21,9 @@ def test_a_checkpoint_describes_itself_in_plain_values(trained):
     json.dumps(content["transform"])
 
 
-def test_own_checkpoint_is_evaluated_without_options_of_the_model(trained, scenes, tmp_path):
+def test_own_checkpoint_is_evaluated_without_options(flags, scenes, tmp_path):
+    main([*flags, "--epochs", "1", "--cls_loss_coef", "5", "--output_dir", str(tmp_path / "run")])
+    trained = tmp_path / "run"
     expected = json.loads((trained / "log.txt").read_text().splitlines()[-1])
     run = ["--coco_path", str(scenes), "--num_workers", "0", "--device", "cpu"]
     metrics = evaluation(main, tmp_path, *run, "--resume", str(trained / "checkpoint.pth"))

@@ -72,7 +72,7 @@ def run(document: str) -> None:
 
 
 def provide_files(folder: Path) -> None:
-    """Write the files that blocks about predictions read: a photograph and the checkpoint of a detector."""
+    """Write the files that blocks read: a photograph and the checkpoint of a detector."""
     Image.effect_noise((64, 48), 60).convert("RGB").save(folder / "photo.jpg")
     options = config(f"{SMALL} --image_size 64")
     described = saved.describe(options, list("abcde"), {n: n + 1 for n in range(5)})

@@ -7,6 +7,7 @@ import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from engine import Config, dump, parse_config
+from engine.flags import POSITIONAL
 
 
 class Data(Config):
@@ -274,3 +275,39 @@ def test_a_missing_required_field_is_an_error(capsys):
     with pytest.raises(SystemExit):
         parse_config(Strict, [], prog="strict")
     assert capsys.readouterr().err == "error: --weights is required\n"
+
+
+class Positional(Config):
+    """Options of a command with arguments."""
+
+    source: Annotated[str, POSITIONAL]
+    """Source."""
+    images: Annotated[tuple[str, ...], POSITIONAL]
+    """Images."""
+    size: int = 3
+    """Size."""
+    json_: str = ""
+    """File."""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    ["a b c --size 4 --json x", "--size 4 a --json x b c", "a b --json=x --size 4 c"],
+)
+def test_arguments_without_a_flag_may_be_anywhere(argv):
+    config = parse_config(Positional, argv.split(), prog="x")
+    assert config == Positional(source="a", images=("b", "c"), size=4, json_="x")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("a", "IMAGES"),
+        ("a b --seize 4", "unknown flag --seize: did you mean --size?"),
+        ("a b --size x", "--size must be an integer, got 'x'"),
+    ],
+)
+def test_mistakes_among_arguments_are_named(argv, words, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Positional, argv.split(), prog="x")
+    assert words in capsys.readouterr().err
