@@ -23,6 +23,7 @@ from engine.prediction import (
     PredictConfig,
     check_outputs,
     predict_files,
+    printable,
     require_all,
     start_prediction,
     write_output,
@@ -87,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _line(name: str, result: Classification) -> str:
     """Return the classes of an image in one line."""
     scores = zip(result.classes, result.scores.tolist(), strict=True)
-    shown = name.encode(errors="surrogateescape").decode(errors="replace")
-    return f"{shown}: " + ", ".join(f"{label} {score:.4f}" for label, score in scores)
+    return f"{printable(name)}: " + ", ".join(f"{label} {score:.4f}" for label, score in scores)
 
 
 def _rows(result: Classification) -> list[dict[str, Any]]:

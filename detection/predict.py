@@ -30,6 +30,7 @@ from engine.prediction import (
     PredictConfig,
     check_outputs,
     predict_files,
+    printable,
     require_all,
     start_prediction,
     write_output,
@@ -209,12 +210,11 @@ def _save_picture(pixels: Tensor, found: Detections, path: Path) -> None:
 
 def _line(name: str, found: Detections) -> str:
     """Return the objects of an image in one line, the boxes as x1 y1 x2 y2."""
-    shown = name.encode(errors="surrogateescape").decode(errors="replace")
     rows = zip(
         found.classes, found.scores.tolist(), found.boxes.round().int().tolist(), strict=True
     )
     objects = [f"{label} {score:.2f} {box}" for label, score, box in rows]
-    return f"{shown}: " + ("; ".join(objects) or "no objects")
+    return f"{printable(name)}: " + ("; ".join(objects) or "no objects")
 
 
 if __name__ == "__main__":

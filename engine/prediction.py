@@ -26,6 +26,7 @@ __all__ = [
     "class_names",
     "open_for_task",
     "predict_files",
+    "printable",
     "require_all",
     "select_weights",
     "start_prediction",
@@ -203,7 +204,10 @@ def open_for_task(
 
 
 def class_names(
-    given: str | Path | Sequence[str] | None, known: Sequence[str] | None, count: int, source: str
+    given: str | Path | Sequence[str] | None,
+    known: Sequence[str] | None,
+    count: int | None,
+    source: str,
 ) -> list[str]:
     """Return the class name of each label.
 
@@ -230,6 +234,11 @@ def class_names(
     if count is not None and len(names) != count:
         raise UserError(f"classes must be {count} names, as {source} has, got {len(names)}")
     return names
+
+
+def printable(name: str) -> str:
+    """Return a file name with a replacement for bytes that are not valid UTF-8."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _start_share(checkpoint: Mapping[str, Any]) -> float:

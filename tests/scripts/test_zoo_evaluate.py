@@ -72,7 +72,7 @@ def test_the_zoo_is_downloaded_evaluated_and_compared_and_continues_after_a_fail
     first = records(out)
     assert "digits.pth" in first["digits"]["reason"]
     assert "404" in first["gone"]["reason"]
-    assert "the checkpoint does not fit VisionTransformer: " in first["foreign"]["reason"]
+    assert "must be the checkpoint of a classifier" in first["foreign"]["reason"]
     assert "plain.pth' must have iRPE on q, k, v, got none: " in first["plain"]["reason"]
     assert first["scenes"]["verdict"] == "outside"
     assert first["scenes"]["images"] == 5
