@@ -124,7 +124,7 @@ def test_published_models_have_the_classes_of_imagenet(tmp_path, monkeypatch):
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    file = cache / default_cfgs[name]["url"].rpartition("/")[2]
+    file = cache / default_cfgs[name].default.url.rpartition("/")[2]
     torch.save({"model": model.state_dict()}, file)
     image = Image.effect_noise((300, 250), 80)
     by_name = classification.load(name, device="cpu")
