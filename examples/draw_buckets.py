@@ -17,8 +17,6 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from PIL import Image
 from torch import Tensor, nn
 
@@ -29,10 +27,10 @@ from irpe_core import (
     CheckpointError,
     ContextualRPE,
     RPEConfig,
-    bucket_ids,
     load_checkpoint,
     piecewise_index,
 )
+from scripts.inspect.buckets import draw_buckets
 
 __all__ = ["draw_learned_table", "draw_methods", "mean_encodings"]
 
@@ -40,13 +38,6 @@ GRID = 14
 QUERY = (6, 6)
 # Method → ratio, as in the paper's ablation.
 RATIOS = {"euc": 20.0, "quant": 33.0, "cross": 20.0, "product": 1.9}
-TITLES = {
-    "euc": "Euclidean: bucket of the rounded distance",
-    "quant": "quantization: bucket of the squared distance",
-    "cross": "cross: a row bucket plus a column bucket",
-    "product": "product: a bucket for each pair of row and column",
-}
-COLORS = "YlGnBu"
 IMAGES = 64
 
 
@@ -54,7 +45,7 @@ def draw_methods(path: Path) -> None:
     """Draw the four methods as panels of one picture."""
     figure, panels = plt.subplots(2, 2, figsize=(10, 10.6), layout="constrained")
     for panel, method in zip(panels.flat, RATIOS, strict=True):
-        _draw_method(panel, method)
+        draw_buckets(panel, RPEConfig(RATIOS[method], method), (GRID, GRID), QUERY)
     figure.suptitle(
         f"Buckets of all keys for the query in row {QUERY[0]}, column {QUERY[1]} of a "
         f"{GRID} × {GRID} grid\n"
@@ -66,58 +57,6 @@ def draw_methods(path: Path) -> None:
     plt.close(figure)
     # A palette makes the file a quarter as large.
     Image.open(content).convert("RGB").quantize(128).save(path, optimize=True)
-
-
-def _draw_method(axes: Axes, method: str) -> None:
-    """Draw the bucket ids of one method, with a line wherever the bucket changes."""
-    ratio = RATIOS[method]
-    config = RPEConfig(ratio=ratio, method=method)
-    half = config.side // 2
-    ids = bucket_ids(method, GRID, GRID, ratio)
-    query = QUERY[0] * GRID + QUERY[1]
-    rows = [x[query].view(GRID, GRID) for x in (ids if method == "cross" else (ids,))]
-    if method == "product":
-        parts = [rows[0] // config.side - half, rows[0] % config.side - half]
-    else:
-        parts = [x - half for x in rows]
-    # One id for each pair of cross.
-    joint = rows[0] if len(rows) == 1 else rows[0] * config.num_buckets + rows[1]
-    level = torch.stack(parts).abs().amax(0)
-    axes.imshow(level.numpy(), cmap=COLORS, vmin=0, vmax=2.2 * level.max())
-    _draw_borders(axes, joint)
-    axes.plot(QUERY[1], QUERY[0], marker="*", markersize=15, color="black")
-    for i, j in _labeled_cells(joint):
-        text = "\n".join(str(int(x[int(i), int(j)])) for x in rows)
-        size = 8 if method == "cross" else 8.5
-        axes.text(j, i, text, ha="center", va="center", fontsize=size, linespacing=1)
-    number = len(joint.unique())
-    kinds = "pairs of buckets" if method == "cross" else "buckets"
-    axes.set_title(f"{TITLES[method]}\nratio {ratio:g}, {number} {kinds} on this grid", fontsize=11)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _labeled_cells(ids: Tensor) -> list[list[float]]:
-    """Choose the cells to write an id into: the middle of a rectangle, every cell of a ring."""
-    cells = []
-    for bucket in ids.unique():
-        members = (ids == bucket).nonzero()
-        sides = members.amax(0) - members.amin(0) + 1
-        is_rectangle = sides.prod() == len(members)
-        cells += (members.float().mean(0, keepdim=True) if is_rectangle else members).tolist()
-    return [cell for cell in cells if tuple(cell) != QUERY]
-
-
-def _draw_borders(axes: Axes, ids: Tensor) -> None:
-    """Draw a line between neighboring cells of different buckets."""
-    lines = []
-    for i in range(GRID):
-        for j in range(GRID):
-            if j + 1 < GRID and ids[i, j] != ids[i, j + 1]:
-                lines.append([(j + 0.5, i - 0.5), (j + 0.5, i + 0.5)])
-            if i + 1 < GRID and ids[i, j] != ids[i + 1, j]:
-                lines.append([(j - 0.5, i + 0.5), (j + 0.5, i + 0.5)])
-    axes.add_collection(LineCollection(lines, colors="black", linewidths=1.2))
 
 
 @torch.no_grad()

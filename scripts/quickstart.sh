@@ -71,3 +71,9 @@ predict=(python -m detection.predict "$out/detection/best_checkpoint.pth"
 printf '\nA predicted picture, %s, made by\n ' "$out/predicted/000000008001.jpg"
 printf ' %q' "${predict[@]}"
 printf '\n'
+
+inspect=(python -m scripts.inspect "$out/irpe/checkpoint.pth" --image data/digits/val/5/0102.png)
+printf '\nPictures of iRPE, made by\n '
+printf ' %q' "${inspect[@]}"
+printf '\n'
+"${inspect[@]}" 2> "$out/inspect.txt" || { cat "$out/inspect.txt" && exit 1; }

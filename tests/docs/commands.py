@@ -264,6 +264,12 @@ def _predict(package: str) -> Callable[[Command], None]:
     return check_flags
 
 
+def _inspect(command: Command) -> None:
+    """Parse the flags of the pictures of iRPE."""
+    options = importlib.import_module("scripts.inspect.__main__").InspectConfig
+    importlib.import_module("engine").parse_config(options, command.words, prog="scripts.inspect")
+
+
 def _example(module: str) -> Callable[[Command], None]:
     """Return the check of a command that parses its arguments first: run it up to there."""
 
@@ -333,6 +339,7 @@ CHECKS: dict[tuple[str, ...], Callable[[Command], None]] = {
     ("python", "-m", "scripts.zoo"): _zoo,
     ("python", "-m", "scripts.benchmark"): _benchmark,
     ("python", "-m", "scripts.export"): _export,
+    ("python", "-m", "scripts.inspect"): _inspect,
     ("python", "-m", "examples.equip_timm_vit"): _example("examples.equip_timm_vit"),
     ("python", "-m", "examples.draw_buckets"): _example("examples.draw_buckets"),
     ("python", "-m", "rpe_ops"): _report,

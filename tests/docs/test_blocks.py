@@ -157,6 +157,7 @@ SOUND = [
     "python -m classification.predict a.pth photos --topk 3",
     "python -m detection.predict a.pth photo.jpg --output_dir out",
     "python -m scripts.export --checkpoint a.pth --output a.onnx",
+    "python -m scripts.inspect a.pth --image a.jpg --query 3 5",
     "python -m examples.draw_buckets --checkpoint a.pth",
     "python -m examples.equip_timm_vit --epochs 2",
     "python -m rpe_ops",
