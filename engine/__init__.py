@@ -17,13 +17,16 @@ from engine.distributed import (
     world_size,
 )
 from engine.errors import UsageError, UserError
+from engine.evaluation import Evaluate, run_evaluation
 from engine.logging import RunLog, setup_logging
 from engine.loop import LoopOptions, TrainState, train_epoch
 from engine.meters import Meters, Throughput, peak_memory_mb
 from engine.nonfinite import NonFiniteLossError
 from engine.optim import DTYPES, autocast, make_scaler
+from engine.optional import require
 from engine.provenance import provenance
-from engine.recipe import Evaluate, Recipe, run_evaluation, run_training
+from engine.recipe import Recipe, run_training
+from engine.report import Report
 from engine.run_config import RunConfig, resolve_dtype, steps_per_epoch, total_batch_size
 from engine.saved_options import with_saved_options
 from engine.seeding import derive_seed, seed_all
@@ -44,6 +47,8 @@ __all__ = [
     "with_saved_options",
     "Recipe",
     "Evaluate",
+    "Report",
+    "require",
     "run_training",
     "run_evaluation",
     "run",

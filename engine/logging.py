@@ -1,4 +1,4 @@
-"""Logs of a run: log lines, one JSON line per epoch and TensorBoard curves.
+"""Logs of a run: log lines, one JSON line per epoch, and curves and pictures in loggers.
 
 `setup_logging` sets the handlers once, at the start of a command. Modules log through
 `logging.getLogger(__name__)` and never print. Only the main process writes files.
@@ -7,15 +7,19 @@
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from engine.distributed import is_main
+from engine.loggers import RunLogger, open_loggers
 
 __all__ = ["RunLog", "setup_logging"]
+
+logger = logging.getLogger(__name__)
 
 
 def setup_logging(output_dir: Path | None = None, rank: int = 0) -> None:
@@ -55,41 +59,57 @@ class _ConsoleHandler(logging.Handler):
 
 
 class RunLog:
-    """Metrics of a run: one JSON line per epoch in `log.txt`, and TensorBoard curves.
+    """Metrics of a run: one JSON line per epoch in `log.txt`, curves and pictures in loggers.
 
     A resumed run continues both. The log has one line per epoch: if an epoch runs again after a
     resumption, its new line replaces the old one. A new run renames the `log.txt` of an earlier run
-    in the same folder to `log.1.txt`.
+    in the same folder to `log.1.txt`. A logger that fails is closed with a warning, and the run
+    continues without it.
 
     Args:
         output_dir: Existing folder; None writes nothing. Only the main process writes.
         start_step: Number of optimizer steps done in all epochs, 0 for a new run. The curves of a
             resumed run are cut there.
+        loggers: Names of the loggers, see `engine.loggers`.
+        config: Options of the run, as plain values, for the loggers.
+
+    Raises:
+        UserError: A logger cannot be opened.
     """
 
-    def __init__(self, output_dir: Path | None, *, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        output_dir: Path | None,
+        *,
+        start_step: int = 0,
+        loggers: Iterable[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self._path = output_dir / "log.txt" if output_dir is not None and is_main() else None
-        self._curves = None
+        self._loggers: list[RunLogger] = []
         if self._path is None:
             return
         if start_step == 0:
             _rename_old_log(self._path)
-        # This import takes seconds, and only the main process needs it.
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge = start_step + 1 if start_step else 0
-        self._curves = SummaryWriter(str(self._path.parent / "tensorboard"), purge_step=purge)
+        self._loggers = open_loggers(list(loggers), self._path.parent, config or {}, start_step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Add points to TensorBoard curves.
+        """Add points to the curves of the loggers.
 
         Args:
             values: Values by the name of their curve, such as `train/loss`.
             step: Number of optimizer steps done in all epochs.
         """
-        if self._curves is not None:
-            for name, value in values.items():
-                self._curves.add_scalar(name, value, step)
+        self._send("scalars", values, step)
+
+    def images(self, pictures: Mapping[str, Sequence[np.ndarray]], step: int) -> None:
+        """Add pictures to the loggers.
+
+        Args:
+            pictures: Pictures `(H, W, 3)` uint8, in lists by name.
+            step: Number of optimizer steps done in all epochs.
+        """
+        self._send("images", pictures, step)
 
     def write_epoch(self, record: Mapping[str, Any], step: int) -> None:
         """Write the line of an epoch, and its `test_*` metrics as curves `test/*`.
@@ -107,19 +127,33 @@ class RunLog:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self._path)
         test = {name: value for name, value in record.items() if name.startswith("test_")}
-        self.scalars({f"test/{name[5:]}": value for name, value in test.items()}, step)
-        self._curves.flush()
+        if test:
+            self.scalars({f"test/{name[5:]}": value for name, value in test.items()}, step)
 
-    def close(self) -> None:
-        """Write the points that are still in memory, and close the curves."""
-        if self._curves is not None:
-            self._curves.close()
+    def close(self, failed: bool = False) -> None:
+        """Send what is still in memory, and close the loggers.
+
+        Args:
+            failed: True if the run ends by an error or a signal.
+        """
+        self._send("close", failed)
+        self._loggers = []
+
+    def _send(self, method: str, *values: Any) -> None:
+        """Call a method of all loggers; remove those that fail."""
+        for each in list(self._loggers):
+            try:
+                getattr(each, method)(*values)
+            except Exception:
+                # A server that fails must not end a training of days.
+                logger.warning("a logger failed; the run continues without it", exc_info=True)
+                self._loggers.remove(each)
 
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        self.close(failed=kind is not None)
 
 
 def _epoch_of(line: str) -> int | None:

@@ -11,7 +11,7 @@ forward pass is seeded from (seed, epoch, batch, rank). The loader must seed its
 way, and must begin with the first batch of the step at which training resumes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,10 @@ from torch import nn
 
 from engine.distributed import any_process, rank, world_size
 from engine.logging import RunLog
-from engine.meters import Meters, Throughput, peak_memory_mb
+from engine.meters import Meters, Throughput, TimedBatches, TimeLeft, peak_memory_mb
 from engine.nonfinite import report_nonfinite
 from engine.optim import autocast, optimizer_step
-from engine.progress import Progress
+from engine.progress import Progress, step_line
 from engine.seeding import derive_seed, seed_all
 from engine.signals import StopRequest
 from engine.tensors import copy_to, unwrap
@@ -48,6 +48,9 @@ class LoopOptions:
         accumulate: Number of batches whose gradients are averaged for one optimizer step.
         clip_grad: Maximum norm of all gradients together; None does not clip.
         print_freq: Number of optimizer steps between printed metrics.
+        console_metrics: Names of the printed metrics; None prints the first ones.
+        max_steps: Number of optimizer steps after which the run ends, also within an epoch; None
+            for no limit.
         checkpoint_steps: Number of optimizer steps between checkpoints within an epoch; 0 saves
             none.
         output_dir: Folder for the report of a loss that is not finite; None for none.
@@ -61,8 +64,16 @@ class LoopOptions:
     accumulate: int = 1
     clip_grad: float | None = None
     print_freq: int = 50
+    console_metrics: Sequence[str] | None = None
+    max_steps: int | None = None
     checkpoint_steps: int = 0
     output_dir: Path | None = None
+
+    def last_step(self, epoch: int) -> int:
+        """Return the number of optimizer steps at which an epoch ends."""
+        if self.max_steps is None:
+            return self.steps
+        return min(self.steps, self.max_steps - epoch * self.steps)
 
 
 @dataclass
@@ -84,6 +95,10 @@ class TrainState:
     epoch: int = 0
     step: int = 0
     best: float = float("-inf")
+
+    def steps_done(self, steps_per_epoch: int) -> int:
+        """Return the number of optimizer steps done in all epochs."""
+        return self.epoch * steps_per_epoch + self.step
 
     def finish_epoch(self) -> None:
         """Move to the next epoch, after the current one is trained and evaluated."""
@@ -128,8 +143,11 @@ def train_epoch(
     log: RunLog,
     on_step: Callable[[], Any] = lambda: None,
     save: Callable[[], Any] = lambda: None,
+    left: TimeLeft | None = None,
 ) -> dict[str, float]:
     """Train from step `state.step` to the end of the epoch, and update `state`.
+
+    With `options.max_steps`, the epoch may end before its last step.
 
     Args:
         step_fn: Function of a batch on the device that returns scalar tensors: `loss`, which is
@@ -141,41 +159,52 @@ def train_epoch(
         log: Receives the `train/*` curves when metrics are printed.
         on_step: Called after each optimizer step; `state.step` already counts it.
         save: Saves a checkpoint. All processes call it, only between two optimizer steps.
+        left: Time left of the run, to print.
 
     Returns:
         The metrics that `step_fn` returned, averaged over all processes and all steps of the epoch,
-        and `lr`, `images_per_s` and `memory_mb`. If the run was resumed within the epoch, the
-        averages contain only the steps since then. If no step was left, the result is empty.
+        and `lr`, `images_per_s`, `data_s` (seconds per optimizer step in which this process waited
+        for data) and `memory_mb`. If the run was resumed within the epoch, the averages contain
+        only the steps since then. If no step was left, the result is empty.
 
     Raises:
         Stopped: A signal asked the run to stop; its checkpoint is saved.
         NonFiniteLossError: The loss is not finite in some process.
         RuntimeError: The loader ended before the epoch.
     """
+    first = shown = state.step
+    end = options.last_step(state.epoch)
     # A run that stopped after the last step of the epoch has only the evaluation left.
-    if state.step >= options.steps:
+    if first >= end:
         return {}
     state.model.train()
-    meters, speed = Meters(options.device), Throughput()
     total_batch_size = options.batch_size * options.accumulate * world_size()
-    batches = iter(loader)
-    with Progress(f"epoch {state.epoch}", options.steps, state.step) as progress:
-        while state.step < options.steps:
+    meters, speed, left_of_epoch = Meters(options.device), Throughput(), TimeLeft(end, first)
+    batches = TimedBatches(loader)
+    with Progress(f"epoch {state.epoch}", end, first) as progress:
+        while state.step < end:
             meters.update(train_step(step_fn, batches, state, options))
             state.step += 1
             on_step()
             speed.add(total_batch_size)
             progress.advance()
-            if state.step % options.print_freq == 0 or state.step == options.steps:
+            if state.step % options.print_freq == 0 or state.step == end:
                 metrics = meters.averages(all_processes=True, recent=True)
-                metrics |= _lr_speed_memory(state, options, speed.recent())
-                progress.show(metrics)
-                curves = {f"train/{name}": value for name, value in metrics.items()}
-                log.scalars(curves, state.epoch * options.steps + state.step)
+                data_s = batches.recent() / (state.step - shown)
+                metrics |= _run_metrics(state, options, speed.recent(), data_s)
+                shown, done = state.step, state.steps_done(options.steps)
+                log.scalars({f"train/{name}": value for name, value in metrics.items()}, done)
+                seconds = [left_of_epoch.seconds(state.step)]
+                seconds += [left.seconds(done)] if left is not None else []
+                progress.show(
+                    step_line(metrics, options.console_metrics, total_batch_size, seconds)
+                )
             if options.checkpoint_steps and state.step % options.checkpoint_steps == 0:
                 save()
             stop.check(save)
-    return meters.averages(all_processes=True) | _lr_speed_memory(state, options, speed.average())
+    data_s = batches.total() / (end - first)
+    averages = meters.averages(all_processes=True)
+    return averages | _run_metrics(state, options, speed.average(), data_s)
 
 
 def train_step(
@@ -242,12 +271,13 @@ def _gradient_sync(model: nn.Module, is_last: bool) -> AbstractContextManager:
     return nullcontext() if is_last or not hasattr(model, "no_sync") else model.no_sync()
 
 
-def _lr_speed_memory(
-    state: TrainState, options: LoopOptions, images_per_s: float
+def _run_metrics(
+    state: TrainState, options: LoopOptions, images_per_s: float, data_s: float
 ) -> dict[str, float]:
-    """Return learning rate (of the first parameter group), images per second and peak memory."""
+    """Return learning rate (of the first parameter group), speed, waiting time and memory."""
     return {
         "lr": state.optimizer.param_groups[0]["lr"],
         "images_per_s": images_per_s,
+        "data_s": data_s,
         "memory_mb": peak_memory_mb(options.device),
     }

@@ -1,15 +1,19 @@
-"""Averages of metrics that stay on the device until they are printed; speed and memory of a run."""
+"""Averages of metrics that stay on the device until they are printed; speed and memory of a run.
+
+`TimedBatches` measures how long training waits for its data, `TimeLeft` estimates its end.
+"""
 
 import resource
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from engine.distributed import all_reduce_sum
 
-__all__ = ["Meters", "Throughput", "peak_memory_mb"]
+__all__ = ["Meters", "Throughput", "TimeLeft", "TimedBatches", "peak_memory_mb"]
 
 
 class Meters:
@@ -107,6 +111,55 @@ class Throughput:
     def average(self) -> float:
         """Return images per second since the start."""
         return self._images / max(time.perf_counter() - self._start, 1e-9)
+
+
+class TimedBatches(Iterator[Any]):
+    """An iterator over batches that measures how long its caller waits for them.
+
+    Args:
+        loader: The batches. The start of its workers counts as waiting.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        start = time.perf_counter()
+        self._batches = iter(loader)
+        self._seconds = time.perf_counter() - start
+        self._before = 0.0
+
+    def __next__(self) -> Any:
+        """Return the next batch."""
+        start = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self._seconds += time.perf_counter() - start
+
+    def recent(self) -> float:
+        """Return the seconds of waiting since the last call of `recent`, or since the start."""
+        seconds, self._before = self._seconds - self._before, self._seconds
+        return seconds
+
+    def total(self) -> float:
+        """Return the seconds of waiting since the start."""
+        return self._seconds
+
+
+class TimeLeft:
+    """Time that is left, estimated from the average time of a step so far.
+
+    Args:
+        total: Number of steps at the end.
+        done: Number of steps done now, at the start of the measurement.
+    """
+
+    def __init__(self, total: int, done: int = 0) -> None:
+        self._total, self._first = total, done
+        self._start = time.perf_counter()
+
+    def seconds(self, done: int) -> float:
+        """Return the seconds left after `done` steps; everything between the steps counts too."""
+        elapsed = time.perf_counter() - self._start
+        return elapsed / max(done - self._first, 1) * (self._total - done)
 
 
 def peak_memory_mb(device: torch.device) -> float:

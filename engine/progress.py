@@ -1,16 +1,23 @@
-"""Progress within an epoch: a progress bar on a terminal, log lines anywhere else."""
+"""Progress within an epoch: one short line on a terminal, log lines anywhere else.
+
+The lines contain the main metrics only. `log.txt` and the loggers get all of them.
+"""
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
 from engine.distributed import is_main
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "format_metrics", "step_line"]
 
 logger = logging.getLogger(__name__)
+
+# Number of metrics to show if a trainer does not name them.
+_SHOWN = 4
+_RUN_METRICS = ("lr", "images_per_s", "data_s", "memory_mb")
 
 
 class Progress:
@@ -26,8 +33,10 @@ class Progress:
         self._title, self._total, self._done = title, total, done
         self._bar = None
         if is_main() and sys.stdout.isatty():
+            # The bar gets the columns that the text leaves; tqdm cuts longer text at the right.
+            form = f"{title} {{n_fmt}}/{{total_fmt}} |{{bar}}| {{desc}}"
             self._bar = tqdm(
-                desc=title, total=total, initial=done, file=sys.stdout, dynamic_ncols=True
+                total=total, initial=done, file=sys.stdout, dynamic_ncols=True, bar_format=form
             )
 
     def advance(self) -> None:
@@ -36,13 +45,12 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
 
-    def show(self, metrics: Mapping[str, float]) -> None:
-        """Show metrics in the bar, or log them as one line."""
-        text = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
+    def show(self, text: str) -> None:
+        """Show a text in the bar, or log it as one line."""
         if self._bar is not None:
-            self._bar.set_postfix_str(text)
+            self._bar.set_description_str(text)
         elif is_main():
-            logger.info("%s  step %d/%d  %s", self._title, self._done, self._total, text)
+            logger.info("%s %d/%d  %s", self._title, self._done, self._total, text)
 
     def __enter__(self) -> "Progress":
         return self
@@ -52,6 +60,54 @@ class Progress:
             self._bar.close()
 
 
+def step_line(
+    metrics: Mapping[str, float],
+    names: Sequence[str] | None,
+    total_batch_size: int,
+    seconds_left: Sequence[float],
+) -> str:
+    """Format the metrics of the last steps as one line.
+
+    Args:
+        metrics: All metrics, with `lr`, `images_per_s` and `data_s`.
+        names: Names of the other metrics to show; None for the first ones.
+        total_batch_size: Number of images per optimizer step.
+        seconds_left: Seconds left of the epoch and, if they are known, of the run.
+    """
+    own = {name: value for name, value in metrics.items() if name not in _RUN_METRICS}
+    images_per_s = metrics["images_per_s"]
+    waiting = metrics["data_s"] * images_per_s / total_batch_size
+    left = [_duration(seconds) for seconds in seconds_left]
+    parts = [
+        format_metrics(own, names),
+        f"lr {metrics['lr']:.3g}",
+        f"{images_per_s:.3g} img/s" if images_per_s < 1000 else f"{images_per_s:.0f} img/s",
+        f"data {waiting:.0%}",
+        f"left {left[0]}" + "".join(f" (run {time})" for time in left[1:]),
+    ]
+    return "  ".join(parts)
+
+
+def format_metrics(metrics: Mapping[str, float], names: Sequence[str] | None = None) -> str:
+    """Format the named metrics in one line, without those that are missing.
+
+    Args:
+        metrics: Values by name.
+        names: Names in their order; None for the first ones.
+    """
+    shown = list(metrics)[:_SHOWN] if names is None else [name for name in names if name in metrics]
+    return "  ".join(f"{name} {_short(metrics[name])}" for name in shown)
+
+
 def _short(value: float) -> str:
     """Format a number: from 1000 on without decimals, else with four significant digits."""
     return f"{value:.0f}" if 1000 <= value < 1e9 else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    """Format seconds as `2:05`, `3:02:05` or `4d 03h`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d {hours % 24:02d}h"
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,15 +1,14 @@
-"""The recipe of a trainer, and the functions that train and evaluate in a session.
+"""The recipe of a trainer, and the function that trains it in a session.
 
 A trainer builds the parts of its recipe (model, batches, step, optimizer, schedule, evaluation).
 This module does the rest, which is the same for all trainers: it compiles and distributes the
-model, resumes, trains and evaluates the epochs, updates the EMA, and writes checkpoints, logs and
-`eval.json`.
+model, resumes, trains and evaluates the epochs, updates the EMA, and writes checkpoints and logs.
 """
 
-import json
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,21 +21,25 @@ from torch.utils.data import DataLoader
 
 from engine.checkpoint import CheckpointDir
 from engine.config import dump
-from engine.distributed import distribute, is_main
+from engine.distributed import distribute, is_main, world_size
 from engine.errors import UsageError, UserError
+from engine.evaluation import Evaluate, evaluate_models
 from engine.logging import RunLog
 from engine.loop import LoopOptions, TrainState, train_epoch
+from engine.meters import TimeLeft
 from engine.optim import make_scaler
+from engine.progress import format_metrics
+from engine.report import Report, write_report
 from engine.run_config import steps_per_epoch, total_batch_size
+from engine.seeding import kept_random_state
 from engine.session import Session
 from engine.signals import StopRequest
+from engine.summary import describe_training
 from engine.tensors import unwrap
 
-__all__ = ["Evaluate", "Recipe", "run_evaluation", "run_training"]
+__all__ = ["Recipe", "run_training"]
 
 logger = logging.getLogger(__name__)
-
-Evaluate = Callable[[Mapping[str, nn.Module]], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,13 @@ class Recipe:
             `""` and its EMA, if there is one, under `"ema_"`; these keys are the prefixes of the
             names of their metrics. All processes call it, and it must return the same in all.
         best_by: Name of the metric to maximize, which selects the best checkpoint.
+        sanity: Function like `evaluate` for the first two batches of the validation set, for
+            `--val_sanity`; None checks nothing.
+        report: Function that returns the details of the last evaluation; the main process calls it.
+            None for no details.
+        console_metrics: Names of the metrics, of `step` and of `evaluate`, that the console shows;
+            None shows the first four of each.
+        data: Lines about the data for the start of the log: title → text.
         ema: EMA of the weights; None for none.
         dtype: Type of mixed precision; float32 for none.
         clip_grad: Largest norm of all gradients together; None does not clip.
@@ -74,16 +84,15 @@ class Recipe:
     schedule_per_step: bool = False
     evaluate: Evaluate
     best_by: str
+    sanity: Evaluate | None = None
+    report: Callable[[], Report] | None = None
+    console_metrics: Sequence[str] | None = None
+    data: Mapping[str, str] = field(default_factory=dict)
     ema: ModelEmaV3 | None = None
     dtype: torch.dtype
     clip_grad: float | None = None
     checkpoint_extras: Callable[[], Mapping[str, Any]] = dict
     versions: Mapping[str, str] = field(default_factory=dict)
-
-
-def format_metrics(metrics: Mapping[str, float]) -> str:
-    """Format metrics in one line."""
-    return "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
 
 
 def run_training(session: Session, recipe: Recipe) -> dict[str, Any]:
@@ -112,37 +121,6 @@ def run_training(session: Session, recipe: Recipe) -> dict[str, Any]:
     return training.content()
 
 
-def run_evaluation(
-    session: Session,
-    model: nn.Module,
-    evaluate: Evaluate,
-    *,
-    ema: ModelEmaV3 | None,
-    num_images: int,
-    describe: Callable[[Mapping[str, float]], str] = format_metrics,
-) -> None:
-    """Evaluate a model once; log its metrics and write them to `eval.json`.
-
-    Args:
-        session: Session of the run.
-        model: Model with its weights, on the session's device.
-        evaluate: Function that returns the metrics, as in `Recipe`.
-        ema: EMA of the weights; None for none.
-        num_images: Number of images in the validation set.
-        describe: Function that formats the metrics for the log.
-    """
-    if session.config.compile:
-        model.compile()
-    start = time.perf_counter()
-    metrics = _evaluate(evaluate, model, ema, session.device)
-    images_per_s = num_images / (time.perf_counter() - start)
-    logger.info("%d images, %.4g images/s\n%s", num_images, images_per_s, describe(metrics))
-    if session.output_dir is not None and is_main():
-        record = {f"test_{name}": value for name, value in metrics.items()}
-        record |= {"images": num_images, "images_per_s": images_per_s}
-        (session.output_dir / "eval.json").write_text(json.dumps(record) + "\n")
-
-
 class _Training:
     """One training of a recipe in a session."""
 
@@ -150,7 +128,6 @@ class _Training:
         self.session, self.recipe, self.config = session, recipe, session.config
         trainable = [p.numel() for p in recipe.model.parameters() if p.requires_grad]
         self.num_parameters = sum(trainable)
-        logger.info("%d trainable parameters", self.num_parameters)
         if self.config.compile:
             recipe.model.compile()
         self.model = distribute(recipe.model, session.device)
@@ -168,6 +145,8 @@ class _Training:
             accumulate=self.config.accumulate_steps,
             clip_grad=recipe.clip_grad,
             print_freq=self.config.print_freq,
+            console_metrics=recipe.console_metrics,
+            max_steps=self.config.max_steps,
             checkpoint_steps=self.config.checkpoint_steps or 0,
             output_dir=session.output_dir,
         )
@@ -189,17 +168,65 @@ class _Training:
             raise UserError(f"the checkpoint is of another optimizer: {error}") from error
         self.recipe.scheduler.load_state_dict(checkpoint["lr_scheduler"])
 
+    @property
+    def steps_done(self) -> int:
+        """Number of optimizer steps done in all epochs."""
+        return self.state.steps_done(self.options.steps)
+
     def run(self) -> None:
-        """Train all remaining epochs."""
-        state, options = self.state, self.options
-        start_step = state.epoch * options.steps + state.step
-        with StopRequest() as stop, RunLog(options.output_dir, start_step=start_step) as log:
-            while state.epoch < self.config.epochs:
-                self.run_epoch(stop, log)
+        """Train all remaining epochs, at most `max_steps` optimizer steps in total."""
+        config, options = self.config, self.options
+        total = min(config.epochs * options.steps, config.max_steps or math.inf)
+        self.describe(total)
+        run_log = RunLog(
+            options.output_dir,
+            start_step=self.steps_done,
+            loggers=config.loggers,
+            config=dump(config),
+        )
+        with StopRequest() as stop, run_log as log:
+            if self.steps_done == 0 and self.session.checkpoint is None and config.val_sanity:
+                self.check_validation()
+            left = TimeLeft(total, self.steps_done)
+            while self.steps_done < total or self.needs_evaluation():
+                self.run_epoch(stop, log, left, total)
                 stop.check(self.save)
 
-    def run_epoch(self, stop: StopRequest, log: RunLog) -> None:
-        """Train, evaluate, log and save one epoch."""
+    def needs_evaluation(self) -> bool:
+        """Return whether the run was stopped between an epoch and its evaluation."""
+        return self.state.epoch < self.config.epochs and self.state.step == self.options.steps
+
+    def describe(self, total: int) -> None:
+        """Log what the training starts with; `total` is the number of steps of the run."""
+        recipe, config, steps = self.recipe, self.config, self.options.steps
+        batch = f"{world_size()} process(es) x {config.batch_size} x {config.accumulate_steps}"
+        lines = {
+            **recipe.data,
+            "steps": f"{steps:,} per epoch, {total:,} in the run",
+            "total batch size": f"{self.total_batch_size} images ({batch} accumulated)",
+            **describe_training(recipe.model, recipe.optimizer, recipe.dtype),
+            **recipe.versions,
+        }
+        width = max(map(len, lines))
+        text = "\n".join(f"  {title:<{width}}  {line}" for title, line in lines.items())
+        logger.info("training\n%s", text)
+
+    def evaluate(self, evaluate: Evaluate) -> dict[str, float]:
+        """Return the metrics of the model and its EMA."""
+        return evaluate_models(evaluate, unwrap(self.model), self.recipe.ema, self.options.device)
+
+    def check_validation(self) -> None:
+        """Evaluate the first batches of the validation set, and change nothing."""
+        if self.recipe.sanity is None:
+            return
+        start = time.perf_counter()
+        with kept_random_state():
+            self.evaluate(self.recipe.sanity)
+        seconds = time.perf_counter() - start
+        logger.info("sanity check: evaluated two validation batches in %.3g s", seconds)
+
+    def run_epoch(self, stop: StopRequest, log: RunLog, left: TimeLeft, total: int) -> None:
+        """Train, evaluate, log and save one epoch, or its part before step `total` of the run."""
         state, options, recipe = self.state, self.options, self.recipe
         epoch = state.epoch
         start = state.step * options.batch_size * options.accumulate
@@ -213,23 +240,39 @@ class _Training:
             log=log,
             on_step=self.after_step,
             save=self.save,
+            left=left,
         )
+        is_over = self.steps_done >= total
+        is_whole = state.step == options.steps
         tested: dict[str, float] = {}
-        if (epoch + 1) % self.config.eval_interval == 0 or epoch + 1 == self.config.epochs:
-            tested = _evaluate(recipe.evaluate, unwrap(self.model), recipe.ema, options.device)
+        if (epoch + 1) % self.config.eval_interval == 0 or is_over:
+            tested = evaluate_models(
+                recipe.evaluate, unwrap(self.model), recipe.ema, options.device
+            )
         best = tested[recipe.best_by] if tested else state.best
         is_best, state.best = best > state.best, max(state.best, best)
-        if not recipe.schedule_per_step:
-            self.step_scheduler(epoch)
-        state.finish_epoch()
+        if is_whole:
+            if not recipe.schedule_per_step:
+                self.step_scheduler(epoch)
+            state.finish_epoch()
         record = {"epoch": epoch, "n_parameters": self.num_parameters}
         record |= {f"train_{name}": value for name, value in trained.items()}
         record |= {f"test_{name}": value for name, value in tested.items()}
-        log.write_epoch(record, state.epoch * options.steps)
-        self.save(is_best=is_best, epoch=epoch)
+        log.write_epoch(record, self.steps_done)
+        # Only a whole epoch has a numbered checkpoint.
+        self.save(is_best=is_best, epoch=epoch if is_whole else None)
         if tested:
-            text = format_metrics(tested)
-            logger.info("epoch %d: %s  (best %s %.6g)", epoch, text, recipe.best_by, state.best)
+            self.write_details(log, epoch)
+            text = format_metrics(tested, recipe.console_metrics)
+            logger.info("epoch %d: %s  (best %s %.4g)", epoch, text, recipe.best_by, state.best)
+
+    def write_details(self, log: RunLog, epoch: int) -> None:
+        """Write the metrics of each class and the pictures of the last evaluation."""
+        if self.recipe.report is None or self.options.output_dir is None or not is_main():
+            return
+        report = self.recipe.report()
+        write_report(report, self.options.output_dir, epoch=epoch)
+        log.images(report.pictures, self.steps_done)
 
     def after_step(self) -> None:
         """Update the schedule and the EMA after an optimizer step."""
@@ -264,16 +307,3 @@ class _Training:
             "images_per_step": self.total_batch_size,
             "provenance": {**self.session.provenance, **self.recipe.versions},
         }
-
-
-def _evaluate(
-    evaluate: Evaluate, model: nn.Module, ema: ModelEmaV3 | None, device: torch.device
-) -> dict[str, float]:
-    """Return the metrics of a model and its EMA, which may be on the CPU between evaluations."""
-    models = {"": model}
-    if ema is not None:
-        models["ema_"] = ema.module.to(device)
-    metrics = evaluate(models)
-    if ema is not None and ema.device is not None:
-        ema.module.to(ema.device)
-    return metrics

@@ -6,12 +6,13 @@ A trainer's configuration inherits from `RunConfig` and adds its model, data and
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch.utils.data import DataLoader
 
 from engine.config import Config
 from engine.distributed import world_size
 from engine.errors import UsageError
+from engine.loggers import LOGGERS
 from engine.optim import DTYPES
 
 __all__ = ["RunConfig", "resolve_dtype", "steps_per_epoch", "total_batch_size"]
@@ -54,10 +55,45 @@ class RunConfig(Config):
     """Number of checkpoint_<epoch>.pth files to keep, in addition to the last and the best."""
     print_freq: int = Field(10, ge=1)
     """Number of optimizer steps between printed metrics."""
+    max_steps: int | None = Field(None, ge=1)
+    """Number of optimizer steps after which training ends, with evaluation and checkpoint, also
+    within an epoch; the schedule stays that of epochs; none trains all epochs."""
+    val_sanity: bool = True
+    """Evaluate two batches before the first epoch of a new run, to find errors early."""
+    log_images: int = Field(0, ge=0)
+    """Number of validation images to draw with predictions and send to the loggers, per
+    evaluation."""
+    logger: str | None = "tensorboard"
+    """Loggers of curves and pictures: tensorboard, wandb, mlflow, several with commas, or none."""
     world_size: int = Field(1, ge=1)
     """Number of processes; torchrun sets it, and any value above 1 must equal that of torchrun."""
     dist_url: Literal["env://"] = "env://"
     """URL used to set up distributed training; env:// reads the variables of the launcher."""
+
+    @field_validator("logger")
+    @classmethod
+    def _check_logger(cls, names: str | None) -> str | None:
+        """Refuse an unknown logger, and one that is named twice."""
+        parts = names.split(",") if names else []
+        if not set(parts) <= set(LOGGERS) or len(set(parts)) < len(parts):
+            raise ValueError(f"must be {', '.join(LOGGERS)}, or several of them with commas")
+        return names
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Names of the loggers."""
+        return tuple(self.logger.split(",")) if self.logger else ()
+
+    @model_validator(mode="after")
+    def _check_loggers(self) -> "RunConfig":
+        """Check that loggers have a folder and pictures have a logger."""
+        if not self.output_dir and self.loggers not in ((), ("tensorboard",)):
+            raise ValueError(f"logger {self.logger} needs output_dir, the folder of the run")
+        if self.log_images and not self.output_dir:
+            raise ValueError("log_images needs output_dir, the folder of the run")
+        if self.log_images and not self.loggers and not self.eval:
+            raise ValueError("log_images needs a logger, which gets the pictures")
+        return self
 
     @model_validator(mode="after")
     def _check_auto_resume(self) -> "RunConfig":

@@ -7,11 +7,13 @@ is resumed at any step draws the same numbers as an uninterrupted one.
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-__all__ = ["derive_seed", "seed_all"]
+__all__ = ["derive_seed", "kept_random_state", "seed_all"]
 
 
 def derive_seed(*parts: int) -> int:
@@ -40,3 +42,14 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Restore the states of the random generators of Python, NumPy and torch at the end."""
+    python, numpy = random.getstate(), np.random.get_state()
+    device = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(device):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)

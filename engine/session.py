@@ -17,6 +17,7 @@ from engine.checkpoint import CheckpointDir, check_writable
 from engine.config import dump
 from engine.distributed import init_distributed, is_main, rank, world_size
 from engine.errors import UsageError, UserError
+from engine.loggers import check_loggers
 from engine.logging import setup_logging
 from engine.provenance import provenance
 from engine.run_config import RunConfig
@@ -63,7 +64,8 @@ def start_session(
         **versions: Versions to record, in addition to those of Python and torch.
 
     Raises:
-        UserError: The output folder cannot be written, or the checkpoint cannot resume a training.
+        UserError: The output folder cannot be written, a logger is not installed, or the checkpoint
+            cannot resume a training.
         UsageError: The device does not exist, or the number of processes is wrong.
     """
     device = init_distributed(config.device)
@@ -74,6 +76,8 @@ def start_session(
             f"--world_size must be the number of started processes, {world_size()}, "
             f"got {config.world_size}; omit it, since torchrun sets it"
         )
+    if output_dir is not None and is_main() and not config.eval:
+        check_loggers(config.loggers)
     origin = provenance() | versions
     logger.info("%s, %d process(es), %s", device, world_size(), origin)
     source = _checkpoint_to_resume(config)

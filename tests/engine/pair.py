@@ -57,7 +57,9 @@ def resumption(rank: int, folder: Path) -> dict[str, Any]:
     halfway = torch.load(folder / "stopped" / "checkpoint.pth", weights_only=True)
     resumed = train(ToyConfig(**options, output_dir=output_dir), resume=True)
     names = uninterrupted.keys() - {"args"}
+    limited = train(ToyConfig(**options, max_steps=3))
     return {
+        "limited": [limited["epoch"], limited["step"]],
         "code": code,
         "halfway": [halfway["epoch"], halfway["step"]],
         "equal": all(equal(uninterrupted[name], resumed[name]) for name in names),

@@ -1,5 +1,7 @@
 """The training loop: exact resumption at any step, and the effect of every option."""
 
+import json
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +73,42 @@ def test_a_killed_run_resumes_from_its_checkpoint_within_the_epoch(tmp_path):
     assert_same_run(train(ToyConfig()), train(ToyConfig(**options), resume=True))
 
 
+@pytest.mark.parametrize(
+    ("max_steps", "place", "lines"),
+    [(5, (-1, 5), [0]), (11, (0, 0), [0]), (15, (0, 4), [0, 1])],
+    ids=["first epoch", "end of an epoch", "second epoch"],
+)
+def test_max_steps_ends_training_with_evaluation_and_checkpoint(tmp_path, max_steps, place, lines):
+    options = {"output_dir": str(tmp_path), "eval_interval": 100, "checkpoint_steps": 4}
+    last = train(ToyConfig(**options, max_steps=max_steps))
+    assert (last["epoch"], last["step"]) == place
+    saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert_same_run(last, saved)
+    log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [record["epoch"] for record in log] == lines
+    assert ["test_mean" in record for record in log] == [False] * (len(lines) - 1) + [True]
+    # Only whole epochs have numbered checkpoints.
+    assert (tmp_path / "checkpoint_0001.pth").exists() is False
+    again = train(ToyConfig(**options, max_steps=max_steps), resume=True)
+    assert_same_run(last, again)
+
+
+def test_a_run_continued_after_max_steps_equals_an_uninterrupted_one(tmp_path):
+    uninterrupted = train(ToyConfig())
+    train(ToyConfig(output_dir=str(tmp_path), max_steps=5))
+    train(ToyConfig(output_dir=str(tmp_path), max_steps=14), resume=True)
+    resumed = train(ToyConfig(output_dir=str(tmp_path)), resume=True)
+    # The evaluations in between may have the best metric.
+    for name in uninterrupted.keys() - {"args", "best"}:
+        assert equal(uninterrupted[name], resumed[name]), name
+    log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [record["epoch"] for record in log] == [0, 1]
+
+
+def test_max_steps_beyond_the_epochs_changes_nothing():
+    assert_same_run(train(ToyConfig()), train(ToyConfig(max_steps=1000)))
+
+
 def test_two_processes_stop_together_and_resume_exactly(pair):
     for results in pair.results:
         got = results["resumption"]
@@ -78,6 +116,7 @@ def test_two_processes_stop_together_and_resume_exactly(pair):
         assert got["halfway"] == [0, 2]
         assert got["equal"]
         assert got["moved"]
+        assert got["limited"] == [-1, 3]
     assert pair.results[0]["resumption"]["weights"] == pair.results[1]["resumption"]["weights"]
 
 
@@ -242,6 +281,7 @@ def test_metrics_are_averages_fetched_only_when_printed(monkeypatch):
     assert metrics["seen"] == 4
     assert metrics["lr"] == 0.1
     assert metrics["images_per_s"] > 0
+    assert metrics["data_s"] >= 0
     assert metrics["memory_mb"] > 0
 
 
@@ -262,6 +302,16 @@ def test_curves_are_averages_since_the_last_point():
         log=Log(None),
     )
     assert points == [(12, 1.5), (14, 3.5), (15, 5.0)]
+
+
+def test_the_time_of_a_slow_loader_is_a_metric():
+    def slow():
+        for batch in batches(4, 6):
+            time.sleep(0.05)
+            yield batch
+
+    metrics = LinearRun().train(slow())
+    assert 0.05 <= metrics["data_s"] < 0.5
 
 
 def test_the_model_is_in_training_mode():
@@ -286,10 +336,8 @@ def test_a_compiled_model_is_saved_without_prefixes():
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys, caplog):
     caplog.set_level("INFO")
     LinearRun(print_freq=2).train(batches(4, 6))
-    assert [record.getMessage().split("  ")[:2] for record in caplog.records] == [
-        ["epoch 0", "step 2/4"],
-        ["epoch 0", "step 4/4"],
-    ]
+    starts = [message.split("  ")[0] for message in caplog.messages]
+    assert starts == ["epoch 0 2/4", "epoch 0 4/4"]
     caplog.clear()
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     LinearRun(print_freq=2).train(batches(4, 6))

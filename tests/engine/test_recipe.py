@@ -8,7 +8,7 @@ import torch
 import engine
 from engine import session
 from tests.engine import toy
-from tests.engine.toy import ToyConfig, train
+from tests.engine.toy import ToyConfig, equal, train
 
 
 def test_an_epoch_without_a_whole_step_is_refused():
@@ -43,3 +43,49 @@ def test_checkpoints_name_the_revision_of_the_start(monkeypatch, tmp_path):
     assert last["provenance"]["git"] == "of the start"
     first_line = (tmp_path / "config.yaml").read_text().splitlines()[0]
     assert json.loads(first_line.removeprefix("# "))["git"] == "of the start"
+
+
+def test_a_sanity_check_comes_before_a_new_training_only(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(toy, "sanity", lambda models: calls.append(sorted(models)) or {})
+    train(ToyConfig(output_dir=str(tmp_path), epochs=1))
+    assert calls == [["", "ema_"]]
+    train(ToyConfig(output_dir=str(tmp_path), epochs=2), resume=True)
+    train(ToyConfig(val_sanity=False))
+    assert len(calls) == 1
+
+
+def test_a_sanity_check_does_not_change_the_run():
+    with_check, without = train(ToyConfig()), train(ToyConfig(val_sanity=False))
+    assert all(equal(with_check[name], without[name]) for name in with_check.keys() - {"args"})
+
+
+def test_an_error_of_the_sanity_check_ends_the_run_before_the_first_step(monkeypatch, tmp_path):
+    def fail(models):
+        raise engine.UserError("the validation set is damaged")
+
+    monkeypatch.setattr(toy, "sanity", fail)
+    with pytest.raises(engine.UserError, match="is damaged"):
+        train(ToyConfig(output_dir=str(tmp_path)))
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_the_log_begins_with_what_is_trained(caplog):
+    caplog.set_level("INFO")
+    train(ToyConfig(accumulate_steps=2, max_steps=7))
+    (block,) = [message for message in caplog.messages if message.startswith("training")]
+    assert block.splitlines()[1:] == [
+        "  steps             5 per epoch, 7 in the run",
+        "  total batch size  8 images (1 process(es) x 4 x 2 accumulated)",
+        "  parameters        211 trainable of 211",
+        "  learning rate     0.05 (AdamW)",
+        "  dtype             float32",
+    ]
+
+
+def test_the_summary_of_an_epoch_is_one_short_line(caplog):
+    caplog.set_level("INFO")
+    train(ToyConfig(epochs=1))
+    (line,) = [message for message in caplog.messages if "best" in message]
+    assert line.startswith("epoch 0: mean ")
+    assert len(line) < 90

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine import derive_seed, seed_all
+from engine.seeding import kept_random_state
 
 
 def draw() -> tuple[float, float, float]:
@@ -50,3 +51,12 @@ def test_all_generators_repeat_their_numbers_after_seeding(seed):
     assert draw() == first
     seed_all(seed ^ 1)
     assert not set(draw()) & set(first)
+
+
+def test_kept_random_states_are_those_of_before():
+    seed_all(3)
+    expected = draw()
+    seed_all(3)
+    with kept_random_state():
+        draw()
+    assert draw() == expected

@@ -64,7 +64,7 @@ def test_a_signal_to_the_process_group_does_not_stop_the_loader_before_the_check
     flags = ["--output-dir", str(tmp_path), "--num-workers", "2", "--pause", "0.5"]
     run = start("tests.engine.toy", *flags)
     try:
-        while "step 3/" not in run.stdout.readline():
+        while "epoch 0 3/" not in run.stdout.readline():
             assert run.poll() is None, run.stderr.read()
         time.sleep(0.1)  # The next step has begun.
         os.killpg(run.pid, signal.SIGTERM)  # Like torchrun.

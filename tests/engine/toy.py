@@ -139,6 +139,12 @@ def evaluate(models: Mapping[str, nn.Module]) -> dict[str, float]:
     return {f"{prefix}mean": model[-1].weight.mean().item() for prefix, model in models.items()}
 
 
+def sanity(models: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Draw random numbers, as an evaluation for `--val_sanity` may do."""
+    torch.rand(3), random.random(), np.random.rand(3)
+    return {}
+
+
 def train(config: ToyConfig, *, resume: bool = False) -> dict[str, Any]:
     """Train, and return the content of the last checkpoint."""
     config = config.model_copy(update={"auto_resume": resume})
@@ -170,6 +176,7 @@ def train(config: ToyConfig, *, resume: bool = False) -> dict[str, Any]:
         clip_grad=config.clip_grad,
         evaluate=evaluate,
         best_by="mean",
+        sanity=sanity,
     )
     return engine.run_training(session, recipe)
 
