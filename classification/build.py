@@ -16,6 +16,7 @@ from classification.evaluate import evaluate
 from classification.finetune import adapt_weights, recorded_image_size
 from classification.losses import DistillationLoss, base_criterion
 from classification.models import build_model
+from classification.report import ClassReport
 from datasets import ResilientDataset
 from engine import Evaluate, UsageError, resolve_dtype
 from irpe_core import CheckpointError, load_checkpoint, load_weights
@@ -132,15 +133,29 @@ def create_optimizer(
 
 
 def create_evaluation(
-    config: ClassificationConfig, data: ResilientDataset, device: torch.device
+    config: ClassificationConfig,
+    data: ResilientDataset,
+    device: torch.device,
+    *,
+    report: ClassReport | None = None,
+    batches: int | None = None,
 ) -> Evaluate:
-    """Create the function that evaluates several models on a validation set."""
+    """Create the function that evaluates several models on a validation set.
+
+    Args:
+        config: The configuration.
+        data: The validation set.
+        device: Device of the models.
+        report: Collects the details of each evaluation.
+        batches: Number of batches to evaluate in each process; None evaluates all.
+    """
     return partial(
         evaluate,
-        loader=eval_loader(data, config, device),
+        loader=eval_loader(data, config, device, batches),
         device=device,
         dtype=autocast_dtype(config, device),
         shared=config.dist_eval,
+        report=report,
     )
 
 

@@ -80,21 +80,30 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: ResilientDataset, config: ClassificationConfig, device: torch.device
+    dataset: ResilientDataset,
+    config: ClassificationConfig,
+    device: torch.device,
+    batches: int | None = None,
 ) -> DataLoader:
     """Return the evaluation batches of this process, or all batches without `dist_eval`.
 
     No image is repeated to fill a batch.
+
+    Args:
+        dataset: The validation set.
+        config: The configuration.
+        device: Device to pin memory for.
+        batches: Number of batches of each process, read without workers; None for all batches.
     """
     process, processes = (rank(), world_size()) if config.dist_eval else (0, 1)
-    sampler = EvalSampler(
-        len(dataset), batch_size=config.batch_size, rank=process, world_size=processes
-    )
+    size = len(dataset)
+    options = _loader_options(config, device)
+    if batches is not None:
+        size = min(size, batches * config.batch_size * processes)
+        options |= {"num_workers": 0, "persistent_workers": False}
+    sampler = EvalSampler(size, batch_size=config.batch_size, rank=process, world_size=processes)
     return DataLoader(
-        SeededDataset(dataset),
-        batch_size=config.batch_size,
-        sampler=sampler,
-        **_loader_options(config, device),
+        SeededDataset(dataset), batch_size=config.batch_size, sampler=sampler, **options
     )
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from classification.report import ClassReport
 from engine import all_gather_object, autocast, copy_to
 
 __all__ = ["evaluate"]
@@ -22,6 +23,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     *,
     shared: bool = True,
+    report: ClassReport | None = None,
 ) -> dict[str, float]:
     """Evaluate classifiers in one pass over the data.
 
@@ -33,6 +35,7 @@ def evaluate(
         device: Device of the models.
         dtype: Data type of automatic mixed precision; float32 disables it.
         shared: Whether the data is divided among the processes; else each process has all of it.
+        report: Collects the details of this evaluation.
 
     Returns:
         For every model `acc1` and `acc5` in percent, and the mean cross-entropy `loss`.
@@ -41,12 +44,19 @@ def evaluate(
     for model in models.values():
         model.eval()
     sums: dict[str, list[Tensor]] = {prefix: [] for prefix in models}
-    for batch in loader:
+    if report is not None:
+        report.reset()
+    for number, batch in enumerate(loader):
         images, targets = copy_to(batch, device)
         for prefix, model in models.items():
             with autocast(device, dtype):
-                logits = model(images)
-            sums[prefix].append(_batch_sums(logits.float(), targets))
+                logits = model(images).float()
+            top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+            sums[prefix].append(_batch_sums(logits, top, targets))
+            if report is not None:
+                report.add(prefix, number, images, logits, top[:, 0], targets)
+    if report is not None:
+        report.gather(shared=shared)
     metrics = {}
     for prefix, model in models.items():
         model.train(were_training[prefix])
@@ -55,9 +65,8 @@ def evaluate(
     return metrics
 
 
-def _batch_sums(logits: Tensor, targets: Tensor) -> Tensor:
+def _batch_sums(logits: Tensor, top: Tensor, targets: Tensor) -> Tensor:
     """Return the sums of a batch, `(4,)` float64: top-1 hits, top-5 hits, losses and images."""
-    top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
     correct = top == targets[:, None]
     loss = F.cross_entropy(logits, targets, reduction="sum")
     count = logits.new_tensor(len(targets))

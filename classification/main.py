@@ -13,6 +13,7 @@ from classification.build import (
 )
 from classification.config import ClassificationConfig, parse_args
 from classification.data import build_split, train_loader
+from classification.report import ClassReport
 from classification.saved import complete, describe
 from datasets import DataError
 from engine import (
@@ -60,6 +61,7 @@ def train(config: ClassificationConfig, session: Session) -> None:
     operators = set_implementation(model, config.rpe_implementation, device, choices=choices)
     ema = create_ema(config, model, checkpoint)
     step = create_step(config, num_classes, device)
+    report = ClassReport(train_data.classes, config.log_images)
     optimizer = create_optimizer(config, model, total_batch_size(config))
     scheduler, _ = create_scheduler(config, optimizer)
 
@@ -72,8 +74,15 @@ def train(config: ClassificationConfig, session: Session) -> None:
         scheduler=scheduler,
         dtype=autocast_dtype(config, device),
         clip_grad=config.clip_grad,
-        evaluate=create_evaluation(config, val_data, device),
+        evaluate=create_evaluation(config, val_data, device, report=report),
+        sanity=create_evaluation(config, val_data, device, batches=2),
+        report=report.result,
         best_by="acc1",
+        console_metrics=("loss", "acc1", "acc5", "ema_acc1", "ema_acc5"),
+        data={
+            "images": f"{len(train_data):,} training, {len(val_data):,} validation",
+            "classes": f"{num_classes:,}",
+        },
         checkpoint_extras=lambda: {
             **describe(config, train_data.classes),
             "attention_choices": AUTOTUNER.state_dict(),
@@ -94,12 +103,14 @@ def evaluate(config: ClassificationConfig, session: Session) -> None:
     model = create_model(config, len(val_data.classes), checkpoint).to(device)
     choices = (checkpoint or {}).get("attention_choices")
     set_implementation(model, config.rpe_implementation, device, choices=choices)
+    report = ClassReport(val_data.classes, config.log_images)
     run_evaluation(
         session,
         model,
-        create_evaluation(config, val_data, device),
+        create_evaluation(config, val_data, device, report=report),
         ema=create_ema(config, model, checkpoint),
         num_images=len(val_data),
+        report=report.result,
     )
     val_data.warn_if_bad()
 

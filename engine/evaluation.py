@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from engine.distributed import is_main
-from engine.report import Report, write_pictures, write_report
+from engine.report import Report, ReportWriter, write_pictures
 from engine.session import Session
 
 __all__ = ["Evaluate", "evaluate_models", "run_evaluation"]
@@ -61,7 +61,7 @@ def run_evaluation(
         (session.output_dir / "eval.json").write_text(json.dumps(record) + "\n")
         if report is not None:
             details = report()
-            write_report(details, session.output_dir)
+            ReportWriter(session.output_dir).write(details)
             write_pictures(details, session.output_dir)
 
 

@@ -29,7 +29,7 @@ from engine.loop import LoopOptions, TrainState, train_epoch
 from engine.meters import TimeLeft
 from engine.optim import make_scaler
 from engine.progress import format_metrics
-from engine.report import Report, write_report
+from engine.report import Report, ReportWriter
 from engine.run_config import steps_per_epoch, total_batch_size
 from engine.seeding import kept_random_state
 from engine.session import Session
@@ -151,7 +151,9 @@ class _Training:
             output_dir=session.output_dir,
         )
         folder, keep = session.output_dir, self.config.keep_checkpoints
-        self.checkpoints = CheckpointDir(folder, keep) if folder is not None and is_main() else None
+        writes = folder is not None and is_main()
+        self.checkpoints = CheckpointDir(folder, keep) if writes else None
+        self.reports = ReportWriter(folder) if writes else None
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Load optimizer, schedule and position from a checkpoint."""
@@ -246,9 +248,7 @@ class _Training:
         is_whole = state.step == options.steps
         tested: dict[str, float] = {}
         if (epoch + 1) % self.config.eval_interval == 0 or is_over:
-            tested = evaluate_models(
-                recipe.evaluate, unwrap(self.model), recipe.ema, options.device
-            )
+            tested = self.evaluate(recipe.evaluate)
         best = tested[recipe.best_by] if tested else state.best
         is_best, state.best = best > state.best, max(state.best, best)
         if is_whole:
@@ -262,16 +262,16 @@ class _Training:
         # Only a whole epoch has a numbered checkpoint.
         self.save(is_best=is_best, epoch=epoch if is_whole else None)
         if tested:
-            self.write_details(log, epoch)
             text = format_metrics(tested, recipe.console_metrics)
             logger.info("epoch %d: %s  (best %s %.4g)", epoch, text, recipe.best_by, state.best)
+            self.write_details(log, epoch, is_over)
 
-    def write_details(self, log: RunLog, epoch: int) -> None:
+    def write_details(self, log: RunLog, epoch: int, is_last: bool) -> None:
         """Write the metrics of each class and the pictures of the last evaluation."""
-        if self.recipe.report is None or self.options.output_dir is None or not is_main():
+        if self.recipe.report is None or self.reports is None:
             return
         report = self.recipe.report()
-        write_report(report, self.options.output_dir, epoch=epoch)
+        self.reports.write(report, is_last=is_last, epoch=epoch)
         log.images(report.pictures, self.steps_done)
 
     def after_step(self) -> None:

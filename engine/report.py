@@ -6,6 +6,7 @@ A trainer's report collects them during an evaluation. The engine then writes
 
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from engine.checkpoint import replacing
 from engine.optional import is_installed
 
-__all__ = ["Report", "write_pictures", "write_report"]
+__all__ = ["Report", "ReportWriter", "write_pictures"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,22 +40,46 @@ class Report:
     pictures: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
 
 
-def write_report(report: Report, folder: Path, **entries: Any) -> None:
-    """Write the metrics of each class to a folder, over those of an earlier evaluation.
+class ReportWriter:
+    """Writer of the files of a report, over those of an earlier evaluation.
+
+    JSON is written each time. Drawing takes a third of a second, more than an evaluation of a small
+    data set, so the picture is drawn only if that costs less than a twentieth of the time since the
+    last drawing, and at the end.
 
     Args:
-        report: Details of the evaluation.
         folder: Existing folder.
-        **entries: Further entries of the JSON file, such as the epoch.
     """
-    with replacing(folder / f"{_NAME}.json") as temporary:
-        text = json.dumps({**entries, **report.per_class}, ensure_ascii=False, indent=1)
-        temporary.write_text(text + "\n", encoding="utf-8")
-    if not is_installed("matplotlib"):
-        logger.info("%s.png needs the package matplotlib: pip install matplotlib", _NAME)
-        return
-    with replacing(folder / f"{_NAME}.png") as temporary:
-        report.draw(temporary)
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._drawn = self._cost = 0.0
+
+    def write(self, report: Report, *, is_last: bool = True, **entries: Any) -> None:
+        """Write `metrics_per_class.json` and, if it is due, `metrics_per_class.png`.
+
+        Args:
+            report: Details of the evaluation.
+            is_last: True for the last evaluation, which is always drawn.
+            **entries: Further entries of the JSON file, such as the epoch.
+
+        Raises:
+            UserError: A file cannot be written.
+        """
+        with replacing(self._folder / f"{_NAME}.json") as temporary:
+            text = json.dumps({**entries, **report.per_class}, ensure_ascii=False, indent=1)
+            temporary.write_text(text + "\n", encoding="utf-8")
+        start = time.perf_counter()
+        if not is_last and self._cost and start - self._drawn < 20 * self._cost:
+            return
+        if not is_installed("matplotlib"):
+            if is_last:
+                logger.info("%s.png needs the package matplotlib: pip install matplotlib", _NAME)
+            return
+        with replacing(self._folder / f"{_NAME}.png") as temporary:
+            report.draw(temporary)
+        self._drawn = time.perf_counter()
+        self._cost = self._drawn - start
 
 
 def write_pictures(report: Report, folder: Path) -> None:

@@ -117,7 +117,7 @@ def test_two_processes_have_the_metrics_of_one_bit_for_bit(flags, trained, tmp_p
     # 359 images in batches of 64 or of 50: the processes have different numbers of images.
     for batch_size in ("64", "50"):
         run = [*flags, "--batch_size", batch_size, "--eval"]
-        run += ["--resume", str(trained / "checkpoint.pth"), "--output_dir"]
+        run += ["--resume", str(trained / "checkpoint.pth"), "--log_images", "2", "--output_dir"]
         one, two = tmp_path / f"one{batch_size}", tmp_path / f"two{batch_size}"
         main([*run, str(one)])
         for process in start_pair("classification.main", *run, str(two)):
@@ -126,6 +126,8 @@ def test_two_processes_have_the_metrics_of_one_bit_for_bit(flags, trained, tmp_p
         evaluated = [json.loads((folder / "eval.json").read_text()) for folder in (one, two)]
         assert metrics(evaluated[0]) == metrics(evaluated[1])
         assert evaluated[1]["images"] == 359
+        for name in ("metrics_per_class.json", "images/mistakes_0.png", "images/mistakes_1.png"):
+            assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
 def test_one_process_resumes_a_training_of_two(flags, tmp_path):
