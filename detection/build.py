@@ -24,6 +24,7 @@ from detection.evaluate import evaluate
 from detection.matcher import HungarianMatcher
 from detection.position_encoding import build_position_encoding
 from detection.postprocess import PostProcess, PostProcessSegm
+from detection.report import DetectionReport
 from detection.segmentation import DETRSegmentation
 from detection.transformer import Transformer
 from engine import Evaluate, UsageError, resolve_dtype
@@ -272,13 +273,33 @@ def create_evaluation(
     postprocessors: dict[str, nn.Module],
     data: ResilientDataset,
     device: torch.device,
+    *,
+    report: DetectionReport | None = None,
+    batches: int | None = None,
 ) -> Evaluate:
-    """Create the function that evaluates several models on a validation set."""
-    loader = eval_loader(data, config, device)
+    """Create the function that evaluates several models on a validation set.
+
+    Args:
+        config: The configuration.
+        criterion: The losses.
+        postprocessors: `bbox`, and for masks also `segm`.
+        data: The validation set.
+        device: Device of the models.
+        report: Collects the details of each evaluation.
+        batches: Number of batches to evaluate in each process; None evaluates all.
+    """
+    loader = eval_loader(data, config, device, batches)
     iou_types = ("bbox", "segm") if config.masks else ("bbox",)
 
     def evaluate_models(models: Mapping[str, nn.Module]) -> dict[str, float]:
-        evaluator = CocoEvaluator(data.dataset.coco, iou_types, data.dataset.label_to_category)
+        evaluator = CocoEvaluator(
+            data.dataset.coco,
+            iou_types,
+            data.dataset.label_to_category,
+            partial=batches is not None,
+        )
+        if report is not None:
+            report.reset()
         metrics = {}
         for prefix, model in models.items():
             model_metrics = evaluate(
@@ -290,7 +311,10 @@ def create_evaluation(
                 device,
                 autocast_dtype(config),
                 pad_to_batch=config.eval_padding,
+                on_images=report.add_images if report is not None and not prefix else None,
             )
+            if report is not None:
+                report.add_metrics(prefix, evaluator.per_class)
             metrics |= {f"{prefix}{name}": value for name, value in model_metrics.items()}
         return metrics
 

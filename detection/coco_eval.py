@@ -7,6 +7,7 @@ So the metrics depend neither on the number of processes nor on the order of the
 import contextlib
 import io
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,12 @@ class CocoEvaluator:
         iou_types: One or both of `bbox` and `segm`.
         label_to_category: Category id of each label of the model; detections with other labels are
             dropped. None if the labels are category ids.
+        partial: Do not warn about annotated images that were not added.
+
+    Attributes:
+        per_class: Metrics of each category by IoU type, set by `metrics` in all processes. Each row
+            has `class`, `category_id`, `objects` (without crowds) and in [0, 1] `AP`, `AP50` and
+            `AR100`, which are -1 for a category without objects.
 
     Raises:
         ValueError: An IoU type is unknown.
@@ -61,12 +68,16 @@ class CocoEvaluator:
         coco_gt: COCO,
         iou_types: Sequence[str] = ("bbox",),
         label_to_category: Mapping[int, int] | None = None,
+        *,
+        partial: bool = False,
     ) -> None:
         if unknown := [name for name in iou_types if name not in _IOU_TYPES]:
             raise ValueError(f"iou_types must be among bbox and segm, got {unknown[0]!r}")
         self.iou_types = tuple(iou_types)
         self._truth = _complete_annotations(coco_gt)
         self._categories = label_to_category
+        self._partial = partial
+        self.per_class: dict[str, list[dict[str, Any]]] = {}
         self._detections: dict[int, _Detections] = {}
 
     def reset(self) -> None:
@@ -109,13 +120,16 @@ class CocoEvaluator:
             merged = detections | merged
         if not merged:
             raise ValueError("there are no images to evaluate")
-        if not is_main():
-            return broadcast_object(None)
-        if len(merged) < len(self._truth.imgs):
-            logger.warning(
-                "evaluated %d of the %d annotated images", len(merged), len(self._truth.imgs)
-            )
-        return broadcast_object({name: self._evaluate(name, merged) for name in self.iou_types})
+        results = None
+        if is_main():
+            if len(merged) < len(self._truth.imgs) and not self._partial:
+                logger.warning(
+                    "evaluated %d of the %d annotated images", len(merged), len(self._truth.imgs)
+                )
+            results = {name: self._evaluate(name, merged) for name in self.iou_types}
+        results = broadcast_object(results)
+        self.per_class = {name: rows for name, (_, rows) in results.items()}
+        return {name: metrics for name, (metrics, _) in results.items()}
 
     def _compact(self, prediction: Mapping[str, Tensor]) -> _Detections:
         """Move the detections of an image to the CPU, in the form that pycocotools needs."""
@@ -137,8 +151,10 @@ class CocoEvaluator:
             masks=_encode(prediction["masks"], kept) if "segm" in self.iou_types else None,
         )
 
-    def _evaluate(self, iou_type: str, merged: dict[int, _Detections]) -> dict[str, float]:
-        """Run pycocotools on the detections of all images."""
+    def _evaluate(
+        self, iou_type: str, merged: dict[int, _Detections]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Run pycocotools on the detections of all images; return metrics, also by category."""
         image_ids = sorted(merged)
         found = [
             entry
@@ -154,7 +170,37 @@ class CocoEvaluator:
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        return dict(zip(METRICS, evaluation.stats.tolist(), strict=True))
+        metrics = dict(zip(METRICS, evaluation.stats.tolist(), strict=True))
+        return metrics, self._by_category(evaluation)
+
+    def _by_category(self, evaluation: COCOeval) -> list[dict[str, Any]]:
+        """Return the metrics of each category, for objects of all sizes and 100 detections."""
+        images = set(evaluation.params.imgIds)
+        objects = Counter(
+            annotation["category_id"]
+            for annotation in self._truth.dataset["annotations"]
+            if annotation["image_id"] in images and not annotation["iscrowd"]
+        )
+        # The axes are IoU thresholds, recalls (only of the precision), categories, sizes, limits.
+        precision = evaluation.eval["precision"][..., 0, -1]
+        recall = evaluation.eval["recall"][..., 0, -1]
+        return [
+            {
+                "class": self._truth.cats[category]["name"],
+                "category_id": category,
+                "objects": objects[category],
+                "AP": _mean(precision[:, :, k]),
+                "AP50": _mean(precision[0, :, k]),
+                "AR100": _mean(recall[:, k]),
+            }
+            for k, category in enumerate(map(int, evaluation.params.catIds))
+        ]
+
+
+def _mean(values: np.ndarray) -> float:
+    """Return the mean of the values that exist, which are not -1; -1 if none exists."""
+    exist = values[values > -1]
+    return float(exist.mean()) if exist.size else -1.0
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:

@@ -73,12 +73,24 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: ResilientDataset, config: DetectionConfig, device: torch.device
+    dataset: ResilientDataset,
+    config: DetectionConfig,
+    device: torch.device,
+    batches: int | None = None,
 ) -> DataLoader:
-    """Return the evaluation batches of this process; no image is repeated to fill a batch."""
-    sampler = EvalSampler(
-        len(dataset), batch_size=config.batch_size, rank=rank(), world_size=world_size()
-    )
+    """Return the evaluation batches of this process; no image is repeated to fill a batch.
+
+    Args:
+        dataset: The validation set.
+        config: The configuration.
+        device: Device to pin memory for.
+        batches: Number of batches of each process, read without workers; None for all batches.
+    """
+    size = len(dataset)
+    if batches is not None:
+        size = min(size, batches * config.batch_size * world_size())
+        config = config.model_copy(update={"num_workers": 0})
+    sampler = EvalSampler(size, batch_size=config.batch_size, rank=rank(), world_size=world_size())
     return _loader(dataset, sampler, config, device, drop_last=False)
 
 

@@ -6,7 +6,7 @@ largest image. The attention masks the padding but the convolutions do not, so t
 published protocol depend slightly on the batch size.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from engine.tensors import map_tensors
 __all__ = ["evaluate"]
 
 Batch = tuple[Tensor, Tensor, list[dict[str, Tensor]]]
+OnImages = Callable[[Tensor, list[dict[str, Tensor]], list[dict[str, Tensor]]], None]
 
 
 @torch.inference_mode()
@@ -33,6 +34,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     *,
     pad_to_batch: bool = False,
+    on_images: OnImages | None = None,
 ) -> dict[str, float]:
     """Evaluate a detector; all processes must call it.
 
@@ -47,6 +49,7 @@ def evaluate(
         dtype: Data type of automatic mixed precision; float32 disables it.
         pad_to_batch: Use the published protocol: images keep the padding of their batch, and losses
             are computed per batch.
+        on_images: Called with images, targets and their detections, for example to draw them.
 
     Returns:
         `loss` (the weighted sum) and every loss and metric of the criterion, averaged over images
@@ -66,6 +69,8 @@ def evaluate(
             outputs = map_tensors(Tensor.float, outputs)
             detections = _postprocess(postprocessors, outputs, targets)
             evaluator.update(dict(zip(_image_ids(targets), detections, strict=True)))
+            if on_images is not None:
+                on_images(images, targets, detections)
             parts = [(outputs, targets)] if pad_to_batch else _split_by_image(outputs, targets)
             for part, part_targets in parts:
                 losses.add(part_targets, criterion(part, copy_to(part_targets, device)))

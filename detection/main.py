@@ -1,5 +1,7 @@
 """Train and evaluate DETR with iRPE. `python -m detection.main --help` lists the options."""
 
+from functools import partial
+
 from datasets import DataError
 from detection.build import (
     autocast_dtype,
@@ -13,6 +15,7 @@ from detection.build import (
 from detection.coco_eval import format_metrics
 from detection.config import DetectionConfig, parse_args
 from detection.data import build_split, train_loader
+from detection.report import DetectionReport
 from detection.saved import complete, describe
 from engine import (
     Recipe,
@@ -63,6 +66,8 @@ def train(config: DetectionConfig, session: Session) -> None:
     optimizer = create_optimizer(config, model)
     steps = steps_per_epoch(config, batches)
     scheduler, schedule_per_step = create_schedule(config, optimizer, steps)
+    report = DetectionReport(train_data.classes, config.log_images)
+    evaluation = partial(create_evaluation, config, criterion, postprocessors, val_data, device)
 
     recipe = Recipe(
         model=model,
@@ -74,8 +79,15 @@ def train(config: DetectionConfig, session: Session) -> None:
         schedule_per_step=schedule_per_step,
         dtype=autocast_dtype(config),
         clip_grad=config.clip_max_norm or None,
-        evaluate=create_evaluation(config, criterion, postprocessors, val_data, device),
+        evaluate=evaluation(report=report),
+        sanity=evaluation(batches=2),
+        report=report.result,
         best_by="AP",
+        console_metrics=("loss", "class_error", "AP", "AP50", "AP75", "segm_AP", "ema_AP"),
+        data={
+            "images": f"{len(train_data):,} training, {len(val_data):,} validation",
+            "classes": f"{len(label_to_category):,}, labels up to {num_classes - 1}",
+        },
         checkpoint_extras=lambda: {
             **describe(config, train_data.classes, label_to_category),
             "attention_choices": AUTOTUNER.state_dict(),
@@ -97,13 +109,15 @@ def evaluate(config: DetectionConfig, session: Session) -> None:
     model, criterion, postprocessors = create_detector(config, num_classes, checkpoint, device)
     choices = (checkpoint or {}).get("attention_choices")
     set_implementation(model, config.rpe_implementation, device, choices=choices)
+    report = DetectionReport(val_data.classes, config.log_images)
     run_evaluation(
         session,
         model,
-        create_evaluation(config, criterion, postprocessors, val_data, device),
+        create_evaluation(config, criterion, postprocessors, val_data, device, report=report),
         ema=create_ema(config, model, checkpoint),
         num_images=len(val_data),
         describe=format_metrics,
+        report=report.result,
     )
     val_data.warn_if_bad()
 

@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -170,10 +171,63 @@ def test_metrics_equal_those_of_pycocotools(tmp_path):
     assert 0.1 < expected["AP"] < 0.9
 
 
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_metrics_of_a_category_are_those_of_pycocotools_for_it_alone(iou_type):
+    truth, predictions = random_case(images=20)
+    truth.dataset["categories"].append({"id": 9, "name": "absent"})
+    truth.createIndex()
+    evaluator = CocoEvaluator(truth, (iou_type,))
+    evaluator.update(predictions)
+    metrics = evaluator.metrics()[iou_type]
+    rows = evaluator.per_class[iou_type]
+    assert [(row["class"], row["category_id"]) for row in rows] == [
+        ("3", 3),
+        ("7", 7),
+        ("absent", 9),
+    ]
+    results = []
+    for image_id, found in predictions.items():
+        columns = (found[name] for name in ("labels", "scores", "boxes", "masks"))
+        for label, score, box, mask in zip(*columns, strict=True):
+            x1, y1, x2, y2 = box.tolist()
+            entry = {"image_id": image_id, "category_id": int(label), "score": float(score)}
+            if iou_type == "bbox":
+                results.append(entry | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
+            else:
+                rle = coco_masks.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+                results.append(entry | {"segmentation": rle})
+    for row in rows:
+        with redirect_stdout(io.StringIO()):
+            alone = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), iou_type)
+            alone.params.catIds = [row["category_id"]]
+            alone.evaluate()
+            alone.accumulate()
+            alone.summarize()
+        expected = dict(zip(METRICS, alone.stats.tolist(), strict=True))
+        for name in ("AP", "AP50", "AR100"):
+            assert row[name] == pytest.approx(expected[name], abs=1e-12)
+        assert row["objects"] == len(truth.getAnnIds(catIds=[row["category_id"]]))
+    assert rows[2] == {
+        "class": "absent", "category_id": 9, "objects": 0, "AP": -1, "AP50": -1, "AR100": -1
+    }  # fmt: skip
+    assert metrics["AP"] == pytest.approx((rows[0]["AP"] + rows[1]["AP"]) / 2)
+    assert 0.1 < rows[0]["AP"] < 0.9
+    json.dumps(rows)
+
+
+def test_crowds_are_not_counted_as_objects():
+    evaluator = CocoEvaluator(coco([*OBJECTS, annotation(9, 20, 3, LARGE, iscrowd=1)]))
+    evaluator.update(RIGHT)
+    evaluator.metrics()
+    assert [row["objects"] for row in evaluator.per_class["bbox"]] == [2, 1]
+
+
 @pytest.mark.parametrize("count", [2, 3, 13], ids=lambda n: f"{n} processes")
 def test_metrics_do_not_depend_on_processes_and_order(monkeypatch, count):
     truth, predictions = random_case()
-    alone = evaluate(truth, predictions, "bbox", "segm")
+    single = CocoEvaluator(truth, ("bbox", "segm"))
+    single.update(predictions)
+    alone = single.metrics()
     order = np.random.RandomState(1).permutation(list(predictions)).tolist()
     evaluators = [CocoEvaluator(truth, ("bbox", "segm")) for _ in range(count)]
     for rank, evaluator in enumerate(evaluators):
@@ -181,6 +235,7 @@ def test_metrics_do_not_depend_on_processes_and_order(monkeypatch, count):
     evaluators[-1].update({order[0]: predictions[order[0]]})  # a repeated image
     metrics = as_processes(monkeypatch, count, lambda rank: evaluators[rank].metrics())
     assert metrics == [alone] * count
+    assert [evaluator.per_class for evaluator in evaluators] == [single.per_class] * count
 
 
 def test_a_repeated_image_counts_once():
@@ -204,6 +259,9 @@ def test_missing_images_are_left_out_with_a_warning(caplog):
         metrics = evaluate(coco(OBJECTS), {20: RIGHT[20]})["bbox"]
     assert metrics["AP"] == pytest.approx(1)
     assert "evaluated 1 of the 3 annotated images" in caplog.text
+    caplog.clear()
+    evaluate(coco(OBJECTS), {20: RIGHT[20]}, partial=True)
+    assert caplog.text == ""
 
 
 def test_labels_are_mapped_to_categories_and_unknown_ones_dropped():

@@ -89,6 +89,8 @@ def test_two_processes_have_the_metrics_of_one(flags, trained, tmp_path):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     assert evaluated(tmp_path / "two") == one
+    details = [(tmp_path / name / "metrics_per_class.json").read_text() for name in ("one", "two")]
+    assert details[0] == details[1]
 
 
 def test_one_process_resumes_a_training_of_two(flags, tmp_path):

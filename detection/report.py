@@ -1,0 +1,166 @@
+"""Details of an evaluation: AP and AR of each class, and drawn predictions next to the truth."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from detection.boxes import cxcywh_to_xyxy
+from engine import Report, is_main
+from engine.pictures import MAX_BARS, captioned, draw_bars, resized, to_pixels
+
+__all__ = ["MIN_SCORE", "DetectionReport", "draw_objects"]
+
+MIN_SCORE = 0.5
+"""Score from which on a detection is drawn."""
+
+_GAP = 8
+_COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
+
+
+class DetectionReport:
+    """Collection of the details of the last evaluation.
+
+    The metrics are those of the whole validation set. The pictures are the first images of the main
+    process, the same ones in each evaluation.
+
+    Args:
+        classes: Class name of each label.
+        pictures: Number of images to draw.
+    """
+
+    def __init__(self, classes: Sequence[str], pictures: int = 0) -> None:
+        self._classes, self._number = list(classes), pictures
+        self.reset()
+
+    def reset(self) -> None:
+        """Remove what an earlier evaluation has collected."""
+        self._rows: dict[str, Mapping[str, list[dict[str, Any]]]] = {}
+        self._pictures: list[np.ndarray] = []
+
+    def add_images(
+        self,
+        images: Tensor,
+        targets: Sequence[Mapping[str, Tensor]],
+        detections: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        """Draw images with their truth and predictions, until there are enough pictures.
+
+        Args:
+            images: Normalized images `(B, 3, H, W)`, with padding at the right and the bottom.
+            targets: Targets of the data set.
+            detections: Detections of the post-processing, in pixels of the original images.
+        """
+        if not is_main():
+            return
+        for image, target, found in zip(images, targets, detections, strict=True):
+            if len(self._pictures) == self._number:
+                return
+            self._pictures.append(self._picture(image, target, found))
+
+    def add_metrics(self, prefix: str, rows: Mapping[str, list[dict[str, Any]]]) -> None:
+        """Add the metrics of each class of a model, by IoU type."""
+        self._rows["ema" if prefix else "model"] = rows
+
+    def result(self) -> Report:
+        """Return the details."""
+        rows = self._rows["model"]
+        pictures = {"predictions": self._pictures} if self._number else {}
+        return Report(self._rows, lambda path: _draw_metrics(rows, path), pictures)
+
+    def _picture(
+        self, image: Tensor, target: Mapping[str, Tensor], found: Mapping[str, Tensor]
+    ) -> np.ndarray:
+        """Draw the truth at the left and the predictions at the right."""
+        height, width = target["size"].tolist()
+        pixels = resized(to_pixels(image[:, :height, :width]))
+        height, width = pixels.shape[1:]
+        size = torch.tensor([width, height, width, height])
+        truth = draw_objects(
+            pixels,
+            cxcywh_to_xyxy(target["boxes"].cpu()) * size,
+            [self._classes[label] for label in target["labels"].tolist()],
+            target["labels"].tolist(),
+            target.get("masks"),
+        )
+        kept = (found["scores"] >= MIN_SCORE).cpu()
+        labels, scores = found["labels"].cpu()[kept].tolist(), found["scores"].cpu()[kept].tolist()
+        original = target["orig_size"].cpu().flip(0).repeat(2)
+        predicted = draw_objects(
+            pixels,
+            found["boxes"].cpu()[kept] * size / original,
+            [f"{self._classes[n]} {s:.2f}" for n, s in zip(labels, scores, strict=True)],
+            labels,
+            found["masks"].cpu()[kept] if "masks" in found else None,
+        )
+        gap = torch.full((3, height, _GAP), 255, dtype=torch.uint8)
+        line = f"image {int(target['image_id'])}: truth, predictions from a score of {MIN_SCORE}"
+        return captioned(torch.cat([truth, gap, predicted], dim=2), [line])
+
+
+def draw_objects(
+    pixels: Tensor,
+    boxes: Tensor,
+    texts: Sequence[str],
+    labels: Sequence[int],
+    masks: Tensor | None = None,
+) -> Tensor:
+    """Draw objects into a copy of a picture, in a color for each class.
+
+    Args:
+        pixels: Picture uint8 `(3, H, W)`.
+        boxes: Boxes `(n, 4)` as (x1, y1, x2, y2) in its pixels.
+        texts: Text of each box.
+        labels: Label of each box, which gives its color.
+        masks: Masks `(n, h, w)` bool of any size; None for none.
+
+    Returns:
+        The new picture uint8 `(3, H, W)`.
+    """
+    if not len(boxes):
+        return pixels
+    height, width = pixels.shape[1:]
+    colors = [_COLORS[label % len(_COLORS)] for label in labels]
+    if masks is not None:
+        full = F.interpolate(masks[:, None].float(), (height, width))[:, 0] > 0.5
+        pixels = draw_segmentation_masks(pixels, full, alpha=0.4, colors=colors)
+    limits = torch.tensor([width, height, width, height]) - 1
+    boxes = boxes.clamp(min=0).minimum(limits)
+    picture = draw_bounding_boxes(pixels, boxes, colors=colors, width=2)
+    canvas = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    for (left, top, _, _), text, color in zip(boxes.tolist(), texts, colors, strict=True):
+        place = (left, max(0, top - 14))
+        draw.rectangle(draw.textbbox(place, text, font=font), fill=color)
+        draw.text(place, text, fill="white", font=font)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+
+def _draw_metrics(rows: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw AP and AR of the classes with the lowest AP, with axes for each IoU type."""
+    from matplotlib.figure import Figure
+
+    weak = {
+        kind: sorted((row for row in each if row["objects"]), key=lambda row: row["AP"])
+        for kind, each in rows.items()
+    }
+    shown = min(MAX_BARS, max(map(len, weak.values())))
+    figure = Figure(figsize=(7 * len(rows), 0.25 * shown + 1.5), layout="constrained")
+    all_axes = figure.subplots(1, len(rows), squeeze=False)[0]
+    for axes, (kind, each) in zip(all_axes, weak.items(), strict=True):
+        part = each[:MAX_BARS]
+        names = [f"{row['class']} ({row['objects']})" for row in part]
+        draw_bars(axes, names, {name: [row[name] for row in part] for name in ("AP", "AR100")})
+        which = (
+            "" if len(part) == len(each) else f"the {len(part)} weakest of {len(each)} classes, "
+        )
+        of = "boxes" if kind == "bbox" else "masks"
+        axes.set_title(f"AP and AR of {of} ({which}number of objects)")
+        axes.set_xlim(0, 1)
+    figure.savefig(path, format="png", dpi=100)
