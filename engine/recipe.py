@@ -210,8 +210,8 @@ class _Training:
             **recipe.versions,
         }
         width = max(map(len, lines))
-        text = "\n".join(f"  {title:<{width}}  {line}" for title, line in lines.items())
-        logger.info("training\n%s", text)
+        for title, line in lines.items():
+            logger.info("%-*s  %s", width, title, line)
 
     def evaluate(self, evaluate: Evaluate) -> dict[str, float]:
         """Return the metrics of the model and its EMA."""

@@ -22,6 +22,8 @@ from detection.coco_eval import format_metrics
 from detection.config import parse_args
 from detection.data import build_split
 from irpe_core import load_checkpoint, load_weights
+from scripts.plot import draw as draw_curves
+from scripts.plot import read_log
 
 __all__ = ["main"]
 
@@ -69,32 +71,15 @@ def draw_predictions(run: Path, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_curves(lines: list[dict], path: Path) -> None:
-    """Draw the training loss and the AP and AP50 of the validation by epoch."""
-    epochs = [line["epoch"] + 1 for line in lines]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    left.plot(epochs, [line.get("train_loss") for line in lines], label="train_loss")
-    evaluated = [line for line in lines if "test_AP" in line]
-    for name in ("test_AP", "test_AP50"):
-        values = [line[name] for line in evaluated]
-        right.plot([line["epoch"] + 1 for line in evaluated], values, marker="o", label=name)
-    for axes in (left, right):
-        axes.set_xlabel("epoch")
-        axes.set_ylim(bottom=0)
-        axes.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def main(folder: Path) -> int:
     """Draw and print the results and failed checks, and return the exit code."""
     mpl.use("Agg")
     run = folder / "detection"
-    lines = [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
+    lines = read_log(run)
     evaluated = json.loads((folder / "detection_evaluation" / "eval.json").read_text())
     evaluated = {name: value for name, value in evaluated.items() if name.startswith("test_")}
     draw_predictions(run, run / "predictions.png")
-    draw_curves(lines, run / "curves.png")
+    draw_curves({"detection": lines}, run / "curves.png")
     metrics = {name.removeprefix("test_"): value for name, value in evaluated.items()}
     print(f"\ndetection, 200 validation scenes after {len(lines)} epochs")
     print(format_metrics(metrics))

@@ -241,6 +241,10 @@ def _benchmark(command: Command) -> None:
     importlib.import_module(f"scripts.benchmark.{name}").parse_args(flags)
 
 
+def _plot(command: Command) -> None:
+    importlib.import_module("scripts.plot").parse_args(command.words)
+
+
 def _export(command: Command) -> None:
     """Parse the flags as those of a classifier or of a detector: the checkpoint decides."""
     models = importlib.import_module("scripts.export.models")
@@ -340,6 +344,7 @@ CHECKS: dict[tuple[str, ...], Callable[[Command], None]] = {
     ("python", "-m", "scripts.benchmark"): _benchmark,
     ("python", "-m", "scripts.export"): _export,
     ("python", "-m", "scripts.inspect"): _inspect,
+    ("python", "-m", "scripts.plot"): _plot,
     ("python", "-m", "examples.equip_timm_vit"): _example("examples.equip_timm_vit"),
     ("python", "-m", "examples.draw_buckets"): _example("examples.draw_buckets"),
     ("python", "-m", "rpe_ops"): _report,

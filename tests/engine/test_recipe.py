@@ -73,14 +73,16 @@ def test_an_error_of_the_sanity_check_ends_the_run_before_the_first_step(monkeyp
 def test_the_log_begins_with_what_is_trained(caplog):
     caplog.set_level("INFO")
     train(ToyConfig(accumulate_steps=2, max_steps=7))
-    (block,) = [message for message in caplog.messages if message.startswith("training")]
-    assert block.splitlines()[1:] == [
-        "  steps             5 per epoch, 7 in the run",
-        "  total batch size  8 images (1 process(es) x 4 x 2 accumulated)",
-        "  parameters        211 trainable of 211",
-        "  learning rate     0.05 (AdamW)",
-        "  dtype             float32",
+    lines = [
+        "steps             5 per epoch, 7 in the run",
+        "total batch size  8 images (1 process(es) x 4 x 2 accumulated)",
+        "parameters        211 trainable of 211",
+        "learning rate     0.05 (AdamW)",
+        "dtype             float32",
     ]
+    start = caplog.messages.index(lines[0])
+    assert caplog.messages[start : start + len(lines)] == lines
+    assert start < caplog.messages.index(next(m for m in caplog.messages if "epoch 0" in m))
 
 
 def test_the_summary_of_an_epoch_is_one_short_line(caplog):
