@@ -54,7 +54,7 @@ def evaluate(
             top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
             sums[prefix].append(_batch_sums(logits, top, targets))
             if report is not None:
-                report.add(prefix, number, images, logits, top[:, 0], targets)
+                report.add(prefix, number, images, logits, torch.stack([targets, top[:, 0]]))
     if report is not None:
         report.gather(shared=shared)
     metrics = {}

@@ -5,7 +5,7 @@ The details are those of the whole validation set, for any number of processes.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,15 @@ _MAX_NAMES = 40
 _MAX_COUNTS = 20
 
 
+class _Mistake(NamedTuple):
+    """A wrong answer; `order` is (-confidence, batch, place in the batch)."""
+
+    order: tuple[float, int, int]
+    target: int
+    predicted: int
+    pixels: Tensor
+
+
 class ClassReport:
     """Collection of the details of the last evaluation.
 
@@ -31,19 +40,15 @@ class ClassReport:
     """
 
     def __init__(self, classes: Sequence[str], pictures: int = 0) -> None:
-        self._classes, self._pictures = list(classes), pictures
+        self._classes, self._number = list(classes), pictures
         self.reset()
 
     def reset(self) -> None:
         """Remove what an earlier evaluation has collected."""
         self._answers: dict[str, list[Tensor]] = {}
-        # (-confidence, batch, place in it), which orders them, then target, prediction and image.
-        self._mistakes: list[tuple[tuple[float, int, int], int, int, Tensor]] = []
+        self._mistakes: list[_Mistake] = []
 
-    def add(
-        self, prefix: str, batch: int, images: Tensor, logits: Tensor, predicted: Tensor,
-        targets: Tensor,
-    ) -> None:  # fmt: skip
+    def add(self, prefix: str, batch: int, images: Tensor, logits: Tensor, answers: Tensor) -> None:
         """Add the answers of a model to a batch.
 
         Args:
@@ -51,26 +56,27 @@ class ClassReport:
             batch: Number of the batch in this process.
             images: Normalized images `(B, 3, H, W)`.
             logits: Logits `(B, C)`.
-            predicted: Most probable classes `(B,)`.
-            targets: Classes `(B,)`.
+            answers: Classes and predicted classes `(2, B)`.
         """
-        self._answers.setdefault(prefix, []).append(torch.stack([targets, predicted]))
-        if prefix or not self._pictures:
+        self._answers.setdefault(prefix, []).append(answers)
+        if prefix or not self._number:
             return
-        confidence = logits.softmax(-1).amax(-1)
-        confidence = confidence.masked_fill(predicted == targets, 0.0)
-        worst = confidence.topk(min(self._pictures, len(targets)))
+        confidence = logits.softmax(-1).amax(-1).masked_fill(answers[0] == answers[1], 0.0)
+        worst = confidence.topk(min(self._number, len(images)))
         # The number of the batch in the data set, so that processes do not change the order.
-        number = batch * world_size() + rank()
+        batch = batch * world_size() + rank()
         for value, place in zip(worst.values.tolist(), worst.indices.tolist(), strict=True):
-            key = (-value, number, place)
-            full = len(self._mistakes) == self._pictures
-            if not value > 0 or (full and key > self._mistakes[-1][0]):
-                continue
-            pixels = to_pixels(images[place])
-            pair = int(targets[place]), int(predicted[place])
-            self._mistakes = sorted([*self._mistakes, (key, *pair, pixels)], key=lambda m: m[0])
-            del self._mistakes[self._pictures :]
+            is_full = len(self._mistakes) == self._number
+            if value > 0 and not (is_full and -value > self._mistakes[-1].order[0]):
+                target, predicted = answers[:, place].tolist()
+                order = (-value, batch, place)
+                self._mistakes.append(_Mistake(order, target, predicted, to_pixels(images[place])))
+                self._sort_mistakes()
+
+    def _sort_mistakes(self) -> None:
+        """Keep the most confident mistakes; equal ones are in the order of the data."""
+        self._mistakes.sort(key=lambda mistake: mistake.order)
+        del self._mistakes[self._number :]
 
     def gather(self, *, shared: bool) -> None:
         """Merge the collections of all processes; all of them must call it.
@@ -78,39 +84,36 @@ class ClassReport:
         Args:
             shared: Whether the data is divided among the processes; else each has all of it.
         """
-        empty = torch.zeros(2, 0, dtype=torch.int64)
-        answers = {name: torch.cat(pairs, 1).cpu() for name, pairs in self._answers.items()}
-        own = (answers, self._mistakes)
-        everything = all_gather_object(own) if shared else [own]
-        names = {name: None for answers, _ in everything for name in answers}
-        self._answers = {
-            name: [torch.cat([answers.get(name, empty) for answers, _ in everything], 1)]
-            for name in names
-        }
-        mistakes = [mistake for _, theirs in everything for mistake in theirs]
-        self._mistakes = sorted(mistakes, key=lambda m: m[0])[: self._pictures]
+        own = {prefix: torch.cat(parts, 1).cpu() for prefix, parts in self._answers.items()}
+        collected = (own, self._mistakes)
+        everything = all_gather_object(collected) if shared else [collected]
+        self._answers, self._mistakes = {}, []
+        for answers, mistakes in everything:
+            self._mistakes += mistakes
+            for prefix, each in answers.items():
+                self._answers.setdefault(prefix, []).append(each)
+        self._sort_mistakes()
 
     def result(self) -> Report:
         """Return the details; call `gather` first."""
-        confusions = {name: self._confusions(pairs[0]) for name, pairs in self._answers.items()}
-        rows = {
-            "ema" if prefix else "model": self._rows(*each) for prefix, each in confusions.items()
-        }
-        pictures = [
-            captioned(
-                resized(pixels),
-                [
-                    f"predicted {self._classes[predicted]} ({-key[0]:.2f})",
-                    f"truth {self._classes[target]}",
-                ],
-            )
-            for key, target, predicted, pixels in self._mistakes
-        ]
+        pairs = {name: self._confusions(torch.cat(a, 1)) for name, a in self._answers.items()}
+        rows = {"ema" if name else "model": self._rows(*each) for name, each in pairs.items()}
 
         def draw(path: Path) -> None:
-            _draw(rows["model"], *confusions[""], path)
+            _draw(rows["model"], *pairs[""], path)
 
-        return Report(rows, draw, {"mistakes": pictures} if self._pictures else {})
+        return Report(rows, draw, {"mistakes": self._pictures()} if self._number else {})
+
+    def _pictures(self) -> list[np.ndarray]:
+        """Return the mistakes with captions."""
+        pictures = []
+        for order, target, predicted, pixels in self._mistakes:
+            lines = [
+                f"predicted {self._classes[predicted]} ({-order[0]:.2f})",
+                f"truth {self._classes[target]}",
+            ]
+            pictures.append(captioned(resized(pixels), lines))
+        return pictures
 
     def _confusions(self, answers: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return pairs of target and prediction that occur, and how often, each `(n,)`."""

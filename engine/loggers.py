@@ -6,7 +6,6 @@ run of the service: `loggers.json` in the output folder keeps its id.
 """
 
 import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +18,6 @@ from engine.errors import UserError
 from engine.optional import require
 
 __all__ = ["LOGGERS", "RunLogger", "check_loggers", "open_loggers"]
-
-logger = logging.getLogger(__name__)
 
 _IDS = "loggers.json"
 
@@ -66,7 +63,7 @@ class _TensorBoard(RunLogger):
     def __init__(
         self, folder: Path, config: Mapping[str, Any], start_step: int, run_id: str | None
     ) -> None:
-        # This import takes seconds.
+        # This import takes seconds, and only the main process needs it.
         from torch.utils.tensorboard import SummaryWriter
 
         purge = start_step + 1 if start_step else 0
@@ -78,18 +75,21 @@ class _TensorBoard(RunLogger):
             self._writer.add_text("config", text, start_step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Add points to curves."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         if any(name.startswith("test/") for name in values):
             self._writer.flush()
 
     def images(self, pictures: Pictures, step: int) -> None:
+        """Add pictures."""
         for name, arrays in pictures.items():
             for number, array in enumerate(arrays):
                 self._writer.add_image(f"{name}/{number}", array, step, dataformats="HWC")
         self._writer.flush()
 
     def close(self, failed: bool = False) -> None:
+        """End the run."""
         self._writer.close()
 
 
@@ -113,15 +113,18 @@ class _Wandb(RunLogger):
         self.run_id = self._run.id
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Add points to curves."""
         self._run.log(dict(values), step=step)
 
     def images(self, pictures: Pictures, step: int) -> None:
+        """Add pictures."""
         lists = {
             name: [self._image(array) for array in arrays] for name, arrays in pictures.items()
         }
         self._run.log(lists, step=step)
 
     def close(self, failed: bool = False) -> None:
+        """End the run."""
         self._run.finish(exit_code=int(failed))
 
 
@@ -141,14 +144,17 @@ class _Mlflow(RunLogger):
             mlflow.log_params(dict(config))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Add points to curves."""
         self._client.log_metrics(dict(values), step=step)
 
     def images(self, pictures: Pictures, step: int) -> None:
+        """Add pictures."""
         for name, arrays in pictures.items():
             for number, array in enumerate(arrays):
                 self._client.log_image(array, key=f"{name}/{number}", step=step)
 
     def close(self, failed: bool = False) -> None:
+        """End the run."""
         self._client.end_run(status="FAILED" if failed else "FINISHED")
 
 
@@ -170,9 +176,9 @@ def check_loggers(names: Iterable[str]) -> None:
 
 
 def open_loggers(
-    names: Iterable[str], folder: Path, config: Mapping[str, Any], start_step: int
-) -> list[RunLogger]:
-    """Open the loggers of a run.
+    names: Sequence[str], folder: Path, config: Mapping[str, Any], start_step: int
+) -> dict[str, RunLogger]:
+    """Open the loggers of a run, by name.
 
     Args:
         names: Names in `LOGGERS`.
@@ -185,16 +191,16 @@ def open_loggers(
     """
     check_loggers(names)
     ids = _read_ids(folder / _IDS) if start_step else {}
-    opened = []
+    opened: dict[str, RunLogger] = {}
     for name in names:
         try:
-            opened.append(LOGGERS[name](folder, config, start_step, ids.get(name)))
+            opened[name] = LOGGERS[name](folder, config, start_step, ids.get(name))
         except Exception as error:
             # The clients raise exceptions of many kinds: no login, no server, a deleted run.
-            for each in opened:
+            for each in opened.values():
                 each.close(failed=True)
             raise UserError(f"--logger {name}: {error}") from error
-    new = {name: each.run_id for name, each in zip(names, opened, strict=True) if each.run_id}
+    new = {name: each.run_id for name, each in opened.items() if each.run_id}
     if new:
         (folder / _IDS).write_text(json.dumps(ids | new) + "\n", encoding="utf-8")
     return opened

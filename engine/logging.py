@@ -86,7 +86,7 @@ class RunLog:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self._path = output_dir / "log.txt" if output_dir is not None and is_main() else None
-        self._loggers: list[RunLogger] = []
+        self._loggers: dict[str, RunLogger] = {}
         if self._path is None:
             return
         if start_step == 0:
@@ -137,17 +137,17 @@ class RunLog:
             failed: True if the run ends by an error or a signal.
         """
         self._send("close", failed)
-        self._loggers = []
+        self._loggers = {}
 
     def _send(self, method: str, *values: Any) -> None:
         """Call a method of all loggers; remove those that fail."""
-        for each in list(self._loggers):
+        for name, each in list(self._loggers.items()):
             try:
                 getattr(each, method)(*values)
-            except Exception:
+            except Exception as error:
                 # A server that fails must not end a training of days.
-                logger.warning("a logger failed; the run continues without it", exc_info=True)
-                self._loggers.remove(each)
+                logger.warning("--logger %s failed, the run continues without it: %s", name, error)
+                del self._loggers[name]
 
     def __enter__(self) -> "RunLog":
         return self

@@ -116,6 +116,8 @@ def run_training(session: Session, recipe: Recipe) -> dict[str, Any]:
     """
     if session.config.eval:
         raise UsageError("this trainer has no --eval: it can only train")
+    if session.config.log_images and recipe.report is None:
+        raise UsageError("this trainer has no --log_images: it draws no pictures")
     training = _Training(session, recipe)
     training.run()
     return training.content()

@@ -26,7 +26,8 @@ def filled(pictures: int = 0, batch_size: int = 4) -> ClassReport:
     logits[torch.arange(len(TARGETS)), PREDICTED] = CONFIDENCE.log()
     images = torch.arange(len(TARGETS)).float()[:, None, None, None].expand(-1, 3, 8, 8) / 10
     report = ClassReport(CLASSES, pictures)
-    parts = [t.split(batch_size) for t in (images, logits, PREDICTED, TARGETS)]
+    parts = [images.split(batch_size), logits.split(batch_size)]
+    parts.append(torch.stack([TARGETS, PREDICTED]).split(batch_size, 1))
     for number, batch in enumerate(zip(*parts, strict=True)):
         report.add("", number, *batch)
     report.gather(shared=False)

@@ -21,6 +21,11 @@ def test_a_trainer_without_evaluation_refuses_to_evaluate():
         train(ToyConfig(eval=True))
 
 
+def test_a_trainer_without_pictures_refuses_log_images(tmp_path):
+    with pytest.raises(engine.UsageError, match="has no --log_images"):
+        train(ToyConfig(log_images=3, output_dir=str(tmp_path)))
+
+
 def test_the_metric_of_the_best_checkpoint_must_exist(monkeypatch):
     monkeypatch.setattr(toy, "evaluate", lambda models: {"accuracy": 1.0})
     with pytest.raises(KeyError, match="mean"):
