@@ -74,6 +74,10 @@ class DetectionReport:
         pictures = {"predictions": self._pictures} if self._number else {}
         return Report(self._rows, lambda path: _draw_metrics(rows, path), pictures)
 
+    def _name(self, label: int) -> str:
+        """Return the name of a class, or its label if the model has more classes than the data."""
+        return self._classes[label] if label < len(self._classes) else str(label)
+
     def _picture(
         self, image: Tensor, target: Mapping[str, Tensor], found: Mapping[str, Tensor]
     ) -> np.ndarray:
@@ -85,7 +89,7 @@ class DetectionReport:
         truth = draw_objects(
             pixels,
             cxcywh_to_xyxy(target["boxes"].cpu()) * size,
-            [self._classes[label] for label in target["labels"].tolist()],
+            [self._name(label) for label in target["labels"].tolist()],
             target["labels"].tolist(),
             target.get("masks"),
         )
@@ -95,7 +99,7 @@ class DetectionReport:
         predicted = draw_objects(
             pixels,
             found["boxes"].cpu()[kept] * size / original,
-            [f"{self._classes[n]} {s:.2f}" for n, s in zip(labels, scores, strict=True)],
+            [f"{self._name(n)} {s:.2f}" for n, s in zip(labels, scores, strict=True)],
             labels,
             found["masks"].cpu()[kept] if "masks" in found else None,
         )

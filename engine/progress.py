@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from engine.distributed import is_main
 
-__all__ = ["Progress", "format_metrics", "step_line"]
+__all__ = ["Progress", "short_metrics", "step_line"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def step_line(
     waiting = metrics["data_s"] * images_per_s / total_batch_size
     left = [_duration(seconds) for seconds in seconds_left]
     parts = [
-        format_metrics(own, names),
+        short_metrics(own, names),
         f"lr {metrics['lr']:.3g}",
         f"{images_per_s:.3g} img/s" if images_per_s < 1000 else f"{images_per_s:.0f} img/s",
         f"data {waiting:.0%}",
@@ -88,7 +88,7 @@ def step_line(
     return "  ".join(parts)
 
 
-def format_metrics(metrics: Mapping[str, float], names: Sequence[str] | None = None) -> str:
+def short_metrics(metrics: Mapping[str, float], names: Sequence[str] | None = None) -> str:
     """Format the named metrics in one line, without those that are missing.
 
     Args:

@@ -28,7 +28,7 @@ from engine.logging import RunLog
 from engine.loop import LoopOptions, TrainState, train_epoch
 from engine.meters import TimeLeft
 from engine.optim import make_scaler
-from engine.progress import format_metrics
+from engine.progress import short_metrics
 from engine.report import Report, ReportWriter
 from engine.run_config import steps_per_epoch, total_batch_size
 from engine.seeding import kept_random_state
@@ -191,6 +191,8 @@ class _Training:
         with StopRequest() as stop, run_log as log:
             if self.steps_done == 0 and self.session.checkpoint is None and config.val_sanity:
                 self.check_validation()
+            if self.steps_done >= total and not self.needs_evaluation():
+                logger.info("the run is complete: it has %d steps", self.steps_done)
             left = TimeLeft(total, self.steps_done)
             while self.steps_done < total or self.needs_evaluation():
                 self.run_epoch(stop, log, left, total)
@@ -264,7 +266,7 @@ class _Training:
         # Only a whole epoch has a numbered checkpoint.
         self.save(is_best=is_best, epoch=epoch if is_whole else None)
         if tested:
-            text = format_metrics(tested, recipe.console_metrics)
+            text = short_metrics(tested, recipe.console_metrics)
             logger.info("epoch %d: %s  (best %s %.4g)", epoch, text, recipe.best_by, state.best)
             self.write_details(log, epoch, is_over)
 

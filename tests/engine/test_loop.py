@@ -78,7 +78,9 @@ def test_a_killed_run_resumes_from_its_checkpoint_within_the_epoch(tmp_path):
     [(5, (-1, 5), [0]), (11, (0, 0), [0]), (15, (0, 4), [0, 1])],
     ids=["first epoch", "end of an epoch", "second epoch"],
 )
-def test_max_steps_ends_training_with_evaluation_and_checkpoint(tmp_path, max_steps, place, lines):
+def test_max_steps_ends_training_with_evaluation_and_checkpoint(
+    tmp_path, caplog, max_steps, place, lines
+):
     options = {"output_dir": str(tmp_path), "eval_interval": 100, "checkpoint_steps": 4}
     last = train(ToyConfig(**options, max_steps=max_steps))
     assert (last["epoch"], last["step"]) == place
@@ -89,7 +91,9 @@ def test_max_steps_ends_training_with_evaluation_and_checkpoint(tmp_path, max_st
     assert ["test_mean" in record for record in log] == [False] * (len(lines) - 1) + [True]
     # Only whole epochs have numbered checkpoints.
     assert (tmp_path / "checkpoint_0001.pth").exists() is False
+    caplog.set_level("INFO")
     again = train(ToyConfig(**options, max_steps=max_steps), resume=True)
+    assert f"the run is complete: it has {max_steps} steps" in caplog.messages
     assert_same_run(last, again)
 
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from engine.meters import TimedBatches, TimeLeft
-from engine.progress import Progress, format_metrics, step_line
+from engine.progress import Progress, short_metrics, step_line
 
 # The metrics of DETR, which once did not fit into a line.
 LOSSES = {"loss": 12.3456, "loss_ce": 0.512345, "loss_bbox": 0.0912345, "loss_giou": 0.4}
@@ -52,8 +52,8 @@ def test_a_terminal_shows_one_line_whose_bar_gets_the_remaining_columns(
 
 def test_other_trainers_show_their_first_metrics():
     metrics = dict.fromkeys("abcdef", 1234.5)
-    assert format_metrics(metrics) == "a 1234  b 1234  c 1234  d 1234"
-    assert format_metrics(metrics, ["f", "missing", "b"]) == "f 1234  b 1234"
+    assert short_metrics(metrics) == "a 1234  b 1234  c 1234  d 1234"
+    assert short_metrics(metrics, ["f", "missing", "b"]) == "f 1234  b 1234"
     line = step_line({"x": 0.5, "lr": 0.1, "images_per_s": 2000.4, "data_s": 0}, None, 8, [5])
     assert line == "x 0.5  lr 0.1  2000 img/s  data 0%  left 0:05"
 
