@@ -12,6 +12,7 @@ __all__ = ["check_task", "complete", "describe", "with_saved_model"]
 
 _MODEL = set(ModelConfig.model_fields) - {"rpe_implementation"}
 _DATA = {"data_set", "inat_category", "augment"}
+_SPLIT = {"train_val_split", "split_seed"}
 
 
 def describe(config: ClassificationConfig, classes: Sequence[str] | None) -> dict[str, Any]:
@@ -72,7 +73,11 @@ def with_saved_model(
         needed: See `engine.with_saved_options`.
     """
     names = _MODEL | _DATA if with_data else _MODEL
-    saved = (checkpoint.get("args") or {}).get("model")
+    args = checkpoint.get("args") or {}
+    if with_data and args.get("data_path") == config.data_path:
+        # Another split of the same data would have training images in the validation part.
+        names = names | _SPLIT
+    saved = args.get("model")
     if "model" in config.model_fields_set and saved not in (None, config.model):
         names = names - _MODEL
     return with_saved_options(config, checkpoint, names, source=source, needed=needed)

@@ -135,10 +135,10 @@ def build_imagenet(
         return TarImages(tar, transform, classes)
     if not folder.exists() and tar.is_file():
         raise DataError(f"there is no folder {folder}, but {tar} exists: add --load-tar")
-    if split == "val" and not folder.exists() and (root / "train").is_dir():
+    if split == "val" and not folder.exists() and root.is_dir():
         raise DataError(
             f"there is no folder {folder}: expected {folder}/<class>/<image>.jpg, or "
-            "--train_val_split 0.2 to use a part of train for validation"
+            "--train_val_split 0.2 to use a part of the training images for validation"
         )
     return FolderImages(folder, transform, classes)
 

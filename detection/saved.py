@@ -16,6 +16,8 @@ _MODEL = {*BackboneConfig.model_fields, *TransformerConfig.model_fields, "image_
 # The number of classes is that of the data, unless the user gives another.
 _MODEL -= {"rpe_implementation", "num_classes"}
 _EVALUATION = {*LossConfig.model_fields, "num_classes", "eval_padding"}
+_DATA = ("coco_path", "train_images", "train_annotations", "val_images", "val_annotations")
+_SPLIT = {"train_val_split", "split_seed"}
 
 
 def describe(
@@ -56,6 +58,10 @@ def complete(config: DetectionConfig, checkpoint: Mapping[str, Any] | None) -> D
         checkpoint = load_checkpoint(config.finetune)
     check_task(checkpoint, source)
     names = _MODEL | _EVALUATION if config.eval else _MODEL
+    args = checkpoint.get("args") or {}
+    if config.eval and all(args.get(name) == getattr(config, name) for name in _DATA):
+        # Another split of the same data would have training images in the validation part.
+        names = names | _SPLIT
     return with_saved_options(config, checkpoint, names, source=source)
 
 

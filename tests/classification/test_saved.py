@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from timm.data import create_transform
 
 from classification.main import main
@@ -30,8 +32,6 @@ def test_a_checkpoint_describes_itself_in_plain_values(trained):
 @pytest.mark.parametrize("augment", ["recipe", "affine", "none"])
 @pytest.mark.parametrize("size", [(224, 224), (24, 32), (64, 96)])
 def test_recorded_transform_is_that_of_evaluation(augment, size):
-    from PIL import Image
-
     from datasets.transforms import eval_settings
 
     noise = torch.randint(256, (80, 120, 3), dtype=torch.uint8).numpy()
@@ -48,6 +48,28 @@ def test_own_checkpoint_is_evaluated_without_options_of_the_model(trained, digit
     metrics = evaluation(main, tmp_path, *run_flags(digits), "--resume", source)
     assert metrics == {key: expected[key] for key in metrics}
     assert "test_ema_acc1" in metrics
+
+
+def test_the_validation_part_of_a_split_is_that_of_the_training(flags, tmp_path, failure):
+    for number in range(40):
+        image = Image.new("L", (8, 8), color=6 * number)
+        folder = tmp_path / "data" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{number}.png")
+    run, data = tmp_path / "run", ["--data_path", str(tmp_path / "data"), "--data_set", "IMNET"]
+    split = ["--train_val_split", "0.3", "--split_seed", "5"]
+    options = [*flags, *data, *split, "--epochs", "1", "--batch_size", "8"]
+    main([*options, "--output_dir", str(run)])
+    last = json.loads((run / "log.txt").read_text().splitlines()[-1])
+    source = ["--resume", str(run / "checkpoint.pth")]
+    same = ["--batch_size", "8", "--num_workers", "0", "--device", "cpu"]
+    metrics = evaluation(main, tmp_path / "eval", *data, *source, *same)
+    assert metrics == {key: last[key] for key in metrics}
+    # Other data keeps its own splits.
+    shutil.copytree(tmp_path / "data", tmp_path / "other")
+    code, line = failure(*data, "--eval", *source, "--data_path", str(tmp_path / "other"))
+    assert code == 1
+    assert "val/<class>/<image>.jpg, or --train_val_split 0.2 to use a part" in line
 
 
 def test_flags_override_the_checkpoint(trained, digits, failure):
