@@ -70,6 +70,7 @@ def create_model(
             drop_path_rate=config.drop_path,
             **{name: value for name, value in shape.items() if value is not None},
         )
+        model.set_grad_checkpointing(config.grad_checkpointing)
     except CheckpointError:
         raise
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
@@ -102,7 +103,12 @@ def create_ema(
     if not wanted:
         return None
     device = "cpu" if config.model_ema_force_cpu else None
-    ema = ModelEmaV3(model, decay=config.model_ema_decay, device=device)
+    ema = ModelEmaV3(
+        model,
+        decay=config.model_ema_decay,
+        use_warmup=config.model_ema_warmup,
+        device=device,
+    )
     if weights is not None:
         load_weights(ema.module, weights, may_lack_tables=config.eval)
     return ema
@@ -122,7 +128,7 @@ def scaled_lr(config: ClassificationConfig, total_batch_size: int) -> float:
 def create_optimizer(
     config: ClassificationConfig, model: nn.Module, total_batch_size: int
 ) -> torch.optim.Optimizer:
-    """Create the optimizer of timm.
+    """Create the optimizer of timm, with its parameter groups for `layer_decay`.
 
     Weight decay does not apply to biases, norms, position embedding and tokens.
     """

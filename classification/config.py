@@ -185,6 +185,9 @@ class OptimConfig(Config):
     """Learning rate for a total batch size of 512, or for any with --no-scale-lr."""
     scale_lr: bool = True
     """Scale lr in proportion to the total batch size; warmup_lr and min_lr are not scaled."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Factor of the learning rate from each block to the block before it, for fine-tuning; none
+    trains all blocks with the same."""
     sched: Literal["cosine", "tanh", "step", "multistep", "poly", "plateau"] = "cosine"
     """Learning rate schedule, one of timm's."""
     warmup_lr: float = Field(1e-6, ge=0)
@@ -212,6 +215,8 @@ class OptimConfig(Config):
     """Keep an EMA (exponential moving average) of the weights, and evaluate it too."""
     model_ema_decay: float = Field(0.99996, ge=0, lt=1)
     """Decay of the EMA per optimizer step."""
+    model_ema_warmup: bool = False
+    """Start the EMA with a small decay that rises to model_ema_decay, for short runs."""
     model_ema_force_cpu: bool = False
     """Keep the EMA on the CPU."""
 
@@ -250,6 +255,9 @@ class ClassificationConfig(
     """Number of data loading processes per training process."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of automatic mixed precision; auto is float16 on a GPU as in DeiT, else float32."""
+    grad_checkpointing: bool = False
+    """Recompute the blocks in the backward pass instead of storing their activations: less memory,
+    more time, the same gradients."""
 
     @model_validator(mode="after")
     def _check_combination(self) -> "ClassificationConfig":

@@ -18,6 +18,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 from detection.config import DetectionConfig
+from detection.recompute import run_layer
 from irpe_core import load_checkpoint, load_weights
 
 __all__ = ["Backbone", "build_backbone"]
@@ -40,10 +41,19 @@ class Backbone(nn.Module):
         super().__init__()
         self.body = body
         self.channels = channels
+        self.grad_checkpointing = False
 
     def train(self, mode: bool = True) -> "Backbone":
         """Set the mode; a frozen backbone stays in evaluation mode and keeps its statistics."""
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass, unless they have trained batch norms.
+
+        Recomputing these would update their statistics twice.
+        """
+        trains_norms = any(isinstance(module, nn.BatchNorm2d) for module in self.modules())
+        self.grad_checkpointing = enable and not trains_norms
 
     def forward(self, images: Tensor, *, levels: int = 1) -> list[Tensor]:
         """Extract features.
@@ -59,7 +69,9 @@ class Backbone(nn.Module):
         features = []
         x = images
         for name, stage in self.body.named_children():
-            x = stage(x)
+            recompute = self.grad_checkpointing and name.startswith("layer")
+            for block in stage if isinstance(stage, nn.Sequential) else [stage]:
+                x = run_layer(block, x, recompute=recompute)
             if name in returned:
                 features.append(x)
         return features

@@ -172,6 +172,7 @@ def create_detector(
         load_weights(model, checkpoint["model"], may_lack_tables=config.eval)
     elif config.finetune:
         _load_to_finetune(model, config.finetune)
+    model.set_grad_checkpointing(config.grad_checkpointing)
     return model.to(device), criterion.to(device), postprocessors
 
 
@@ -198,7 +199,7 @@ def create_ema(
     enabled = weights is not None if config.eval else config.model_ema
     if not enabled:
         return None
-    ema = ModelEmaV3(model, decay=config.model_ema_decay)
+    ema = ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
     if weights is not None:
         load_weights(ema.module, weights, may_lack_tables=config.eval)
     return ema

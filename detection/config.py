@@ -185,6 +185,8 @@ class OptimConfig(Config):
     """Keep an EMA (exponential moving average) of the weights, and evaluate it too."""
     model_ema_decay: float = Field(0.9997, ge=0, lt=1)
     """Decay of the EMA per optimizer step."""
+    model_ema_warmup: bool = False
+    """Start the EMA with a small decay that rises to model_ema_decay, for short runs."""
 
 
 class DetectionConfig(
@@ -198,6 +200,9 @@ class DetectionConfig(
     """Random seed."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of automatic mixed precision; auto is float32, as in DETR."""
+    grad_checkpointing: bool = False
+    """Recompute the transformer and the backbone, if its norms are frozen, in the backward pass
+    instead of storing their activations: less memory, more time, the same gradients."""
 
     @model_validator(mode="after")
     def _check_combination(self) -> "DetectionConfig":

@@ -86,6 +86,12 @@ class DETR(nn.Module):
         self.backbone = nn.Sequential(backbone, position_encoding)
         self.aux_loss = aux_loss
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers in the backward pass instead of storing their activations."""
+        self.backbone[0].set_grad_checkpointing(enable)
+        for part in (self.transformer.encoder, self.transformer.decoder):
+            part.grad_checkpointing = enable
+
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         """Detect objects.
 

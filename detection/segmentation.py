@@ -42,6 +42,10 @@ class DETRSegmentation(nn.Module):
         if freeze_detr:
             detr.requires_grad_(False)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute layers of the detector in the backward pass; see `DETR`."""
+        self.detr.set_grad_checkpointing(enable)
+
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         """Detect and segment objects.
 

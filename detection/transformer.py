@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from detection.recompute import run_layer
 from irpe_core import RPEConfig, RPEMultiheadAttention
 
 __all__ = ["Transformer"]
@@ -143,13 +144,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = norm
+        self.grad_checkpointing = False
 
     def forward(
         self, x: Tensor, pos: Tensor, padding: Tensor | None, hw: tuple[int, int]
     ) -> Tensor:
         """Encode tokens; arguments and result as `EncoderLayer.forward`."""
         for layer in self.layers:
-            x = layer(x, pos, padding, hw)
+            x = run_layer(layer, x, pos, padding, hw, recompute=self.grad_checkpointing)
         return x if self.norm is None else self.norm(x)
 
 
@@ -160,6 +162,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = norm
+        self.grad_checkpointing = False
 
     def forward(
         self, x: Tensor, query_pos: Tensor, memory: Tensor, pos: Tensor, padding: Tensor | None
@@ -167,7 +170,8 @@ class Decoder(nn.Module):
         """Refine objects; as `DecoderLayer.forward`, with the result `(layers, B, Q, C)`."""
         outputs = []
         for layer in self.layers:
-            x = layer(x, query_pos, memory, pos, padding)
+            inputs = x, query_pos, memory, pos, padding
+            x = run_layer(layer, *inputs, recompute=self.grad_checkpointing)
             outputs.append(self.norm(x))
         return torch.stack(outputs)
 

@@ -87,6 +87,7 @@ class TrainState:
         epoch: Number of the current epoch, from 0.
         step: Number of optimizer steps done in the current epoch.
         best: Best value of the metric that selects the best checkpoint.
+        evals_since_best: Number of evaluations of whole epochs since the best value.
     """
 
     model: nn.Module
@@ -95,6 +96,7 @@ class TrainState:
     epoch: int = 0
     step: int = 0
     best: float = float("-inf")
+    evals_since_best: int = 0
 
     def steps_done(self, steps_per_epoch: int) -> int:
         """Return the number of optimizer steps done in all epochs."""
@@ -118,6 +120,7 @@ class TrainState:
             "epoch": self.epoch - 1,
             "step": self.step,
             "best": self.best,
+            "evals_since_best": self.evals_since_best,
         }
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -131,6 +134,7 @@ class TrainState:
         self.epoch = checkpoint["epoch"] + 1
         self.step = checkpoint.get("step", 0)
         self.best = checkpoint.get("best", self.best)
+        self.evals_since_best = checkpoint.get("evals_since_best", 0)
 
 
 def train_epoch(
@@ -274,9 +278,14 @@ def _gradient_sync(model: nn.Module, is_last: bool) -> AbstractContextManager:
 def _run_metrics(
     state: TrainState, options: LoopOptions, images_per_s: float, data_s: float
 ) -> dict[str, float]:
-    """Return learning rate (of the first parameter group), speed, waiting time and memory."""
+    """Return learning rate, speed, waiting time and memory.
+
+    The learning rate is that of the first parameter group; with layer-wise decay, that of the last
+    layer, which is not decayed.
+    """
+    group = max(state.optimizer.param_groups, key=lambda group: group.get("lr_scale", 1.0))
     return {
-        "lr": state.optimizer.param_groups[0]["lr"],
+        "lr": group["lr"],
         "images_per_s": images_per_s,
         "data_s": data_s,
         "memory_mb": peak_memory_mb(options.device),

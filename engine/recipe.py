@@ -68,7 +68,8 @@ class Recipe:
         console_metrics: Names of the metrics, of `step` and of `evaluate`, that the console shows;
             None shows the first four of each.
         data: Lines about the data for the start of the log: title → text.
-        ema: EMA of the weights; None for none.
+        ema: EMA of the weights; None for none. With `use_warmup`, its decay depends on the number
+            of optimizer steps of the run.
         dtype: Type of mixed precision; float32 for none.
         clip_grad: Largest norm of all gradients together; None does not clip.
         checkpoint_extras: Function that returns further entries for every checkpoint, such as the
@@ -194,9 +195,21 @@ class _Training:
             if self.steps_done >= total and not self.needs_evaluation():
                 logger.info("the run is complete: it has %d steps", self.steps_done)
             left = TimeLeft(total, self.steps_done)
-            while self.steps_done < total or self.needs_evaluation():
+            while not self.stops_early() and (self.steps_done < total or self.needs_evaluation()):
                 self.run_epoch(stop, log, left, total)
                 stop.check(self.save)
+        if self.stops_early():
+            logger.info(
+                "early stop: no better %s than %.4g in the last %d evaluations",
+                self.recipe.best_by,
+                self.state.best,
+                self.state.evals_since_best,
+            )
+
+    def stops_early(self) -> bool:
+        """Return whether `early_stop` evaluations in sequence had no better metric."""
+        patience = self.config.early_stop
+        return patience is not None and self.state.evals_since_best >= patience
 
     def needs_evaluation(self) -> bool:
         """Return whether the run was stopped between an epoch and its evaluation."""
@@ -255,6 +268,10 @@ class _Training:
             tested = self.evaluate(recipe.evaluate)
         best = tested[recipe.best_by] if tested else state.best
         is_best, state.best = best > state.best, max(state.best, best)
+        if is_best:
+            state.evals_since_best = 0
+        elif tested and is_whole:
+            state.evals_since_best += 1
         if is_whole:
             if not recipe.schedule_per_step:
                 self.step_scheduler(epoch)
@@ -268,7 +285,7 @@ class _Training:
         if tested:
             text = short_metrics(tested, recipe.console_metrics)
             logger.info("epoch %d: %s  (best %s %.4g)", epoch, text, recipe.best_by, state.best)
-            self.write_details(log, epoch, is_over)
+            self.write_details(log, epoch, is_over or self.stops_early())
 
     def write_details(self, log: RunLog, epoch: int, is_last: bool) -> None:
         """Write the metrics of each class and the pictures of the last evaluation."""
@@ -282,8 +299,10 @@ class _Training:
         """Update the schedule and the EMA after an optimizer step."""
         if self.recipe.schedule_per_step:
             self.step_scheduler(self.state.epoch)
-        if self.recipe.ema is not None:
-            self.recipe.ema.update(unwrap(self.model))
+        ema = self.recipe.ema
+        if ema is not None:
+            # With a step and no warm-up, timm would copy the weights at the first step.
+            ema.update(unwrap(self.model), self.steps_done if ema.use_warmup else None)
 
     def step_scheduler(self, epoch: int) -> None:
         """Step the scheduler; those of timm need the epoch and the best metric."""

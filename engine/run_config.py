@@ -31,6 +31,9 @@ class RunConfig(Config):
     """Number of epochs to train."""
     eval_interval: int = Field(1, ge=1)
     """Number of epochs between evaluations; the last epoch is always evaluated."""
+    early_stop: int | None = Field(None, ge=1)
+    """Number of evaluations without better top-1 accuracy or AP after which training ends; none
+    trains all epochs."""
     start_epoch: int = Field(0, ge=0)
     """Epoch to start from; a resumed checkpoint overrides it."""
     output_dir: str = ""

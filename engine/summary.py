@@ -17,7 +17,8 @@ def describe_training(
         dtype: Data type of mixed precision.
     """
     groups = optimizer.param_groups
-    lrs = sorted({group.get("initial_lr", group["lr"]) for group in groups}, reverse=True)
+    lrs = {group.get("initial_lr", group["lr"]) * group.get("lr_scale", 1.0) for group in groups}
+    lrs = sorted(lrs, reverse=True)
     # Layer-wise decay has one learning rate for each layer.
     shown = [f"{lr:.6g}" for lr in lrs] if len(lrs) < 4 else [f"{lrs[0]:.6g} to {lrs[-1]:.6g}"]
     parameters = list(model.parameters())

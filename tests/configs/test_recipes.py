@@ -27,11 +27,11 @@ def test_a_recipe_is_what_the_trainer_does_by_default(path, parse_args, differs)
 NOT_IN_DEIT = {
     *("momentum", "decay_epochs", "decay_rate", "patience_epochs", "cooldown_epochs"),
     *("lr_noise", "lr_noise_pct", "lr_noise_std", "cutmix_minmax", "resplit"),
-    "model_ema_force_cpu",
+    *("model_ema_force_cpu", "model_ema_warmup", "layer_decay"),
 }
 NOT_IN_DETR = {
     *("enc_rpe2d", "rpe_implementation", "num_classes", "masks", "frozen_weights", "finetune"),
-    *("mask_loss_coef", "dice_loss_coef", "model_ema", "model_ema_decay"),
+    *("mask_loss_coef", "dice_loss_coef", "model_ema", "model_ema_decay", "model_ema_warmup"),
 }
 
 

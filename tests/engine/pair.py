@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -18,6 +19,7 @@ from engine.distributed import any_process, broadcast_object, max_over_processes
 from irpe_core import RPEConfig
 from irpe_core.autotune import Autotuner
 from irpe_core.candidates import COMPOSED, Kind, Size
+from tests.engine import toy
 from tests.engine.toy import SIGTERM, ToyConfig, equal, train
 
 
@@ -58,8 +60,11 @@ def resumption(rank: int, folder: Path) -> dict[str, Any]:
     resumed = train(ToyConfig(**options, output_dir=output_dir), resume=True)
     names = uninterrupted.keys() - {"args"}
     limited = train(ToyConfig(**options, max_steps=3))
+    with mock.patch.object(toy, "evaluate", return_value={"mean": 0.0}):
+        stopped_early = train(ToyConfig(**options, epochs=9, early_stop=1))
     return {
         "limited": [limited["epoch"], limited["step"]],
+        "early_stop": stopped_early["epoch"],
         "code": code,
         "halfway": [halfway["epoch"], halfway["step"]],
         "equal": all(equal(uninterrupted[name], resumed[name]) for name in names),

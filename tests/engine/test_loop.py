@@ -34,8 +34,9 @@ def assert_same_run(left: dict[str, Any], right: dict[str, Any]) -> None:
         {"dtype": "bfloat16"},
         {"dtype": "float16"},
         {"clip_grad": None},
+        {"ema_warmup": True},
     ],
-    ids=["plain", "workers", "accumulation", "bfloat16", "float16", "no clipping"],
+    ids=["plain", "workers", "accumulation", "bfloat16", "float16", "no clipping", "EMA warm-up"],
 )
 @pytest.mark.parametrize("place", [(0, 1), (1, 2)], ids=["first epoch", "second epoch"])
 def test_a_run_resumed_within_an_epoch_equals_an_uninterrupted_one(tmp_path, options, place):
@@ -103,7 +104,7 @@ def test_a_run_continued_after_max_steps_equals_an_uninterrupted_one(tmp_path):
     train(ToyConfig(output_dir=str(tmp_path), max_steps=14), resume=True)
     resumed = train(ToyConfig(output_dir=str(tmp_path)), resume=True)
     # The evaluations in between may have the best metric.
-    for name in uninterrupted.keys() - {"args", "best"}:
+    for name in uninterrupted.keys() - {"args", "best", "evals_since_best"}:
         assert equal(uninterrupted[name], resumed[name]), name
     log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [record["epoch"] for record in log] == [0, 1]
@@ -121,6 +122,8 @@ def test_two_processes_stop_together_and_resume_exactly(pair):
         assert got["equal"]
         assert got["moved"]
         assert got["limited"] == [-1, 3]
+        # The second evaluation is not better than the first.
+        assert got["early_stop"] == 1
     assert pair.results[0]["resumption"]["weights"] == pair.results[1]["resumption"]["weights"]
 
 

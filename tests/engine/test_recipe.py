@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 
 import engine
 from engine import session
@@ -39,6 +40,81 @@ def test_the_best_checkpoint_is_of_the_best_evaluation(monkeypatch, tmp_path):
     best = torch.load(tmp_path / "best_checkpoint.pth", weights_only=True)
     assert (best["epoch"], best["best"]) == (1, 3.0)
     assert (last["epoch"], last["best"]) == (3, 3.0)
+
+
+def test_the_warm_up_of_the_ema_counts_the_steps_of_the_whole_run(monkeypatch, tmp_path):
+    decays = []
+
+    def get_decay(self, step=None):
+        decays.append(original(self, step))
+        return decays[-1]
+
+    original = ModelEmaV3.get_decay
+    monkeypatch.setattr(ModelEmaV3, "get_decay", get_decay)
+    train(ToyConfig())
+    assert decays == [0.9] * 22
+    decays.clear()
+    options = {"ema_warmup": True, "output_dir": str(tmp_path), "epochs": 4}
+    train(ToyConfig(**options, max_steps=15))
+    train(ToyConfig(**options), resume=True)
+    # The first update copies the weights. The decay reaches its maximum after 32 steps.
+    assert decays == [0.0] + [min(1 - (1 + step) ** (-2 / 3), 0.9) for step in range(1, 44)]
+
+
+def train_on(metrics, monkeypatch, *, resume=False, **options):
+    """Train the toy with these metrics of its evaluations; return the last checkpoint."""
+    values = iter(metrics)
+    monkeypatch.setattr(toy, "evaluate", lambda models: {"mean": next(values)})
+    return train(ToyConfig(epochs=9, early_stop=2, **options), resume=resume)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "epoch"),
+    [([1.0, 3.0, 2.0, 3.0], 3), ([0.0, float("nan"), float("nan")], 2), (range(9), 8)],
+    ids=["not better", "nan", "always better"],
+)
+def test_a_run_stops_early_if_the_metric_does_not_improve(metrics, epoch, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    last = train_on(metrics, monkeypatch)
+    assert last["epoch"] == epoch
+    stopped = [message for message in caplog.messages if message.startswith("early stop")]
+    assert len(stopped) == (epoch < 8)
+
+
+def test_patience_counts_evaluations(monkeypatch):
+    last = train_on([3.0, 2.0, 1.0], monkeypatch, eval_interval=2)
+    assert (last["epoch"], last["evals_since_best"]) == (5, 2)
+
+
+def test_a_resumed_run_stops_early_at_the_same_epoch(monkeypatch, tmp_path):
+    metrics = [1.0, 3.0, 2.0, 2.5]
+    uninterrupted = train_on(metrics, monkeypatch)
+    options = {"output_dir": str(tmp_path)}
+    with pytest.raises(engine.Stopped):
+        train_on(metrics, monkeypatch, **options, kill_at=(toy.SIGTERM, 3, 5))
+    resumed = train_on(metrics[3:], monkeypatch, **options, resume=True)
+    for name in uninterrupted.keys() - {"args"}:
+        assert equal(uninterrupted[name], resumed[name]), name
+    # Without more patience, the run does not continue.
+    assert train_on([], monkeypatch, **options, resume=True)["epoch"] == 3
+
+
+def test_an_evaluation_within_an_epoch_does_not_count_for_early_stop(monkeypatch, tmp_path):
+    options = {"output_dir": str(tmp_path)}
+    halfway = train_on([3.0, 1.0], monkeypatch, **options, max_steps=15)
+    assert (halfway["step"], halfway["evals_since_best"]) == (4, 0)
+    last = train_on([2.0, 2.0], monkeypatch, **options, resume=True)
+    assert last["epoch"] == 2
+
+
+def test_a_checkpoint_of_before_early_stop_is_still_read(monkeypatch, tmp_path):
+    train_on([3.0], monkeypatch, output_dir=str(tmp_path), max_steps=11)
+    path = tmp_path / "checkpoint.pth"
+    content = torch.load(path, weights_only=True)
+    del content["evals_since_best"]
+    torch.save(content, path)
+    last = train_on([2.0, 1.0], monkeypatch, output_dir=str(tmp_path), resume=True)
+    assert last["epoch"] == 2
 
 
 def test_checkpoints_name_the_revision_of_the_start(monkeypatch, tmp_path):

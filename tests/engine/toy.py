@@ -42,6 +42,8 @@ class ToyConfig(engine.RunConfig):
     """Learning rate."""
     clip_grad: float | None = 1.0
     """Largest norm of the gradients."""
+    ema_warmup: bool = False
+    """Start the EMA with a small decay."""
     device: str = "cpu"
     """Device to run on."""
     print_freq: int = 3
@@ -159,7 +161,7 @@ def train(config: ToyConfig, *, resume: bool = False) -> dict[str, Any]:
         worker_init_fn=engine.shield_worker,
     )
     model = create_model(config.seed)
-    ema = ModelEmaV3(model, decay=0.9, exclude_buffers=True)
+    ema = ModelEmaV3(model, decay=0.9, use_warmup=config.ema_warmup, exclude_buffers=True)
     if session.checkpoint is not None:
         model.load_state_dict(session.checkpoint["model"])
         ema.module.load_state_dict(session.checkpoint["model_ema"])
