@@ -69,7 +69,8 @@ class Backbone(nn.Module):
         features = []
         x = images
         for name, stage in self.body.named_children():
-            recompute = self.grad_checkpointing and name.startswith("layer")
+            # Frozen stages store nothing for the backward pass.
+            recompute = self.grad_checkpointing and any(p.requires_grad for p in stage.parameters())
             for block in stage if isinstance(stage, nn.Sequential) else [stage]:
                 x = run_layer(block, x, recompute=recompute)
             if name in returned:

@@ -69,7 +69,7 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones(argv, capsys):
     with pytest.raises(SystemExit) as leaving:
         main(argv)
     assert leaving.value.code == 2
-    assert "{train,ops,data,host,gpu,static}" in capsys.readouterr().err
+    assert "{train,ops,data,memory,host,gpu,static}" in capsys.readouterr().err
 
 
 def test_the_host_time_of_a_layer_is_measured_without_a_gpu(tmp_path):
