@@ -173,6 +173,8 @@ def _sbatch(command: Command) -> None:
     words = list(command.words)
     options = argparse.ArgumentParser(prog="sbatch", allow_abbrev=False)
     options.add_argument("--nodes", default="1")
+    for name in ("--time", "--gpus-per-node"):
+        options.add_argument(name)
     own = []
     while words and words[0].startswith("-"):
         own.append(words.pop(0))
