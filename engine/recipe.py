@@ -301,7 +301,7 @@ class _Training:
             self.step_scheduler(self.state.epoch)
         ema = self.recipe.ema
         if ema is not None:
-            # With a step and no warm-up, timm would copy the weights at the first step.
+            # Without warm-up there is no step: timm would copy the weights at the first one.
             ema.update(unwrap(self.model), self.steps_done if ema.use_warmup else None)
 
     def step_scheduler(self, epoch: int) -> None:

@@ -10,7 +10,8 @@ images give the bytes of each further image. bfloat16 stands for float16, which 
 
 The result is a lower bound of the memory of a GPU, not a measurement. It leaves out temporary
 tensors of the backward pass (with checkpointing, the activations of one layer), fragmentation, the
-work space of cuDNN, CUDA itself and the losses.
+work space of cuDNN, CUDA itself and the losses. Operators of a GPU may store slightly different
+tensors than those of the CPU.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from engine.optim import autocast
 __all__ = ["main", "parse_args"]
 
 CPU = torch.device("cpu")
+# The classes of ImageNet-1k.
 CLASSES = 1000
 GIB = 2**30
 
