@@ -5,7 +5,7 @@
 | nothing                                 |                                    | 0              |
 | `UsageError`                            | `error: <sentence>`                | 2              |
 | `UserError` or an expected exception    | `error: <sentence>`                | 1              |
-| `engine.signals.Stopped`                |                                    | 143 or 130     |
+| `engine.signals.Stopped`                |                                    | 128 + signal   |
 | `KeyboardInterrupt`                     | `error: interrupted`               | 130            |
 | anything else                           | traceback                          | 1              |
 

@@ -1,7 +1,9 @@
-"""A clean stop: after SIGTERM or SIGINT the run saves a checkpoint and exits.
+"""A clean stop: after a signal to end, the run saves a checkpoint and exits.
 
-A signal only sets a flag. Between two optimizer steps, all processes check it together. If it is
-set in one of them, all save and exit with the code that shells and schedulers expect: 143 or 130.
+The signals are SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal) and SIGUSR1 (of schedulers). A
+signal only sets a flag. Between two optimizer steps, all processes check it together. If it is set
+in one of them, all save and exit with the code that shells and schedulers expect: 128 plus the
+number of the signal.
 """
 
 import logging
@@ -17,6 +19,7 @@ __all__ = ["StopRequest", "Stopped", "shield_worker"]
 
 logger = logging.getLogger(__name__)
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _MESSAGE = b"stopping after the current step or evaluation; press Ctrl-C to stop at once\n"
 
 
@@ -25,10 +28,11 @@ class Stopped(SystemExit):
 
 
 class StopRequest:
-    """Context manager that turns SIGTERM and SIGINT into a request to stop.
+    """Context manager that turns signals to end into a request to stop.
 
-    A SIGINT after the first signal raises KeyboardInterrupt and so stops at once; further SIGTERMs
-    have no effect. At the end of the context the old signal handlers are restored.
+    A SIGINT after the first signal raises KeyboardInterrupt and so stops at once; other further
+    signals have no effect. A signal that is ignored, such as SIGHUP with `nohup`, stays ignored. At
+    the end of the context the old signal handlers are restored.
     """
 
     def __init__(self) -> None:
@@ -36,8 +40,9 @@ class StopRequest:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._handlers[number] = signal.signal(number, self._handle)
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -17,7 +17,14 @@ def test_without_a_signal_nothing_stops():
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        (signal.SIGHUP, 129),
+        (signal.SIGUSR1, 138),
+    ],
+    ids=["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"],
 )
 def test_a_run_saves_once_after_a_signal_and_stops_with_its_code(number, code, capfd):
     saved = []
@@ -54,6 +61,17 @@ def test_the_old_handlers_are_restored():
     with StopRequest():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_stopped_is_not_caught_as_an_exception():
