@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from classification.config import ClassificationConfig
 from classification.data import eval_loader
-from classification.evaluate import evaluate
+from classification.evaluation import evaluate
 from classification.finetune import adapt_weights, recorded_image_size
 from classification.losses import DistillationLoss, base_criterion
 from classification.models import build_model

@@ -2,16 +2,16 @@
 
 Names and defaults are those of DeiT, so commands for DeiT keep working. Two defaults differ:
 `data_path` is empty, and `device` is a GPU only if there is one.
+
+torch and timm are imported only to check values, so that `--help` does not wait for them.
 """
 
 from typing import Literal
 
-import timm
 from pydantic import Field, field_validator, model_validator
-from timm.optim import list_optimizers
 
+from datasets.names import DataSetName, InatCategory
 from engine import Config, RunConfig, parse_config
-from irpe_core import parse_rpe_spec
 
 __all__ = ["ClassificationConfig", "parse_args"]
 
@@ -47,6 +47,8 @@ class ModelConfig(Config):
     @classmethod
     def _check_model(cls, name: str) -> str:
         """Refuse a name that is not in timm's registry."""
+        import timm
+
         import classification.models  # noqa: F401  (registers the published models)
 
         if not timm.is_model(name):
@@ -57,6 +59,8 @@ class ModelConfig(Config):
     @classmethod
     def _check_spec(cls, spec: str) -> str:
         """Refuse a malformed spec."""
+        from irpe_core import parse_rpe_spec
+
         parse_rpe_spec(spec)
         return spec
 
@@ -94,11 +98,9 @@ class DataConfig(Config):
 
     data_path: str = ""
     """Folder of the data, with train/ and val/ or valid/, or with train.tar and val.tar."""
-    data_set: Literal["IMNET", "CIFAR", "INAT", "INAT19", "DIGITS"] = "IMNET"
+    data_set: DataSetName = "IMNET"
     """Data set: ImageNet's layout, CIFAR-100, iNaturalist 2018 or 2019, or built-in digits."""
-    inat_category: Literal[
-        "kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"
-    ] = "name"
+    inat_category: InatCategory = "name"
     """Taxonomic rank of the classes of iNaturalist."""
     load_tar: bool = False
     """Read the images from train.tar and val.tar without unpacking them."""
@@ -224,6 +226,8 @@ class OptimConfig(Config):
     @classmethod
     def _check_optimizer(cls, name: str) -> str:
         """Refuse a name that is not in timm's registry."""
+        from timm.optim import list_optimizers
+
         if name not in list_optimizers():
             raise ValueError("must be an optimizer name of timm.optim.list_optimizers()")
         return name

@@ -4,31 +4,13 @@ The checkpoint gives model, classes, image size and transform. A published file 
 `--model`. Without `--output` the classes are printed, one image per line.
 """
 
-import csv
-import io
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import torch
 from pydantic import Field, field_validator
 
 from classification.config import ModelConfig
-from classification.predictor import Classification, load
-from datasets import DataError
-from datasets.image_files import ImageFiles, find_images
 from engine import parse_config, run
-from engine.prediction import (
-    PredictConfig,
-    check_outputs,
-    predict_files,
-    printable,
-    require_all,
-    start_prediction,
-    write_output,
-)
-from irpe_core import CheckpointError, ImplementationError
+from engine.predict_config import PredictConfig
 
 __all__ = ["ClassifierPredict", "main"]
 
@@ -55,67 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_config(
         ClassifierPredict, argv, prog="classification.predict", description=__doc__
     )
-    start_prediction()
-    output = Path(config.output) if config.output else None
-    check_outputs([output] if output else [], force=config.force)
-    files = find_images(config.images)
-    given = config.model_fields_set & ModelConfig.model_fields.keys()
-    classifier = load(
-        config.checkpoint,
-        classes=config.classes,
-        use_ema=config.use_ema,
-        device=config.device,
-        dtype=config.dtype,
-        **{name: getattr(config, name) for name in given},
-    )
-    found: dict[str, Classification] = {}
+    # Importing torch takes seconds, so `--help` and mistakes in flags come before.
+    from classification.prediction import predict
 
-    def predict(batch: list[tuple[int, Any]]) -> None:
-        images = torch.stack([image for _, image in batch])
-        results = classifier.predict(images, config.topk)
-        for (index, _), result in zip(batch, results, strict=True):
-            found[files[index].name] = result
-            if output is None:
-                print(_line(files[index].name, result))
-
-    images = ImageFiles([file.name for file in files], classifier.transform)
-    bad = predict_files(images, predict, config)
-    if output is not None:
-        write_output(output, (_csv if output.suffix == ".csv" else _json)(found))
-    require_all(bad, len(files))
-
-
-def _line(name: str, result: Classification) -> str:
-    """Return the classes of an image in one line."""
-    scores = zip(result.classes, result.scores.tolist(), strict=True)
-    return f"{printable(name)}: " + ", ".join(f"{label} {score:.4f}" for label, score in scores)
-
-
-def _rows(result: Classification) -> list[dict[str, Any]]:
-    """Return the classes of an image, most probable first."""
-    columns = (result.labels.tolist(), result.classes, result.scores.tolist())
-    return [
-        {"label": label, "class": name, "score": score}
-        for label, name, score in zip(*columns, strict=True)
-    ]
-
-
-def _json(found: dict[str, Classification]) -> str:
-    """Return all results as JSON: a list with the image and its predictions."""
-    images = [{"image": name, "predictions": _rows(result)} for name, result in found.items()]
-    return json.dumps(images, ensure_ascii=False, indent=1) + "\n"
-
-
-def _csv(found: dict[str, Classification]) -> str:
-    """Return all results as CSV: a line for each image and rank."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, ["image", "rank", "label", "class", "score"])
-    table.writeheader()
-    for name, result in found.items():
-        for rank, row in enumerate(_rows(result), 1):
-            table.writerow({"image": name, "rank": rank, **row})
-    return text.getvalue()
+    predict(config)
 
 
 if __name__ == "__main__":
-    run(main, DataError, CheckpointError, ImplementationError)
+    run(main)

@@ -24,42 +24,60 @@ digits to classify, `datasets.scenes.write_scenes(root)` writes scenes of digits
 converts annotations of other formats to COCO's.
 """
 
-from datasets.archives import TarArchive, ZipArchive
-from datasets.build import build_dataset
-from datasets.coco import CocoImages, build_coco
-from datasets.coco_transforms import build_coco_transforms, collate
-from datasets.errors import CorruptImageError, DataError
-from datasets.imagenet import FolderImages, TarImages, build_imagenet
-from datasets.inaturalist import INaturalistImages
-from datasets.resilient import ResilientDataset
-from datasets.samplers import (
-    DistributedShuffleSampler,
-    EvalSampler,
-    RepeatedAugSampler,
-    SeededDataset,
-)
-from datasets.saved_split import SplitOptions
-from datasets.transforms import build_transform
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "build_dataset",
-    "build_imagenet",
-    "build_transform",
-    "FolderImages",
-    "TarImages",
-    "INaturalistImages",
-    "ResilientDataset",
-    "SeededDataset",
-    "RepeatedAugSampler",
-    "DistributedShuffleSampler",
-    "EvalSampler",
-    "SplitOptions",
-    "build_coco",
-    "build_coco_transforms",
-    "CocoImages",
-    "collate",
-    "TarArchive",
-    "ZipArchive",
-    "DataError",
-    "CorruptImageError",
-]
+if TYPE_CHECKING:
+    from datasets.archives import TarArchive, ZipArchive
+    from datasets.build import build_dataset
+    from datasets.coco import CocoImages, build_coco
+    from datasets.coco_transforms import build_coco_transforms, collate
+    from datasets.errors import CorruptImageError, DataError
+    from datasets.imagenet import FolderImages, TarImages, build_imagenet
+    from datasets.inaturalist import INaturalistImages
+    from datasets.resilient import ResilientDataset
+    from datasets.samplers import (
+        DistributedShuffleSampler,
+        EvalSampler,
+        RepeatedAugSampler,
+        SeededDataset,
+    )
+    from datasets.saved_split import SplitOptions
+    from datasets.transforms import build_transform
+
+_MODULES = {
+    "build_dataset": "build",
+    "build_imagenet": "imagenet",
+    "build_transform": "transforms",
+    "FolderImages": "imagenet",
+    "TarImages": "imagenet",
+    "INaturalistImages": "inaturalist",
+    "ResilientDataset": "resilient",
+    "SeededDataset": "samplers",
+    "RepeatedAugSampler": "samplers",
+    "DistributedShuffleSampler": "samplers",
+    "EvalSampler": "samplers",
+    "SplitOptions": "saved_split",
+    "build_coco": "coco",
+    "build_coco_transforms": "coco_transforms",
+    "CocoImages": "coco",
+    "collate": "coco_transforms",
+    "TarArchive": "archives",
+    "ZipArchive": "archives",
+    "DataError": "errors",
+    "CorruptImageError": "errors",
+}
+
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use, so that `--help` does not wait for torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Return all names, also those that are not imported yet."""
+    return sorted({*globals(), *_MODULES})

@@ -3,20 +3,19 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
 from datasets.errors import DataError
 from datasets.imagenet import Split, build_imagenet
-from datasets.inaturalist import InatCategory, INaturalistImages
+from datasets.inaturalist import INaturalistImages
+from datasets.names import DataSetName, InatCategory
 from datasets.resilient import ImageDataset, ResilientDataset
 from datasets.saved_split import SplitOptions
 
-__all__ = ["DataSetName", "build_dataset"]
-
-DataSetName = Literal["CIFAR", "IMNET", "INAT", "INAT19", "DIGITS"]
+__all__ = ["build_dataset"]
 
 
 def build_dataset(

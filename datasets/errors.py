@@ -11,7 +11,12 @@ class DataError(Exception):
 
     `str(error)` is one sentence, also when a `DataLoader` worker raised the error. In that case
     torch uses the traceback of the worker as the message; the traceback stays in `args`.
+
+    Attributes:
+        exit_code: Exit code of a command that ends with this error, without a traceback.
     """
+
+    exit_code = 1
 
     def __str__(self) -> str:
         lines = super().__str__().strip().splitlines()

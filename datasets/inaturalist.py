@@ -18,13 +18,10 @@ from torchvision.datasets import INaturalist
 
 from datasets.errors import DataError
 from datasets.images import LabeledImages, read_bytes
+from datasets.names import InatCategory
 from datasets.packed_strings import PackedStrings
 
-__all__ = ["InatCategory", "INaturalistImages"]
-
-InatCategory = Literal[
-    "name", "supercategory", "kingdom", "phylum", "class", "order", "family", "genus"
-]
+__all__ = ["INaturalistImages"]
 
 
 class INaturalistImages(LabeledImages):

@@ -20,7 +20,7 @@ from detection.config import DetectionConfig
 from detection.criterion import SetCriterion
 from detection.data import eval_loader
 from detection.detr import DETR
-from detection.evaluate import evaluate
+from detection.evaluation import evaluate
 from detection.matcher import HungarianMatcher
 from detection.position_encoding import build_position_encoding
 from detection.postprocess import PostProcess, PostProcessSegm

@@ -2,6 +2,8 @@
 
 Names and defaults are those of DETR, so commands for DETR keep working; `enc_rpe2d` is from iRPE.
 One default differs: `device` is a GPU only if there is one.
+
+torch is imported only to check values, so that `--help` does not wait for it.
 """
 
 from typing import Literal
@@ -9,7 +11,6 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from engine import Config, RunConfig, parse_config
-from irpe_core import parse_rpe_spec
 
 __all__ = ["DetectionConfig", "parse_args"]
 
@@ -68,6 +69,8 @@ class TransformerConfig(Config):
     @classmethod
     def _check_spec(cls, spec: str) -> str:
         """Refuse a malformed spec."""
+        from irpe_core import parse_rpe_spec
+
         parse_rpe_spec(spec)
         return spec
 

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.errors import UsageError
+from engine.launcher import by_torchrun, launched_as
 
 __all__ = [
-    "launched_as",
     "in_process_group",
     "init_distributed",
     "select_device",
@@ -33,21 +33,6 @@ __all__ = [
     "broadcast_object",
     "all_gather_object",
 ]
-
-
-def launched_as() -> tuple[int, int, int]:
-    """Return rank, local rank and number of processes from the environment of the launcher.
-
-    The variables of torchrun come first, then those of a Slurm step (`srun`). Without them this is
-    a single process. A Slurm batch script is not a step, although Slurm sets SLURM_PROCID in it.
-    """
-    env = os.environ
-    if _by_torchrun():
-        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env["WORLD_SIZE"])
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        size = int(env["SLURM_STEP_NUM_TASKS"])
-        return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), size
-    return 0, 0, 1
 
 
 def init_distributed(device: str = "auto") -> torch.device:
@@ -71,7 +56,7 @@ def init_distributed(device: str = "auto") -> torch.device:
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-            init_method="env://" if _by_torchrun() else _slurm_rendezvous(),
+            init_method="env://" if by_torchrun() else _slurm_rendezvous(),
             rank=rank,
             world_size=world_size,
         )
@@ -100,11 +85,6 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids)
-
-
-def _by_torchrun() -> bool:
-    """Return whether torchrun has started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _choose_device(device: str, local_rank: int, world_size: int) -> torch.device:

@@ -6,9 +6,14 @@ scaling. A disabled scaler changes nothing, so the same code serves all three ty
 
 import torch
 
-__all__ = ["DTYPES", "autocast", "make_scaler", "optimizer_step"]
+__all__ = ["DTYPES", "autocast", "make_scaler", "optimizer_step", "resolve_dtype"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(name: str, *, auto: torch.dtype) -> torch.dtype:
+    """Return the dtype that an option `dtype` names; `auto` is the trainer's choice."""
+    return auto if name == "auto" else DTYPES[name]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

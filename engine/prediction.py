@@ -1,27 +1,24 @@
-"""The parts that the commands for prediction share: options, weights, batches and outputs."""
+"""The parts that the commands for prediction share: weights, batches and outputs."""
 
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from engine.checkpoint import check_writable, replacing
-from engine.config import Config
-from engine.distributed import launched_as
 from engine.errors import UsageError, UserError
 from engine.exported import ExportedModel, open_exported
-from engine.flags import POSITIONAL
+from engine.launcher import launched_as
+from engine.predict_config import PredictConfig
 from engine.signals import shield_worker
 
 __all__ = [
-    "PredictConfig",
     "check_outputs",
     "class_names",
     "open_for_task",
@@ -34,30 +31,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-
-class PredictConfig(Config):
-    """Predict."""
-
-    checkpoint: Annotated[str, POSITIONAL]
-    """Path or URL of a checkpoint, or a .onnx or .pt2 file of scripts.export."""
-    images: Annotated[tuple[str, ...], POSITIONAL]
-    """Files, folders, patterns, archives (a.zip or a.zip/member) or URLs of images; the EXIF
-    orientation is honored."""
-    classes: str = ""
-    """Text file with one class name per line, for a checkpoint without class names."""
-    use_ema: bool | None = None
-    """Predict with the EMA weights; none uses them if the checkpoint has them, as --eval does."""
-    batch_size: int = Field(8, ge=1)
-    """Number of images per batch."""
-    num_workers: int = Field(4, ge=0)
-    """Number of processes that read images."""
-    device: str = "auto"
-    """Device to run on: auto, cuda, cuda:N or cpu."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of automatic mixed precision; auto is that of --eval."""
-    force: bool = False
-    """Overwrite existing output files."""
 
 
 def start_prediction() -> None:

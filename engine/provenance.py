@@ -1,11 +1,15 @@
 """The revision, versions and hardware that a result was computed with."""
 
+from __future__ import annotations
+
 import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["machine", "provenance"]
 
@@ -19,6 +23,8 @@ def provenance() -> dict[str, str | None]:
         `git` (with `-dirty` if there are uncommitted changes; None outside of a repository or
         without git), `python`, `torch` and `cuda` (None if torch is built without CUDA).
     """
+    import torch
+
     return {
         "git": _git_revision(Path(__file__).parent),
         "python": platform.python_version(),
@@ -37,6 +43,8 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str | int | None]:
         `device` (name of the GPU or of the processor), `threads` (of torch on the CPU), `python`,
         `torch` and `timm` (None if it is not installed).
     """
+    import torch
+
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
@@ -57,6 +65,8 @@ def _cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
 
 def _torch_version() -> str:
     """Return torch's version as a plain string, which safe loaders of checkpoints accept."""
+    import torch
+
     return str(torch.__version__)
 
 

@@ -30,10 +30,10 @@ from engine.meters import TimeLeft
 from engine.optim import make_scaler
 from engine.progress import short_metrics
 from engine.report import Report, ReportWriter
-from engine.run_config import steps_per_epoch, total_batch_size
 from engine.seeding import kept_random_state
 from engine.session import Session
 from engine.signals import StopRequest
+from engine.steps import steps_per_epoch, total_batch_size
 from engine.summary import describe_training
 from engine.tensors import unwrap
 

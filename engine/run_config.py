@@ -5,17 +5,12 @@ A trainer's configuration inherits from `RunConfig` and adds its model, data and
 
 from typing import Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
-from torch.utils.data import DataLoader
 
 from engine.config import Config
-from engine.distributed import world_size
-from engine.errors import UsageError
 from engine.loggers import LOGGERS
-from engine.optim import DTYPES
 
-__all__ = ["RunConfig", "resolve_dtype", "steps_per_epoch", "total_batch_size"]
+__all__ = ["RunConfig"]
 
 
 class RunConfig(Config):
@@ -104,29 +99,3 @@ class RunConfig(Config):
         if self.auto_resume and not self.output_dir:
             raise ValueError("auto_resume needs output_dir, the folder of the checkpoints")
         return self
-
-
-def total_batch_size(config: RunConfig) -> int:
-    """Return the number of images per optimizer step over all processes."""
-    return config.batch_size * config.accumulate_steps * world_size()
-
-
-def steps_per_epoch(config: RunConfig, batches: DataLoader) -> int:
-    """Return the number of optimizer steps per epoch.
-
-    Raises:
-        UsageError: An epoch of this process has fewer batches than one step needs.
-    """
-    steps = len(batches) // config.accumulate_steps
-    if steps == 0:
-        raise UsageError(
-            f"batch_size x accumulate_steps must be at most {len(batches.sampler)}, the number of "
-            f"images per epoch in each of {world_size()} process(es), "
-            f"got {config.batch_size} x {config.accumulate_steps}"
-        )
-    return steps
-
-
-def resolve_dtype(name: str, *, auto: torch.dtype) -> torch.dtype:
-    """Return the dtype that an option `dtype` names; `auto` is the trainer's choice."""
-    return auto if name == "auto" else DTYPES[name]

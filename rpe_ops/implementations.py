@@ -47,7 +47,13 @@ _TRITON_HEAD_DIM = 128
 
 
 class ImplementationError(RuntimeError):
-    """Error for an implementation that was chosen by name and cannot run here."""
+    """Error for an implementation that was chosen by name and cannot run here.
+
+    Attributes:
+        exit_code: Exit code of a command that ends with this error, without a traceback.
+    """
+
+    exit_code = 1
 
 
 def can_run(

@@ -202,6 +202,29 @@ def test_a_package_lists_its_public_names(package):
     assert all(hasattr(module, name) for name in module.__all__)
 
 
+LAZY = ["engine", "datasets", "datasets.check", "classification", "detection"]
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_names_that_are_imported_at_first_use_are_also_imported_for_type_checkers(package):
+    module = importlib.import_module(package)
+    tree = ast.parse(Path(module.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    listed = {
+        alias.name: node.module.removeprefix(f"{package}.")
+        for node in block.body
+        for alias in node.names
+    }
+    assert listed == module._MODULES
+    assert set(module.__all__) <= set(dir(module))
+    # The import of a submodule would replace a function of its name.
+    folder = Path(module.__file__).parent
+    assert not {path.stem for path in folder.iterdir()} & set(listed)
+    with pytest.raises(AttributeError, match="has no attribute 'missing'"):
+        module.__getattr__("missing")
+
+
 def test_every_module_lists_its_public_names():
     modules = [ROOT / module for module in MODULES]
     modules += [*(ROOT / "scripts").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]

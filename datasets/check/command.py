@@ -6,13 +6,10 @@ import sys
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from datasets.build import DataSetName
-from datasets.check.coco import check_coco
 from datasets.check.findings import Report
-from datasets.check.folders import check_folders
 from datasets.check.page import format_page
 from datasets.check.text import format_text
-from datasets.inaturalist import InatCategory
+from datasets.names import DataSetName, InatCategory
 from datasets.saved_split import SplitOptions
 
 __all__ = ["main", "parse_args"]
@@ -137,6 +134,10 @@ def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 def _check(args: argparse.Namespace) -> Report:
     """Check the data set that the flags name."""
+    # Importing torch takes seconds, so `--help` and mistakes in flags come before.
+    from datasets.check.coco import check_coco
+    from datasets.check.folders import check_folders
+
     options = None
     if args.train_val_split is not None:
         options = SplitOptions(args.train_val_split, args.split_seed)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.build import DataSetName, build_dataset
+from datasets.build import build_dataset
 from datasets.check.across import find_copies
 from datasets.check.classes import find_bad_classes
 from datasets.check.findings import Finding, Report, Summary
@@ -15,7 +15,7 @@ from datasets.check.pixels import Picture, find_bad_pictures, read_pictures
 from datasets.errors import DataError
 from datasets.imagenet import FolderImages
 from datasets.images import IMAGE_EXTENSIONS, LabeledImages
-from datasets.inaturalist import InatCategory
+from datasets.names import DataSetName, InatCategory
 from datasets.saved_split import SplitOptions
 
 __all__ = ["check_folders"]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from detection.saved import class_head
 from engine import UsageError, check_writable, parse_config, run
-from irpe_core import CheckpointError, load_checkpoint
+from irpe_core import load_checkpoint
 from scripts.export.models import (
     ClassifierExport,
     DetectorExport,
@@ -73,4 +73,4 @@ def _check_sources(options: ExportOptions, checkpoint: dict | None) -> None:
 
 
 if __name__ == "__main__":
-    run(main, CheckpointError)
+    run(main)

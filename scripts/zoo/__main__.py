@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine import UsageError, UserError, check_writable, init_distributed, replacing, run
-from engine.distributed import launched_as
+from engine.launcher import launched_as
 from irpe_core import CheckpointError
 from scripts.zoo import tables
 from scripts.zoo.checkpoints import fetch
@@ -250,4 +250,4 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    run(main, CheckpointError)
+    run(main)

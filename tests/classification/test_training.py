@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import classification.main
+from classification import training
 from classification.main import main
 from irpe_core import autotune, functional
 from tests.classification.conftest import weights
@@ -70,7 +70,7 @@ def test_a_resumed_run_computes_attention_as_before(flags, tmp_path, monkeypatch
 
     def run(fastest: str, *options: str) -> dict:
         tuner = autotune.Autotuner(lambda *_: {fastest: 1e-3}, tmp_path / f"{fastest}.json")
-        for module in (functional, classification.main):
+        for module in (functional, training):
             monkeypatch.setattr(module, "AUTOTUNER", tuner)
         main([*flags, "--epochs", "2", "--keep_checkpoints", "2", *options])
         return tuner.state_dict()

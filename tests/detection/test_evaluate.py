@@ -10,7 +10,7 @@ from torch import nn
 from detection import criterion
 from detection.coco_eval import METRICS, CocoEvaluator
 from detection.criterion import SetCriterion
-from detection.evaluate import evaluate
+from detection.evaluation import evaluate
 from detection.matcher import HungarianMatcher
 from detection.postprocess import PostProcess, PostProcessSegm
 from tests.detection.test_coco_eval import annotation, coco

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-MODULES = ("detection.coco_eval", "detection.evaluate")
+MODULES = ("detection.coco_eval", "detection.evaluation")
 
 
 def as_processes(monkeypatch: pytest.MonkeyPatch, count: int, work: Callable[[int], Any]) -> list:

@@ -1,6 +1,9 @@
 """The frame of a command: one line and the right exit code for errors that the user can fix."""
 
+import os
+
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.utils.data import DataLoader, Dataset
 
 from engine import Stopped, UsageError, UserError, cli
@@ -86,3 +89,38 @@ def test_each_of_two_processes_prints_its_error(pair):
         last = pair.stderr[rank].splitlines()[-1]
         assert last == f"error [rank {rank}]: both fail"
         assert "Traceback" not in pair.stderr[rank]
+
+
+def test_another_broken_pipe_keeps_its_traceback():
+    def write_to_a_closed_pipe() -> None:
+        read, write = os.pipe()
+        os.close(read)
+        os.write(write, b"text")
+
+    with pytest.raises(BrokenPipeError):
+        cli.run(write_to_a_closed_pipe)
+
+
+class DamagedError(Exception):
+    """An error of a package that does not import engine, with an exit code."""
+
+    exit_code = 3
+
+
+def test_an_error_with_an_exit_code_needs_no_declaration(capsys):
+    assert exit_code_of(DamagedError("damaged")) == 3
+    assert capsys.readouterr().err == "error: damaged\n"
+
+
+def test_torchrun_reads_the_sentence(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    assert exit_code_of(UserError("no space left")) == 1
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(file))
+    report = ChildFailedError("toy", {0: failure}).format_msg()
+    assert "traceback : no space left\n" in report
+    assert failure.timestamp > 0
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "nowhere" / "error.json"))
+    capsys.readouterr()
+    assert exit_code_of(UserError("no space left")) == 1
+    assert capsys.readouterr().err == "error: no space left\n"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine import UsageError, distributed, init_distributed
-from engine.distributed import launched_as
+from engine.launcher import launched_as
 
 LAUNCHERS = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID",
