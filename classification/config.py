@@ -6,12 +6,13 @@ Names and defaults are those of DeiT, so commands for DeiT keep working. Two def
 torch and timm are imported only to check values, so that `--help` does not wait for them.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from datasets.names import DataSetName, InatCategory
 from engine import Config, RunConfig, parse_config
+from engine.flags import COMMON, HIDDEN
 
 __all__ = ["ClassificationConfig", "parse_args"]
 
@@ -96,7 +97,7 @@ class StartConfig(Config):
 class DataConfig(Config):
     """Data."""
 
-    data_path: str = ""
+    data_path: Annotated[str, COMMON] = ""
     """Folder of the data, with train/ and val/ or valid/, or with train.tar and val.tar."""
     data_set: DataSetName = "IMNET"
     """Data set: ImageNet's layout, CIFAR-100, iNaturalist 2018 or 2019, or built-in digits."""
@@ -139,7 +140,7 @@ class AugmentConfig(Config):
     """Fill of erased regions: the mean color, one random color or random pixels."""
     recount: int = Field(1, ge=1)
     """Maximum number of erased regions per image."""
-    resplit: bool = False
+    resplit: Annotated[bool, HIDDEN] = False
     """Accepted for compatibility with DeiT, which ignores it; must be false."""
     mixup: float = Field(0.8, ge=0)
     """Alpha of mixup; 0 disables it."""
@@ -198,7 +199,7 @@ class OptimConfig(Config):
     """Minimum learning rate of the cosine, tanh, poly and plateau schedules."""
     warmup_epochs: int = Field(5, ge=0)
     """Number of epochs of linear warm-up."""
-    cooldown_epochs: int = Field(10, ge=0)
+    cooldown_epochs: Annotated[int, HIDDEN] = Field(10, ge=0)
     """Accepted for compatibility with DeiT; no effect, because training ends after epochs."""
     decay_epochs: float = Field(30, gt=0)
     """Number of epochs between drops of the learning rate in the step schedule."""
@@ -267,18 +268,23 @@ class ClassificationConfig(
     def _check_combination(self) -> "ClassificationConfig":
         """Refuse options that contradict each other."""
         if self.resume and self.pretrained:
-            raise ValueError("resume and pretrained exclude each other: both set the weights")
+            raise ValueError("--resume and --pretrained exclude each other: both set the weights")
         if self.finetune and self.pretrained:
-            raise ValueError("finetune and pretrained exclude each other: both set the weights")
+            raise ValueError("--finetune and --pretrained exclude each other: both set the weights")
         if self.distillation_type != "none":
             if not self.teacher_path:
-                raise ValueError("distillation_type needs teacher_path, the teacher's checkpoint")
+                raise ValueError(
+                    "--distillation-type needs --teacher-path, the teacher's checkpoint"
+                )
             if not self.distillation_token and "_distilled_" not in self.model:
                 raise ValueError(
-                    "distillation_type needs distillation_token: its head learns from the teacher"
+                    "--distillation-type needs --distillation-token: its head learns from the "
+                    "teacher"
                 )
         if self.mixes and self.batch_size % 2 and not self.eval:
-            raise ValueError(f"batch_size must be even with mixup or cutmix, got {self.batch_size}")
+            raise ValueError(
+                f"--batch-size must be even with mixup or cutmix, got {self.batch_size}"
+            )
         return self
 
 

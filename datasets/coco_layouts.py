@@ -65,8 +65,8 @@ def find_coco(
     if coco_path is None:
         if images is None or annotations is None:
             raise DataError(
-                f"there is no data for {split}: expected coco_path, or images and annotations"
-                + (", or train_val_split" if split == "val" else "")
+                f"there is no data for {split}: expected --coco_path, or images and annotations"
+                + (", or --train_val_split" if split == "val" else "")
             )
         files = CocoFiles(Path(images), Path(annotations))
         return files if train_val_split is None else _part(files, split, train_val_split)

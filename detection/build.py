@@ -158,7 +158,7 @@ def create_detector(
         config = config.model_copy(update={"num_classes": num_classes})
     if config.num_classes < num_classes:
         raise UsageError(
-            f"--num_classes must be at least {num_classes}, since the data has labels up to "
+            f"--num-classes must be at least {num_classes}, since the data has labels up to "
             f"{num_classes - 1}, got {config.num_classes}"
         )
     load = checkpoint is None and not config.finetune

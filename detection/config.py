@@ -6,11 +6,12 @@ One default differs: `device` is a GPU only if there is one.
 torch is imported only to check values, so that `--help` does not wait for it.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from engine import Config, RunConfig, parse_config
+from engine.flags import COMMON, HIDDEN
 
 __all__ = ["DetectionConfig", "parse_args"]
 
@@ -118,10 +119,10 @@ class DataConfig(Config):
 
     dataset_file: Literal["coco", "scenes"] = "coco"
     """Data set: COCO's layout, or built-in scenes of digits, written to coco_path at first use."""
-    coco_path: str | None = None
+    coco_path: Annotated[str | None, COMMON] = None
     """Folder of the data: COCO's layout, with annotations/, and train2017 and val2017 as folders or
     .zip files, or an export in COCO's format (see docs/data.md)."""
-    coco_panoptic_path: None = None
+    coco_panoptic_path: Annotated[None, HIDDEN] = None
     """Accepted for compatibility with DETR; must be none, panoptic data is not supported."""
     train_images: str | None = None
     """Folder or .zip file of training images, for a data set without COCO's layout."""
@@ -136,7 +137,7 @@ class DataConfig(Config):
     the chosen images are saved with the data."""
     split_seed: int = Field(0, ge=0)
     """Random seed of train_val_split."""
-    remove_difficult: bool = False
+    remove_difficult: Annotated[bool, HIDDEN] = False
     """Accepted for compatibility with DETR, which ignores it; must be false."""
     augment: Literal["recipe", "none"] = "recipe"
     """Augmentation of training images: the recipe of DETR (flips, scales, crops), or none."""
@@ -212,21 +213,27 @@ class DetectionConfig(
         """Refuse options that contradict each other."""
         if self.hidden_dim % self.nheads:
             raise ValueError(
-                f"nheads must divide hidden_dim, got {self.nheads} and {self.hidden_dim}"
+                f"--nheads must divide --hidden-dim, got {self.nheads} and {self.hidden_dim}"
             )
         if self.set_cost_class == self.set_cost_bbox == self.set_cost_giou == 0:
-            raise ValueError("set_cost_class, set_cost_bbox and set_cost_giou must not all be 0")
+            raise ValueError(
+                "--set-cost-class, --set-cost-bbox and --set-cost-giou must not all be 0"
+            )
         if self.finetune and self.resume:
-            raise ValueError("finetune and resume exclude each other: both set the weights")
+            raise ValueError("--finetune and --resume exclude each other: both set the weights")
         if self.frozen_weights and not self.masks:
-            raise ValueError("frozen_weights needs masks: only the mask head would be trained")
+            raise ValueError("--frozen-weights needs --masks: only the mask head would be trained")
         if self.dataset_file == "scenes" and not self.coco_path:
-            raise ValueError("dataset_file scenes needs coco_path, where the scenes are written")
+            raise ValueError(
+                "--dataset-file scenes needs --coco-path, where the scenes are written"
+            )
         if self.train_val_split and (self.val_images or self.val_annotations):
-            raise ValueError("train_val_split must be none with val_images and val_annotations")
+            raise ValueError(
+                "--train-val-split must be none with --val-images and --val-annotations"
+            )
         if self.coco_path and any(self.own_data):
             raise ValueError(
-                "coco_path must be none with train_images, val_images or their annotations"
+                "--coco-path must be none with --train-images, --val-images or their annotations"
             )
         return self
 

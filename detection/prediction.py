@@ -160,7 +160,7 @@ def _picture_paths(files: Sequence[ImageFile], folder: Path) -> list[Path]:
         path = folder.joinpath(*parts or ["image"])
         path = path if path.suffix.lower() in _JPEG else path.with_suffix(".png")
         if path.resolve() in inputs:
-            raise UsageError(f"output_dir must not be the folder of the images, got {folder}")
+            raise UsageError(f"--output-dir must not be the folder of the images, got {folder}")
         # Images of several folders may have the same name.
         names = (path.with_stem(f"{path.stem}_{number}") for number in count(2))
         paths[next(name for name in chain([path], names) if name not in paths)] = None

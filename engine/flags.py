@@ -18,6 +18,8 @@ from pydantic.fields import FieldInfo
 from engine.errors import UsageError
 
 __all__ = [
+    "COMMON",
+    "HIDDEN",
     "NONE_WORDS",
     "POSITIONAL",
     "FlagParser",
@@ -32,6 +34,12 @@ NONE_WORDS = ("none", "null")
 POSITIONAL = "positional"
 """Metadata of a field that is an argument without a flag: `Annotated[str, POSITIONAL]`."""
 
+COMMON = "common"
+"""Metadata of a field in the first group of `--help`, `Run`."""
+
+HIDDEN = "hidden"
+"""Metadata of a field that `--help` leaves out: only old command lines have it."""
+
 _WORDS = {
     bool: "true or false",
     int: "an integer",
@@ -42,6 +50,9 @@ _WORDS = {
 
 class FlagParser(argparse.ArgumentParser):
     """A parser with `--config` and one flag for each field, grouped by the class of the field.
+
+    The common options of all classes are the first group, and those of old command lines are not
+    shown. A mark also applies where a subclass defines the field again.
 
     It raises UsageError, while its base class prints the usage before every error.
 
@@ -67,11 +78,17 @@ class FlagParser(argparse.ArgumentParser):
         )
         self._fields = cls.model_fields
         owners = {name: _defining_class(cls, name) for name in self._fields}
+        common = {name for name in self._fields if _is_marked(cls, name, COMMON)}
+        groups: dict[str, list[str]] = {"Run": []} if common else {}
         for owner in cls.__mro__:
-            names = [name for name in self._fields if owners[name] is owner]
-            group = self.add_argument_group(_title(owner)) if names else None
+            for name in (name for name in self._fields if owners[name] is owner):
+                title = "Run" if name in common else _title(owner)
+                groups.setdefault(title, []).append(name)
+        for title, names in groups.items():
+            group = self.add_argument_group(title)
             for name in names:
-                _add_flag(group, name, self._fields[name])
+                hidden = _is_marked(cls, name, HIDDEN)
+                _add_flag(group, name, self._fields[name], hidden=hidden)
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """Return the words of the given flags, by the names of their fields.
@@ -167,14 +184,15 @@ def _positionals(cls: type[BaseModel]) -> str:
     return "".join(f"{name} " for name in names)
 
 
-def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
+def _add_flag(group: Any, name: str, field: FieldInfo, *, hidden: bool) -> None:
     """Add the flag, or the positional argument, of a field to a group of the parser."""
     allowed = allowed_types(field.annotation)
     if POSITIONAL in field.metadata:
         count = {"nargs": "+"} if tuple in allowed else {}
         group.add_argument(name, metavar=name.upper(), help=_help(field), **count)
         return
-    options: dict[str, Any] = {"dest": name, "help": _help(field)}
+    text = argparse.SUPPRESS if hidden else _help(field)
+    options: dict[str, Any] = {"dest": name, "help": text}
     if bool in allowed:
         options["action"] = argparse.BooleanOptionalAction
     else:
@@ -221,6 +239,12 @@ def _plain(value: Any) -> str:
 def _defining_class(cls: type[BaseModel], name: str) -> type:
     """Return the first class with the field, so that a new default does not change its group."""
     return [base for base in cls.__mro__ if name in inspect.get_annotations(base)][-1]
+
+
+def _is_marked(cls: type[BaseModel], name: str, mark: str) -> bool:
+    """Return whether a class or one of its bases has a mark in the metadata of a field."""
+    fields = (getattr(base, "model_fields", {}).get(name) for base in cls.__mro__)
+    return any(field is not None and mark in field.metadata for field in fields)
 
 
 def _title(cls: type) -> str:

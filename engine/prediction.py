@@ -14,6 +14,7 @@ from tqdm import tqdm
 from engine.checkpoint import check_writable, replacing
 from engine.errors import UsageError, UserError
 from engine.exported import ExportedModel, open_exported
+from engine.flags import flag_of
 from engine.launcher import launched_as
 from engine.predict_config import PredictConfig
 from engine.signals import shield_worker
@@ -164,11 +165,12 @@ def open_for_task(
     """
     if device not in ("auto", "cpu") or dtype not in ("auto", "float32"):
         raise UsageError(
-            f"{source} runs on the CPU in float32: device must be auto or cpu and dtype auto or "
-            f"float32, got {device} and {dtype}"
+            f"{source} runs on the CPU in float32: --device must be auto or cpu and --dtype auto "
+            f"or float32, got {device} and {dtype}"
         )
     if options:
-        raise UsageError(f"{next(iter(options))} has no effect on {source}, which is exported")
+        flag = flag_of(next(iter(options)))
+        raise UsageError(f"{flag} has no effect on {source}, which is exported")
     exported = open_exported(source)
     found = exported.metadata.get("task", "none: export it again with scripts.export")
     if found != task:
@@ -205,7 +207,7 @@ def class_names(
             f"{source} has no class names: --classes must be a text file with {lines} per class"
         )
     if count is not None and len(names) != count:
-        raise UserError(f"classes must be {count} names, as {source} has, got {len(names)}")
+        raise UserError(f"--classes must be {count} names, as {source} has, got {len(names)}")
     return names
 
 

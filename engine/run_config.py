@@ -3,27 +3,36 @@
 A trainer's configuration inherits from `RunConfig` and adds its model, data and recipe.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from engine.config import Config
+from engine.flags import COMMON, HIDDEN
 from engine.loggers import LOGGERS
 
 __all__ = ["RunConfig"]
 
 
 class RunConfig(Config):
-    """Run."""
+    """Training loop, checkpoints and logs."""
 
-    batch_size: int = Field(1, ge=1)
+    output_dir: Annotated[str, COMMON] = ""
+    """Folder for checkpoints and logs; empty writes no files."""
+    resume: Annotated[str, COMMON] = ""
+    """Path or URL of a checkpoint to resume from, or to evaluate with --eval."""
+    eval: Annotated[bool, COMMON] = False
+    """Evaluate only, without training."""
+    epochs: Annotated[int, COMMON] = Field(300, ge=1)
+    """Number of epochs to train."""
+    batch_size: Annotated[int, COMMON] = Field(1, ge=1)
     """Input batch size for training, per process."""
+    device: Annotated[str, COMMON] = "auto"
+    """Device to run on: auto, cuda, cuda:N or cpu."""
     num_workers: int = Field(4, ge=0)
     """Number of data loading processes per training process."""
     accumulate_steps: int = Field(1, ge=1)
     """Number of batches to accumulate gradients over, per optimizer step."""
-    epochs: int = Field(300, ge=1)
-    """Number of epochs to train."""
     eval_interval: int = Field(1, ge=1)
     """Number of epochs between evaluations; the last epoch is always evaluated."""
     early_stop: int | None = Field(None, ge=1)
@@ -31,18 +40,10 @@ class RunConfig(Config):
     trains all epochs."""
     start_epoch: int = Field(0, ge=0)
     """Epoch to start from; a resumed checkpoint overrides it."""
-    output_dir: str = ""
-    """Folder for checkpoints and logs; empty writes no files."""
-    resume: str = ""
-    """Path or URL of a checkpoint to resume from, or to evaluate with --eval."""
     auto_resume: bool = False
     """Resume from the last checkpoint in output_dir if there is one."""
-    eval: bool = False
-    """Evaluate only, without training."""
     seed: int = Field(0, ge=0)
     """Random seed."""
-    device: str = "auto"
-    """Device to run on: auto, cuda, cuda:N or cpu."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of mixed precision; auto selects that of the published recipe."""
     compile: bool = False
@@ -63,9 +64,9 @@ class RunConfig(Config):
     evaluation."""
     logger: str | None = "tensorboard"
     """Loggers of curves and pictures: tensorboard, wandb, mlflow, several with commas, or none."""
-    world_size: int = Field(1, ge=1)
+    world_size: Annotated[int, HIDDEN] = Field(1, ge=1)
     """Number of processes; torchrun sets it, and any value above 1 must equal that of torchrun."""
-    dist_url: Literal["env://"] = "env://"
+    dist_url: Annotated[Literal["env://"], HIDDEN] = "env://"
     """URL used to set up distributed training; env:// reads the variables of the launcher."""
 
     @field_validator("logger")
@@ -86,16 +87,16 @@ class RunConfig(Config):
     def _check_loggers(self) -> "RunConfig":
         """Check that loggers have a folder and pictures have a logger."""
         if not self.output_dir and self.loggers not in ((), ("tensorboard",)):
-            raise ValueError(f"logger {self.logger} needs output_dir, the folder of the run")
+            raise ValueError(f"--logger {self.logger} needs --output-dir, the folder of the run")
         if self.log_images and not self.output_dir:
-            raise ValueError("log_images needs output_dir, the folder of the run")
+            raise ValueError("--log-images needs --output-dir, the folder of the run")
         if self.log_images and not self.loggers and not self.eval:
-            raise ValueError("log_images needs a logger, which gets the pictures")
+            raise ValueError("--log-images needs --logger, which gets the pictures")
         return self
 
     @model_validator(mode="after")
     def _check_auto_resume(self) -> "RunConfig":
         """Check that there is a folder to resume from."""
         if self.auto_resume and not self.output_dir:
-            raise ValueError("auto_resume needs output_dir, the folder of the checkpoints")
+            raise ValueError("--auto-resume needs --output-dir, the folder of the checkpoints")
         return self

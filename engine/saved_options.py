@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from engine.config import AnyConfig
 from engine.errors import UsageError, UserError
+from engine.flags import flag_of
 
 __all__ = ["with_saved_options"]
 
@@ -46,7 +47,7 @@ def with_saved_options(
     wanted = [name for name in type(config).model_fields if name in set(names)]
     saved = {name: args[name] for name in wanted if name in args and name not in given}
     if needed and needed not in saved | given:
-        raise UsageError(f"{source} does not name its {needed}: give --{needed}")
+        raise UsageError(f"{source} does not name its {needed}: give {flag_of(needed)}")
     try:
         completed = type(config).model_validate(given | saved)
     except ValidationError as error:

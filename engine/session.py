@@ -73,7 +73,7 @@ def start_session(
     setup_logging(output_dir, rank())
     if config.world_size not in (1, world_size()):
         raise UsageError(
-            f"--world_size must be the number of started processes, {world_size()}, "
+            f"--world-size must be the number of started processes, {world_size()}, "
             f"got {config.world_size}; omit it, since torchrun sets it"
         )
     if output_dir is not None and is_main() and not config.eval:

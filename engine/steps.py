@@ -23,8 +23,8 @@ def steps_per_epoch(config: RunConfig, batches: DataLoader) -> int:
     steps = len(batches) // config.accumulate_steps
     if steps == 0:
         raise UsageError(
-            f"batch_size x accumulate_steps must be at most {len(batches.sampler)}, the number of "
-            f"images per epoch in each of {world_size()} process(es), "
+            f"--batch-size x --accumulate-steps must be at most {len(batches.sampler)}, the number "
+            f"of images per epoch in each of {world_size()} process(es), "
             f"got {config.batch_size} x {config.accumulate_steps}"
         )
     return steps

@@ -65,7 +65,7 @@ def _check_sources(options: ExportOptions, checkpoint: dict | None) -> None:
     """Raise UsageError unless exactly one option gives the weights."""
     others = [name for name in ("pretrained", "finetune", "resume") if getattr(options, name, "")]
     if checkpoint is not None and others:
-        raise UsageError(f"{others[0]} and checkpoint exclude each other: both set the weights")
+        raise UsageError(f"--{others[0]} and --checkpoint exclude each other: both set the weights")
     if checkpoint is None and (others != ["pretrained"] or options.checkpoint or options.use_ema):
         raise UsageError(
             "--checkpoint must give the weights, or --pretrained with --model and without --use-ema"

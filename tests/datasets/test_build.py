@@ -217,7 +217,7 @@ def test_imagenet_validation_uses_the_class_numbers_of_train(
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("MNIST", "train"), ValueError, "data_set must be one of CIFAR, IMNET.*got 'MNIST'"),
+        (("MNIST", "train"), ValueError, "data_set must be one of IMNET, CIFAR.*got 'MNIST'"),
         (("IMNET", "test"), ValueError, "split must be train or val, got 'test'"),
         (("IMNET", "train"), DataError, "there is no folder"),
     ],

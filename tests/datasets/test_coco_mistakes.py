@@ -23,7 +23,7 @@ def test_missing_data_is_reported(coco_path: Path, tmp_path: Path) -> None:
         build_coco("train", coco_path)
     with pytest.raises(DataError, match=r"no folder .*nowhere"):
         build_coco("train", tmp_path / "nowhere")
-    with pytest.raises(DataError, match="expected coco_path, or images and annotations"):
+    with pytest.raises(DataError, match="expected --coco_path, or images and annotations"):
         build_coco("train", images=tmp_path)
     with pytest.raises(DataError, match=r"no images at .*nowhere: expected a folder or a zip"):
         build_coco("val", coco_path, images=tmp_path / "nowhere")

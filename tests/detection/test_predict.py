@@ -177,7 +177,7 @@ def test_images_are_not_replaced_by_pictures(checkpoint, scenes, tmp_path, failu
     image.save(tmp_path / "x.jpg")
     before = (tmp_path / "x.jpg").read_bytes()
     code, line = failure(checkpoint, str(tmp_path), "--output_dir", str(tmp_path), "--force")
-    assert (code, "output_dir must not be the folder of the images" in line) == (2, True)
+    assert (code, "--output-dir must not be the folder of the images" in line) == (2, True)
     assert (tmp_path / "x.jpg").read_bytes() == before
 
 
@@ -263,7 +263,7 @@ def test_mistakes_are_one_sentence(checkpoint, segmenter, names, scenes, tmp_pat
         ([checkpoint, image, "--threshold", "-1"], 2, "--threshold must be greater"),
         ([checkpoint, str(tmp_path / "none")], 1, "no image found in"),
         ([str(tmp_path / "deit.pth"), image], 1, "must be the checkpoint of a detector"),
-        ([str(tmp_path / "bare.pth"), image], 2, "does not name its enc_rpe2d: give --enc_rpe2d"),
+        ([str(tmp_path / "bare.pth"), image], 2, "does not name its enc_rpe2d: give --enc-rpe2d"),
         ([segmenter, image], 1, "has no class names: --classes must be a text file with 10 lines"),
         ([segmenter, image, "--classes", str(tmp_path / "short.txt")], 1, "must be 10 names"),
         ([segmenter, image, "--classes", "none.txt"], 1, "--classes none.txt"),

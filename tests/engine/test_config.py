@@ -7,7 +7,7 @@ import pytest
 from pydantic import Field, ValidationError, model_validator
 
 from engine import Config, dump, parse_config
-from engine.flags import POSITIONAL
+from engine.flags import COMMON, HIDDEN, POSITIONAL
 
 
 class Data(Config):
@@ -191,6 +191,41 @@ def test_help_lists_every_field_by_group_with_docstring_and_default(capsys):
     assert "Smaller input batch size. (default: 32)" in text
     assert text.index("--batch-size") > positions[2]  # In the group that defines it first.
     assert "{float32,bfloat16}" in text
+
+
+class Marked(Config):
+    """Training."""
+
+    seed: int = 0
+    """Seed."""
+    epochs: Annotated[int, COMMON] = 3
+    """Epochs."""
+    panoptic: Annotated[bool, HIDDEN] = False
+    """Not supported."""
+
+
+class Redefined(Marked):
+    """Trainer."""
+
+    data_path: Annotated[str, COMMON] = ""
+    """Folder."""
+    epochs: int = Field(4, ge=1)
+    """Epochs again."""
+    panoptic: bool = False
+    """Still not supported."""
+
+
+@pytest.mark.parametrize("cls", [Marked, Redefined])
+def test_common_options_come_first_in_help_and_hidden_ones_are_accepted(capsys, cls):
+    with pytest.raises(SystemExit):
+        parse_config(cls, ["--help"], prog="x")
+    text = capsys.readouterr().out
+    assert text.index("Run:") < text.index("--epochs") < text.index("Training:")
+    assert text.index("Training:") < text.index("--seed")
+    assert "panoptic" not in text
+    assert "Trainer:" not in text  # All of its options are common.
+    assert parse_config(cls, ["--panoptic"], prog="x").panoptic
+    assert "panoptic" in dump(cls())
 
 
 @pytest.mark.parametrize(

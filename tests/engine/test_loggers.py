@@ -174,9 +174,9 @@ def test_training_needs_no_tensorboard_without_its_logger(monkeypatch, tmp_path)
     [
         ("--logger neptune", "--logger must be tensorboard, wandb, mlflow, or several of them"),
         ("--logger wandb,wandb", "--logger must be tensorboard, wandb, mlflow, or several"),
-        ("--logger wandb", "logger wandb needs output_dir"),
-        ("--log-images 3", "log_images needs output_dir"),
-        ("--log-images 3 --logger none --output-dir x", "log_images needs a logger"),
+        ("--logger wandb", "--logger wandb needs --output-dir"),
+        ("--log-images 3", "--log-images needs --output-dir"),
+        ("--log-images 3 --logger none --output-dir x", "--log-images needs --logger"),
     ],
 )
 def test_wrong_options_are_refused(capsys, argv, expected):

@@ -216,7 +216,7 @@ def test_without_an_image_the_pictures_are_next_to_the_checkpoint(folder, failur
         ),
         (["qkv.pth", "--enc_rpe2d", "x"], 2, "--enc-rpe2d must not be given for a classifier"),
         (["detector.pth", "--model", "x"], 2, "--model must not be given for a detector"),
-        (["published.pth"], 2, "give --enc_rpe2d"),
+        (["published.pth"], 2, "give --enc-rpe2d"),
         (["none.pth"], 1, "none.pth"),
         (["http://localhost/a.pth"], 2, "--output-dir must be given"),
         (["deit_tiny_patch16_224_ctx_product_50_shared_k"], 2, "--output-dir must be given"),
