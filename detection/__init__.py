@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from detection.build import build_model
     from detection.config import DetectionConfig, parse_args
     from detection.criterion import SetCriterion
+    from detection.detections import Detections
     from detection.detr import DETR
     from detection.evaluation import evaluate
     from detection.matcher import HungarianMatcher
     from detection.postprocess import PostProcess, PostProcessSegm
-    from detection.predictor import Detections, Detector, load
+    from detection.predictor import Detector, load
 
 _MODULES = {
     "DetectionConfig": "config",
@@ -27,7 +28,7 @@ _MODULES = {
     "evaluate": "evaluation",
     "load": "predictor",
     "Detector": "predictor",
-    "Detections": "predictor",
+    "Detections": "detections",
 }
 
 __all__ = [*_MODULES]

@@ -18,8 +18,9 @@ from torchvision.transforms.v2 import functional as F
 from datasets.coco_annotations import read_json
 from datasets.image_files import ImageFile, ImageFiles, find_images
 from detection.config import BackboneConfig, TransformerConfig
-from detection.predictor import Detections, Detector, load
-from engine import UsageError, UserError, check_writable, replacing
+from detection.detections import Detections
+from detection.predictor import Detector, load
+from engine import UsageError, UserError, check_writable, replacing, require
 from engine.prediction import (
     check_outputs,
     predict_files,
@@ -40,6 +41,8 @@ _JPEG = (".jpg", ".jpeg")
 def predict(config: "DetectorPredict") -> None:
     """Detect objects in the images that the options name."""
     start_prediction()
+    if config.output_dir:
+        require("matplotlib", "--output-dir")
     files = find_images(config.images)
     ids = _image_ids(files, config.annotations)
     pictures = _picture_paths(files, Path(config.output_dir)) if config.output_dir else None

@@ -1,7 +1,6 @@
 """A trained detector that predicts images: `detection.load`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from datasets.coco_transforms import EvalTransform
 from datasets.image_files import ImageInput, open_image
 from detection.build import autocast_dtype
 from detection.config import DetectionConfig
+from detection.detections import Detections
 from detection.postprocess import PostProcess, PostProcessSegm
 from detection.restore import restore
 from detection.saved import check_task
@@ -23,30 +23,9 @@ from engine.prediction import class_names, open_for_task, select_weights
 from engine.tensors import map_tensors
 from irpe_core import load_checkpoint, set_implementation
 
-__all__ = ["Detections", "Detector", "load"]
+__all__ = ["Detector", "load"]
 
 _BATCH = 8
-
-
-@dataclass(frozen=True)
-class Detections:
-    """The n objects found in one image, most certain first.
-
-    Attributes:
-        boxes: Corners (x1, y1, x2, y2) in pixels of the upright image, `(n, 4)`.
-        scores: Probabilities of the classes, `(n,)`.
-        labels: Class numbers, `(n,)`.
-        classes: Class names.
-        categories: Category ids of the data set that the model was trained on.
-        masks: Masks `(n, H, W)` bool at the size of the image; None for a model without masks.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    classes: list[str]
-    categories: list[int]
-    masks: Tensor | None = None
 
 
 class Detector:

@@ -6,22 +6,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from detection.boxes import cxcywh_to_xyxy
+from detection.drawing import draw_objects
 from engine import Report, is_main
 from engine.pictures import MAX_BARS, captioned, draw_bars, resized, to_pixels
 
-__all__ = ["MIN_SCORE", "DetectionReport", "draw_objects"]
+__all__ = ["MIN_SCORE", "DetectionReport"]
 
 MIN_SCORE = 0.5
 """Score from which on a detection is drawn."""
 
 _GAP = 8
-_COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 
 
 class DetectionReport:
@@ -93,57 +90,21 @@ class DetectionReport:
             target["labels"].tolist(),
             target.get("masks"),
         )
-        kept = (found["scores"] >= MIN_SCORE).cpu()
-        labels, scores = found["labels"].cpu()[kept].tolist(), found["scores"].cpu()[kept].tolist()
+        found = {name: values.cpu() for name, values in found.items()}
+        order = found["scores"].argsort(descending=True, stable=True)
+        kept = order[found["scores"][order] >= MIN_SCORE]
+        labels, scores = found["labels"][kept].tolist(), found["scores"][kept].tolist()
         original = target["orig_size"].cpu().flip(0).repeat(2)
         predicted = draw_objects(
             pixels,
-            found["boxes"].cpu()[kept] * size / original,
+            found["boxes"][kept] * size / original,
             [f"{self._name(n)} {s:.2f}" for n, s in zip(labels, scores, strict=True)],
             labels,
-            found["masks"].cpu()[kept] if "masks" in found else None,
+            found["masks"][kept] if "masks" in found else None,
         )
         gap = torch.full((3, height, _GAP), 255, dtype=torch.uint8)
         line = f"image {int(target['image_id'])}: truth, predictions from a score of {MIN_SCORE}"
         return captioned(torch.cat([truth, gap, predicted], dim=2), [line])
-
-
-def draw_objects(
-    pixels: Tensor,
-    boxes: Tensor,
-    texts: Sequence[str],
-    labels: Sequence[int],
-    masks: Tensor | None = None,
-) -> Tensor:
-    """Draw objects into a copy of a picture, in a color for each class.
-
-    Args:
-        pixels: Picture uint8 `(3, H, W)`.
-        boxes: Boxes `(n, 4)` as (x1, y1, x2, y2) in its pixels.
-        texts: Text of each box.
-        labels: Label of each box, which gives its color.
-        masks: Masks `(n, h, w)` bool of any size; None for none.
-
-    Returns:
-        The new picture uint8 `(3, H, W)`.
-    """
-    if not len(boxes):
-        return pixels
-    height, width = pixels.shape[1:]
-    colors = [_COLORS[label % len(_COLORS)] for label in labels]
-    if masks is not None:
-        full = F.interpolate(masks[:, None].float(), (height, width))[:, 0] > 0.5
-        pixels = draw_segmentation_masks(pixels, full, alpha=0.4, colors=colors)
-    limits = torch.tensor([width, height, width, height]) - 1
-    boxes = boxes.clamp(min=0).minimum(limits)
-    picture = draw_bounding_boxes(pixels, boxes, colors=colors, width=2)
-    canvas = Image.fromarray(picture.permute(1, 2, 0).numpy())
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
-    for (left, top, _, _), text, color in zip(boxes.tolist(), texts, colors, strict=True):
-        place = (left, max(0, top - 14))
-        draw.rectangle(draw.textbbox(place, text, font=font), fill=color)
-        draw.text(place, text, fill="white", font=font)
-    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
 def _draw_metrics(rows: Mapping[str, list[dict[str, Any]]], path: Path) -> None:

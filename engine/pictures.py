@@ -1,9 +1,10 @@
 """Pictures of evaluations: pixels of normalized images, their size, captions and bar charts.
 
-matplotlib is imported only where a chart is drawn. Charts use no global state of pyplot.
+matplotlib is imported only where a chart or text is drawn. Charts use no global state of pyplot.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,10 +14,20 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from engine.optional import require
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["MAX_BARS", "captioned", "draw_bars", "fit_scale", "resized", "to_pixels"]
+__all__ = [
+    "MAX_BARS",
+    "captioned",
+    "draw_bars",
+    "fit_scale",
+    "label_font",
+    "resized",
+    "to_pixels",
+]
 
 MAX_BARS = 40
 """Maximum number of classes in a bar chart."""
@@ -25,18 +36,23 @@ _MIN_SIDE, _MAX_SIDE = 224, 640
 _FONT_SIZE, _LINE = 13, 17
 
 
-def to_pixels(image: Tensor) -> Tensor:
-    """Return the pixels of an image that was normalized with the statistics of ImageNet.
+def to_pixels(
+    image: Tensor,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> Tensor:
+    """Return the pixels of a normalized image.
 
     Args:
         image: Normalized image `(3, H, W)`.
+        mean: Mean of each color that it was normalized with.
+        std: Standard deviation of each color.
 
     Returns:
         The image as uint8 `(3, H, W)` on the CPU.
     """
-    mean = torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None]
-    std = torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
-    return ((image.float().cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    scale, shift = (torch.tensor(values)[:, None, None] for values in (std, mean))
+    return ((image.float().cpu() * scale + shift).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def fit_scale(height: int, width: int) -> float:
@@ -73,10 +89,23 @@ def captioned(pixels: Tensor, lines: Sequence[str]) -> np.ndarray:
     canvas = Image.new("RGB", (width, height + _LINE * len(lines) + 4), "white")
     canvas.paste(Image.fromarray(array), (0, 0))
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(_FONT_SIZE)
+    font = label_font(_FONT_SIZE)
     for number, line in enumerate(lines):
         draw.text((3, height + 2 + number * _LINE), line, fill="black", font=font)
     return np.asarray(canvas)
+
+
+def label_font(size: int) -> ImageFont.FreeTypeFont:
+    """Return a font for names of classes; the font of Pillow has only ASCII.
+
+    Raises:
+        UserError: matplotlib, which has the font, is not installed.
+    """
+    require("matplotlib", "text in pictures")
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(str(path), size)
 
 
 def draw_bars(axes: "Axes", names: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:

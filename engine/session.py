@@ -19,6 +19,7 @@ from engine.distributed import init_distributed, is_main, rank, world_size
 from engine.errors import UsageError, UserError
 from engine.loggers import check_loggers
 from engine.logging import setup_logging
+from engine.optional import require
 from engine.provenance import provenance
 from engine.run_config import RunConfig
 
@@ -78,6 +79,8 @@ def start_session(
         )
     if output_dir is not None and is_main() and not config.eval:
         check_loggers(config.loggers)
+    if config.log_images:
+        require("matplotlib", "--log-images")
     origin = provenance() | versions
     logger.info("%s, %d process(es), %s", device, world_size(), origin)
     source = _checkpoint_to_resume(config)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from datasets.image_files import read_image
-from engine import UsageError, UserError, replacing
+from engine import UsageError, UserError, replacing, require
+from engine.pictures import to_pixels
 from engine.prediction import check_outputs
 from scripts.inspect.attention import attention_figure
 from scripts.inspect.buckets import bucket_figure
@@ -27,7 +28,7 @@ _DPI = 110
 def draw(config: "InspectConfig") -> None:
     """Draw the pictures and print their paths."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    require_matplotlib()
+    require("matplotlib", "scripts.inspect")
     folder = _output_folder(config)
     picture = read_image(config.image) if config.image else None
     source = open_source(
@@ -43,14 +44,6 @@ def draw(config: "InspectConfig") -> None:
         with replacing(path, suffix=".png") as temporary:
             figure.savefig(temporary, dpi=_DPI)
         print(path)
-
-
-def require_matplotlib() -> None:
-    """Raise UserError if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"pictures need matplotlib ({error}): pip install matplotlib") from error
 
 
 def _output_folder(config: "InspectConfig") -> Path:
@@ -92,7 +85,8 @@ def _figures(
     if picture is None:
         return figures
     options = {"letters": "".join(encodings), "skip": rpe.skip}
-    pixels = source.pixels(image)
+    statistics = {name: source.metadata["transform"][name] for name in ("mean", "std")}
+    pixels = to_pixels(image, **statistics).permute(1, 2, 0) / 255
     note = ""
     if source.reads_class_token:
         note = (

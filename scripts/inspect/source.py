@@ -50,11 +50,6 @@ class Source(NamedTuple):
         height, width = (size, size) if isinstance(size, int) else size
         return Image.new("RGB", (width, height), "gray")
 
-    def pixels(self, image: Tensor) -> Tensor:
-        """Return a normalized image `(3, height, width)` as `(height, width, 3)` in [0, 1]."""
-        mean, std = (torch.tensor(self.metadata["transform"][name]) for name in ("mean", "std"))
-        return (image.permute(1, 2, 0) * std + mean).clamp(0, 1)
-
 
 def is_published(checkpoint: str) -> bool:
     """Return whether a word names a published classifier and not a file."""

@@ -18,10 +18,11 @@ from datasets.image_files import find_images, read_image
 from detection import saved
 from detection.build import build_network
 from detection.coco_eval import METRICS
+from detection.detections import Detections
 from detection.drawing import color_of, draw
 from detection.main import main as train
 from detection.predict import main
-from detection.predictor import Detections, Detector
+from detection.predictor import Detector
 from engine import UserError, dump
 from scripts.export.__main__ import main as export
 from tests.commands import failure_of

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from detection.drawing import draw_objects
 from detection.main import main
-from detection.report import DetectionReport, draw_objects
+from detection.report import DetectionReport
 from tests.detection.test_training import last_line
 
 CLASSES = ["cat", "dog $^{", "犬"]
