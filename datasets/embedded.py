@@ -55,10 +55,18 @@ def split_digits() -> dict[str, list[tuple[int, int, np.ndarray]]]:
     Returns:
         Triples (number, digit, ink) of each split: the number in scikit-learn's data, the digit
         0 to 9 and its image (8, 8) uint8, in which 255 is full ink.
+
+    Raises:
+        DataError: scikit-learn is not installed.
     """
     # Imported here because the import takes a second and only this function needs it.
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DataError(
+            f"the built-in digits need scikit-learn ({error}): pip install scikit-learn"
+        ) from error
 
     images, labels = load_digits(return_X_y=True)
     inks = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)

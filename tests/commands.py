@@ -4,9 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from datasets import DataError
 from engine import run
-from irpe_core import CheckpointError
 
 __all__ = ["failure_of"]
 
@@ -21,7 +19,7 @@ def failure_of(
     """
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_info:
-        run(lambda: main(list(argv)), DataError, CheckpointError)
+        run(lambda: main(list(argv)))
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     return exit_info.value.code, lines[0]

@@ -160,6 +160,17 @@ def test_rpe_ops_and_irpe_core_need_only_torch(module):
     assert {name for name, _ in imported(ROOT / module)} <= allowed | found_late
 
 
+def test_requirements_list_what_the_packages_import():
+    text = (ROOT / "requirements.txt").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    listed = {line.partition(">=")[0] for line in lines}
+    optional = {"sklearn", "wandb", "mlflow", "onnx", "onnxruntime", "triton", "transformers"}
+    foreign = {name for module in MODULES for name, _ in imported(ROOT / module)}
+    foreign -= {*sys.stdlib_module_names, *OURS, *optional, "setuptools"}
+    names = {"PIL": "pillow", "yaml": "pyyaml", "pydantic_core": "pydantic"}
+    assert {names.get(name, name) for name in foreign} <= listed
+
+
 def test_the_bottom_works_where_only_torch_is_installed():
     program = """
 import sys, importlib.abc

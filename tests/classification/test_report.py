@@ -108,6 +108,13 @@ def test_without_matplotlib_only_the_picture_is_missing(
     )
 
 
+def test_log_images_names_matplotlib_before_the_first_step(flags, tmp_path, monkeypatch, failure):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, line = failure(*flags, "--log_images", "1", "--output_dir", str(tmp_path))
+    assert code == 1
+    assert "--log-images needs the package matplotlib: pip install matplotlib" in line
+
+
 def test_a_broken_validation_set_fails_before_the_first_step(flags, digits, tmp_path, failure):
     import shutil
 

@@ -111,6 +111,14 @@ def test_the_command_writes_the_digits(tmp_path: Path) -> None:
     assert (root / "val.tar").is_file()
 
 
+def test_without_scikit_learn_the_installation_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r"need scikit-learn .*: pip install scikit-learn$"):
+        write_digits(tmp_path / "digits")
+
+
 def test_the_command_fails_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "other").touch()
     with pytest.raises(SystemExit) as caught:

@@ -1,6 +1,7 @@
 """Detections of the command, of Python and of exported files are the same, and COCO reads them."""
 
 import json
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -293,6 +294,15 @@ def test_published_weights_have_the_classes_of_coco(tmp_path):
     (found,) = detector([Image.new("RGB", (40, 30))], threshold=0)
     assert found.categories == found.labels.tolist()
     assert detector.transform(Image.new("RGB", (40, 30))).shape == (3, 800, 1066)
+
+
+def test_without_matplotlib_pictures_are_refused_before_the_prediction(
+    checkpoint, tmp_path, monkeypatch, failure
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, line = failure(checkpoint, "nowhere.png", "--output_dir", str(tmp_path))
+    assert code == 1
+    assert line.endswith("--output-dir needs the package matplotlib: pip install matplotlib")
 
 
 @pytest.mark.parametrize("side", [40, 300, 4000])
