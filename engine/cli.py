@@ -63,8 +63,7 @@ def run(main: Callable[[], Any], *expected: type[Exception]) -> NoReturn:
             raise
         # The text in the buffer cannot be written, also not at the exit of the interpreter.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _shutdown()
-        sys.exit(_BROKEN_PIPE)
+        _exit(_BROKEN_PIPE)
     except KeyboardInterrupt:
         fail(_InterruptError("interrupted"))
     except SystemExit:
@@ -73,8 +72,6 @@ def run(main: Callable[[], Any], *expected: type[Exception]) -> NoReturn:
     except Exception as error:
         if not isinstance(error, expected) and not hasattr(type(error), "exit_code"):
             raise
-        # Do not shut down the process group: it would wait for the other processes, which may wait
-        # for this one in a collective. The launcher ends them after this process has exited.
         fail(error)
     _shutdown()
     sys.exit(0)
@@ -89,7 +86,15 @@ def fail(error: Exception) -> NoReturn:
     # A single write keeps the lines of several processes separate.
     sys.stderr.write(f"error{place}: {sentence}\n")
     sys.stderr.flush()
-    code = getattr(error, "exit_code", 1)
+    _exit(getattr(error, "exit_code", 1))
+
+
+def _exit(code: int) -> NoReturn:
+    """Exit without shutting down the process group.
+
+    The shutdown would wait for the other processes, which may wait for this one in a collective.
+    The launcher ends them after this process has exited.
+    """
     distributed = _distributed()
     if distributed is not None and distributed.in_process_group():
         # Threads of the process group still run. The interpreter's own exit could abort on them,
@@ -135,7 +140,7 @@ def _stdout_is_closed() -> bool:
 
 
 def _distributed() -> ModuleType | None:
-    """Return `engine.distributed` if it is imported, which torch makes slow."""
+    """Return `engine.distributed`, or None before its import, which would import torch."""
     return sys.modules.get("engine.distributed")
 
 
