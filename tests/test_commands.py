@@ -58,17 +58,17 @@ def test_a_command_whose_reader_stops_ends_silently(words):
     assert done.returncode in ((0, 141) if "--help" in words else (141,))
 
 
-@pytest.mark.parametrize("package", ["classification", "detection"])
-def test_another_package_called_datasets_is_named_in_one_line(package, tmp_path):
+@pytest.mark.parametrize("module", ["classification.main", "detection.predict", "scripts.inspect"])
+def test_another_package_called_datasets_is_named_in_one_line(module, tmp_path):
     other = tmp_path / "site" / "datasets" / "__init__.py"
     other.parent.mkdir(parents=True)
     other.write_text("def load_dataset(path): ...\n")
     search = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
-    done = python("-m", f"{package}.main", "--help", cwd=tmp_path, PYTHONPATH=search)
+    done = python("-m", module, "--help", cwd=tmp_path, PYTHONPATH=search)
     assert done.returncode == 1
     assert done.stderr.count("\n") <= 1
     assert f"the package datasets must be {ROOT / 'datasets'}, got {other}" in done.stderr
-    done = python("-c", f"import {package}", cwd=tmp_path, PYTHONPATH=search)
+    done = python("-c", f"import {module}", cwd=tmp_path, PYTHONPATH=search)
     assert "ForeignPackageError: the package datasets must be" in done.stderr
 
 
