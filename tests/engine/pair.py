@@ -94,6 +94,8 @@ def attention_choices(rank: int, folder: Path) -> list[str]:
     choices[kinds[1 + rank]] = choose(kinds[1 + rank])
     torch.distributed.barrier()
     choices[kinds[2 - rank]] = choose(kinds[2 - rank])
+    # Rank 0 has the store and must not exit before the other process has read from it.
+    torch.distributed.barrier()
     return [choices[kind] for kind in kinds]
 
 
