@@ -199,7 +199,7 @@ def test_spec_of_a_detector_is_not_guessed(detector, tmp_path, failure):
     bare = tmp_path / "bare.pth"
     torch.save({"model": model.state_dict()}, bare)
     code, line = failure("--checkpoint", str(bare), "--output", str(tmp_path / "model.pt2"))
-    assert (code, "--enc_rpe2d" in line) == (2, True)
+    assert (code, "--enc-rpe2d" in line) == (2, True)
 
 
 @pytest.mark.parametrize(
