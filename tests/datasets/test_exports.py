@@ -216,7 +216,7 @@ def test_own_files_can_be_split(tmp_path: Path) -> None:
     flags = ["--train_images", str(root), "--train_annotations", str(root / "result.json")]
     config = parse_args([*flags, "--train_val_split", "0.25"])
     assert [len(build_split(config, split)) for split in ("train", "val")] == [6, 2]
-    with pytest.raises(DataError, match=r"no data for val: expected .* or train_val_split"):
+    with pytest.raises(DataError, match=r"no data for val: expected .* or --train_val_split"):
         build_split(parse_args(flags), "val")
 
 
