@@ -1,18 +1,18 @@
-"""Boxes: conversion, and the generalized IoU of all pairs.
+"""Boxes: conversion, and the generalized IoU.
 
     GIoU = IoU - (area(hull) - area(union)) / area(hull)
 
 The hull is the smallest box around both boxes. Two boxes of zero area at the same place give 0/0,
-which is nan. Unlike in torchvision, a box with reversed corners is an error.
+which is nan.
 
 Source: Rezatofighi et al., CVPR 2019.
 """
 
-import torchvision
+import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-__all__ = ["cxcywh_to_xyxy", "xyxy_to_cxcywh", "pairwise_giou"]
+__all__ = ["cxcywh_to_xyxy", "xyxy_to_cxcywh", "generalized_iou"]
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -25,30 +25,27 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     return box_convert(boxes, "xyxy", "cxcywh")
 
 
-def pairwise_giou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Compute the generalized IoU of every pair of boxes.
+def generalized_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Compute the generalized IoU of two boxes, for tensors of boxes that broadcast.
+
+    `generalized_iou(a[:, None], b)` compares all pairs. The functions of torchvision accept no more
+    than one dimension of boxes, and its loss waits for the GPU.
 
     Args:
-        boxes1: Corners `(N, 4)`. Corners that are nan give nan.
-        boxes2: Corners `(M, 4)`.
+        boxes1: Corners `(..., 4)`, not reversed. Corners that are nan give nan.
+        boxes2: Corners `(..., 4)`, not reversed.
 
     Returns:
-        Values `(N, M)` in [-1, 1].
-
-    Raises:
-        ValueError: The corners of a box are reversed.
+        Values `(...)` in [-1, 1].
     """
-    _check_corners(boxes1, "boxes1")
-    _check_corners(boxes2, "boxes2")
-    return torchvision.ops.generalized_box_iou(boxes1, boxes2)
+    (low1, high1), (low2, high2) = (boxes.split(2, -1) for boxes in (boxes1, boxes2))
+    overlap = _area((torch.min(high1, high2) - torch.max(low1, low2)).clamp(min=0))
+    union = _area(high1 - low1) + _area(high2 - low2) - overlap
+    hull = _area(torch.max(high1, high2) - torch.min(low1, low2))
+    return overlap / union - (hull - union) / hull
 
 
-def _check_corners(boxes: Tensor, name: str) -> None:
-    """Raise ValueError if the corners of a box are reversed."""
-    reversed_ = (boxes[:, 2:] < boxes[:, :2]).any(1)
-    if reversed_.any():
-        index = int(reversed_.nonzero()[0])
-        raise ValueError(
-            f"{name}[{index}] must be (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2, "
-            f"got {boxes[index].tolist()}"
-        )
+def _area(size: Tensor) -> Tensor:
+    """Return width times height of sizes `(..., 2)`."""
+    width, height = size.unbind(-1)
+    return width * height

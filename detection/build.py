@@ -28,7 +28,7 @@ from detection.report import DetectionReport
 from detection.segmentation import DETRSegmentation
 from detection.transformer import Transformer
 from engine import Evaluate, UsageError, resolve_dtype
-from engine.tensors import map_tensors
+from engine.tensors import copy_from_host, map_tensors
 from irpe_core import CheckpointError, load_checkpoint, load_weights, parse_rpe_spec
 
 __all__ = [
@@ -261,8 +261,9 @@ def create_step(criterion: SetCriterion) -> Callable[[nn.Module, Batch], dict[st
         outputs = model(images, mask)
         with torch.autocast(images.device.type, enabled=False):
             losses = criterion(map_tensors(Tensor.float, outputs), targets)
-            weights = criterion.weight_dict
-            total = sum(losses[name] * weight for name, weight in weights.items() if name in losses)
+            weights = {n: weight for n, weight in criterion.weight_dict.items() if n in losses}
+            factors = copy_from_host(torch.tensor(list(weights.values())), images.device)
+            total = (torch.stack([losses[name] for name in weights]) * factors).sum()
         return {"loss": total, **losses}
 
     return step

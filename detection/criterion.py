@@ -1,8 +1,9 @@
 """The set prediction loss of DETR: match queries with objects, then compare the pairs.
 
-Each decoder layer is matched separately. The losses of boxes and masks are divided by the mean
-number of objects per process. As published, the cross-entropy is a weighted mean over the queries
-of this process.
+Each decoder layer is matched separately, but the losses of all layers are computed together. Layer
+0 is the last layer of the decoder; it alone has a class error and masks. The losses of boxes and
+masks are divided by the mean number of objects per process. As published, the cross-entropy is a
+weighted mean over the queries of this process.
 
 Source: DETR (Carion et al., ECCV 2020), section 3.1 and appendix A.2. Masks: section 4.4, focal
 loss (Lin et al., ICCV 2017) and Dice loss (Milletari et al., 3DV 2016).
@@ -13,17 +14,17 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
-from detection.boxes import cxcywh_to_xyxy
+from detection.boxes import cxcywh_to_xyxy, generalized_iou
+from detection.matcher import HungarianMatcher, Matches, Objects
 from engine.distributed import all_reduce_sum, world_size
-from engine.tensors import map_tensors
+from engine.tensors import copy_from_host
 
 __all__ = ["SetCriterion"]
 
 _LOSSES = ("labels", "boxes", "cardinality", "masks")
 
-Matches = list[tuple[Tensor, Tensor]]
 Targets = list[dict[str, Tensor]]
 
 
@@ -48,7 +49,7 @@ class SetCriterion(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        matcher: nn.Module,
+        matcher: HungarianMatcher,
         weight_dict: dict[str, float],
         eos_coef: float,
         losses: Sequence[str],
@@ -82,101 +83,96 @@ class SetCriterion(nn.Module):
             i-th auxiliary output have the suffix `_i`, without `class_error` and masks.
 
         Raises:
-            ValueError: A label is not in [0, C).
+            ValueError: A label is not in [0, C), or the width or height of a box is negative.
         """
-        self._check_labels(targets)
-        outputs = map_tensors(_at_least_float32, outputs)
-        count = self._object_count(targets, outputs["pred_logits"].device)
-        metrics = self._layer_metrics(outputs, targets, count, self.losses)
-        aux_losses = [name for name in self.losses if name != "masks"]
-        for i, aux in enumerate(outputs.get("aux_outputs", [])):
-            layer_metrics = self._layer_metrics(aux, targets, count, aux_losses)
-            layer_metrics.pop("class_error", None)
-            metrics |= {f"{name}_{i}": value for name, value in layer_metrics.items()}
-        return metrics
+        layers = [outputs, *outputs.get("aux_outputs", [])]
+        logits = torch.stack([_at_least_float32(layer["pred_logits"]) for layer in layers])
+        boxes = torch.stack([_at_least_float32(layer["pred_boxes"]) for layer in layers])
+        objects = Objects.of(targets)
+        matches = self.matcher.match(logits, boxes, objects)
+        count = self._object_count(objects)
 
-    def _layer_metrics(
-        self, outputs: dict, targets: Targets, count: Tensor, losses: Sequence[str]
-    ) -> dict[str, Tensor]:
-        """Match the outputs of one decoder layer, and compute its losses and metrics."""
-        matches = self.matcher(outputs, targets)
-        metrics: dict[str, Tensor] = {}
-        for name in losses:
-            metrics |= getattr(self, f"_loss_{name}")(outputs, targets, matches, count)
-        return metrics
-
-    def _loss_labels(
-        self, outputs: dict, targets: Targets, matches: Matches, count: Tensor
-    ) -> dict[str, Tensor]:
-        """Compute the cross-entropy of all queries, and the percentage of wrong classes."""
-        logits = outputs["pred_logits"]
-        at = _matched_queries(matches)
-        labels = _matched_objects(targets, matches, "labels")
-        classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
-        classes[at] = labels
-        weights = self.class_weights.to(logits)
-        loss = F.cross_entropy(logits.transpose(1, 2), classes, weights)
-        correct = (logits[at].argmax(-1) == labels).sum()
-        # A batch without objects has an error of 100, as published.
-        return {"loss_ce": loss, "class_error": 100 - 100 * correct / max(len(labels), 1)}
-
-    def _loss_boxes(
-        self, outputs: dict, targets: Targets, matches: Matches, count: Tensor
-    ) -> dict[str, Tensor]:
-        """Compute the L1 distance of (cx, cy, w, h) and 1 - GIoU of the matched pairs."""
-        boxes = outputs["pred_boxes"][_matched_queries(matches)]
-        target = _matched_objects(targets, matches, "boxes").to(boxes.dtype)
-        giou = generalized_box_iou_loss(
-            cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target), reduction="sum", eps=0.0
-        )
+        # Each value is (layers,), or (1,) for the last layer of the decoder alone.
+        values: dict[str, Tensor] = {}
+        if "labels" in self.losses:
+            values |= self._loss_labels(logits, objects, matches)
+        if "boxes" in self.losses:
+            values |= self._loss_boxes(boxes, objects, matches, count)
+        if "cardinality" in self.losses:
+            values |= self._cardinality(logits, objects)
+        if "masks" in self.losses:
+            masks = _at_least_float32(outputs["pred_masks"])
+            values |= self._loss_masks(masks, targets, matches, count)
+        scalars = {name: value.unbind() for name, value in values.items()}
         return {
-            "loss_bbox": F.l1_loss(boxes, target, reduction="sum") / count,
-            "loss_giou": giou / count,
+            f"{name}{suffix}": of_layers[layer]
+            for layer, suffix in enumerate(["", *(f"_{i}" for i in range(len(layers) - 1))])
+            for name, of_layers in scalars.items()
+            if layer < len(of_layers)
         }
 
-    @torch.no_grad()
-    def _loss_cardinality(
-        self, outputs: dict, targets: Targets, matches: Matches, count: Tensor
+    def _loss_labels(self, logits: Tensor, objects: Objects, matches: Matches) -> dict[str, Tensor]:
+        """Compute the cross-entropy of all queries, and the percentage of wrong classes.
+
+        `logits` are `(layers, B, Q, C+1)`.
+        """
+        layers = len(logits)
+        logits = logits.flatten(0, 2)
+        labels = objects.labels[matches.objects]  # (layers, P)
+        classes = torch.full(logits.shape[:1], self.num_classes, device=logits.device)
+        classes[matches.queries] = labels
+        class_weights = self.class_weights.to(logits)
+        losses = F.cross_entropy(logits, classes, class_weights, reduction="none")
+        weights = class_weights[classes]
+        loss = losses.view(layers, -1).sum(1) / weights.view(layers, -1).sum(1)
+        correct = (logits[matches.queries[0]].argmax(-1) == labels[0]).sum()
+        # A batch without objects has an error of 100, as published.
+        error = 100 - 100 * correct / max(labels.shape[1], 1)
+        return {"loss_ce": loss, "class_error": error[None]}
+
+    def _loss_boxes(
+        self, boxes: Tensor, objects: Objects, matches: Matches, count: Tensor
     ) -> dict[str, Tensor]:
+        """Compute the L1 distance of (cx, cy, w, h) and 1 - GIoU of the matched pairs.
+
+        `boxes` are `(layers, B, Q, 4)`.
+        """
+        boxes = boxes.flatten(0, 2)[matches.queries]  # (layers, P, 4)
+        target = objects.boxes.to(boxes.dtype)[matches.objects]  # (layers, P, 4)
+        distance = F.l1_loss(boxes, target, reduction="none").sum((1, 2))
+        giou = generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target))
+        return {"loss_bbox": distance / count, "loss_giou": (1 - giou).sum(1) / count}
+
+    @torch.no_grad()
+    def _cardinality(self, logits: Tensor, objects: Objects) -> dict[str, Tensor]:
         """Compute the error of the number of detected objects per image; a metric, not a loss."""
-        logits = outputs["pred_logits"]
-        predicted = (logits.argmax(-1) != self.num_classes).sum(1).float()
-        actual = predicted.new_tensor([len(target["labels"]) for target in targets])
-        return {"cardinality_error": F.l1_loss(predicted, actual)}
+        predicted = (logits.argmax(-1) != self.num_classes).sum(2)  # (layers, B)
+        actual = copy_from_host(torch.tensor(objects.counts), logits.device)
+        return {"cardinality_error": (predicted - actual).abs().float().mean(1)}
 
     def _loss_masks(
-        self, outputs: dict, targets: Targets, matches: Matches, count: Tensor
+        self, masks: Tensor, targets: Targets, matches: Matches, count: Tensor
     ) -> dict[str, Tensor]:
-        """Compute the focal and Dice losses of the matched pairs, at the size of padded images."""
-        logits = outputs["pred_masks"][_matched_queries(matches)]
-        target = _matched_masks(targets, matches).to(logits)
+        """Compute the focal and Dice losses of the matched pairs, at the size of padded images.
+
+        `masks` are `(B, Q, h, w)`.
+        """
+        logits = masks.flatten(0, 1)[matches.queries[0]]  # (P, h, w)
+        target = _padded_masks(targets)[matches.objects[0]].to(logits)  # (P, H, W)
         resized = F.interpolate(logits[:, None], target.shape[-2:], mode="bilinear")
         logits, target = resized.flatten(1), target.flatten(1)
         focal = sigmoid_focal_loss(logits, target).mean(1).sum()
         probability = logits.sigmoid()
         overlap = 2 * (probability * target).sum(1)
         dice = 1 - (overlap + 1) / (probability.sum(1) + target.sum(1) + 1)
-        return {"loss_mask": focal / count, "loss_dice": dice.sum() / count}
+        return {"loss_mask": (focal / count)[None], "loss_dice": (dice.sum() / count)[None]}
 
-    def _object_count(self, targets: Targets, device: torch.device) -> Tensor:
+    def _object_count(self, objects: Objects) -> Tensor:
         """Return the mean number of objects per process, at least 1."""
-        count = sum(len(target["labels"]) for target in targets)
-        total = torch.tensor(float(count), device=device)
+        total = torch.full((), float(sum(objects.counts)), device=objects.labels.device)
         if self.training:
             total = all_reduce_sum(total) / world_size()
         return total.clamp(min=1)
-
-    def _check_labels(self, targets: Targets) -> None:
-        """Raise ValueError for a label outside [0, C).
-
-        Without this check, an index out of range on a GPU would end the process without a reason.
-        """
-        labels = torch.cat([target["labels"] for target in targets])
-        if wrong := labels[(labels < 0) | (labels >= self.num_classes)].tolist():
-            raise ValueError(
-                f"labels must be in [0, {self.num_classes}), the classes of the model, "
-                f"got {wrong[0]}"
-            )
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -184,24 +180,12 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _matched_queries(matches: Matches) -> tuple[Tensor, Tensor]:
-    """Return image and query of every matched pair, each `(N,)`."""
-    images = [torch.full_like(queries, i) for i, (queries, _) in enumerate(matches)]
-    return torch.cat(images), torch.cat([queries for queries, _ in matches])
-
-
-def _matched_objects(targets: Targets, matches: Matches, name: str) -> Tensor:
-    """Return an entry of the targets for every matched pair, `(N, ...)`, in query order."""
-    pairs = zip(targets, matches, strict=True)
-    return torch.cat([target[name][objects] for target, (_, objects) in pairs])
-
-
-def _matched_masks(targets: Targets, matches: Matches) -> Tensor:
-    """Return the mask of every matched pair, `(N, H, W)`, padded with 0 to the largest image."""
+def _padded_masks(targets: Targets) -> Tensor:
+    """Return the masks of all objects, `(N, H, W)`, padded with 0 to the largest image."""
     height = max(target["masks"].shape[-2] for target in targets)
     width = max(target["masks"].shape[-1] for target in targets)
-    padded = []
-    for target, (_, objects) in zip(targets, matches, strict=True):
-        masks = target["masks"][objects]
-        padded.append(F.pad(masks, (0, width - masks.shape[-1], 0, height - masks.shape[-2])))
+    padded = [
+        F.pad(masks, (0, width - masks.shape[-1], 0, height - masks.shape[-2]))
+        for masks in (target["masks"] for target in targets)
+    ]
     return torch.cat(padded)

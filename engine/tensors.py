@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["copy_to", "is_finite", "iter_tensors", "map_tensors", "unwrap"]
+__all__ = ["copy_from_host", "copy_to", "is_finite", "iter_tensors", "map_tensors", "unwrap"]
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
@@ -40,6 +40,13 @@ def copy_to(tree: Any, device: torch.device) -> Any:
     The copy may then be changed in place, for example by mixup, while the original is unchanged.
     """
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True, copy=True), tree)
+
+
+def copy_from_host(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the CPU to a device, without waiting for the device."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def is_finite(tree: Any) -> bool:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from detection import criterion as module
 from detection.criterion import SetCriterion
-from detection.matcher import HungarianMatcher
+from detection.matcher import HungarianMatcher, Matches, Objects
+from scripts.benchmark.host_syncs import OperatorCounter
 from tests.detection.synthetic import outputs, recorded, recorded_targets, targets
 from tests.recipes import golden, golden_json
 
@@ -72,10 +73,11 @@ def test_recorded_losses_of_whole_models(tag):
 
 def test_the_recorded_giou_loss_and_its_gradient():
     a = recorded("giou/a_cxcywh")[:15].double().requires_grad_()
-    b = recorded("giou/b_cxcywh").double()
-    matches = [(torch.arange(15), torch.arange(15))]
-    made = {"pred_boxes": a[None]}
-    loss = criterion()._loss_boxes(made, [{"boxes": b}], matches, torch.tensor(1.0))["loss_giou"]
+    b = recorded("giou/b_cxcywh").double()[:15]
+    objects = Objects.of([{"labels": torch.zeros(15), "boxes": b}])
+    matches = Matches(torch.arange(15)[None], torch.arange(15)[None])
+    losses = criterion()._loss_boxes(a[None, None], objects, matches, torch.tensor(1.0))
+    (loss,) = losses["loss_giou"]
     assert loss.item() == pytest.approx(golden_json("matching")["giou_diag_loss_sum"], abs=1e-12)
     loss.backward()
     torch.testing.assert_close(a.grad, recorded("giou/diag_loss_grad_f64"))
@@ -213,3 +215,22 @@ def test_box_losses_of_perfect_predictions_are_0():
     metrics = SetCriterion(5, HungarianMatcher(0, 5, 2), {}, 0.1, BASIC)(made, wanted)
     assert metrics["loss_bbox"] == 0
     assert metrics["loss_giou"].abs() < 1e-6
+
+
+def test_all_layers_need_few_operators_and_one_wait_for_the_device():
+    made, wanted = outputs(2, layers=5), targets(3, 2)
+    with OperatorCounter() as counter:
+        criterion()(made, wanted)
+    assert counter.operators <= 250
+    assert counter.syncs == {"cpu": 1}
+
+
+def test_the_number_of_operators_is_the_same_for_any_number_of_images_and_objects():
+    found = set()
+    for layers, counts in ((5, (3, 2)), (1, (3, 2)), (5, (1, 0, 7, 2, 3))):
+        made, wanted = outputs(len(counts), layers=layers), targets(*counts)
+        with OperatorCounter() as counter:
+            criterion()(made, wanted)
+        # Each auxiliary layer adds only the promotion of two data types.
+        found.add(counter.operators - 2 * layers)
+    assert len(found) == 1

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from detection.boxes import cxcywh_to_xyxy, pairwise_giou
-from detection.matcher import HungarianMatcher
+from detection.boxes import cxcywh_to_xyxy, generalized_iou
+from detection.matcher import HungarianMatcher, Objects
 from tests.detection.synthetic import outputs, recorded, recorded_targets, targets
 from tests.recipes import golden_json
 
@@ -39,8 +39,8 @@ def test_no_other_assignment_costs_less():
     costs = {"cost_class": 1.5, "cost_bbox": 3.0, "cost_giou": 0.7}
     probability = made["pred_logits"][0].softmax(-1)
     distance = (made["pred_boxes"][0][:, None] - wanted[0]["boxes"]).abs().sum(-1)
-    overlap = pairwise_giou(
-        cxcywh_to_xyxy(made["pred_boxes"][0]), cxcywh_to_xyxy(wanted[0]["boxes"])
+    overlap = generalized_iou(
+        cxcywh_to_xyxy(made["pred_boxes"][0])[:, None], cxcywh_to_xyxy(wanted[0]["boxes"])
     )
     cost = 3.0 * distance - 1.5 * probability[:, wanted[0]["labels"]] - 0.7 * overlap
     cheapest = min(
@@ -82,11 +82,35 @@ def test_predictions_that_are_not_finite_are_matched_too(name, value):
     assert 0 not in matches[1][0]
 
 
-def test_a_negative_width_is_refused():
-    made, wanted = outputs(1), targets(2)
-    wanted[0]["boxes"][1, 2] = -0.5
-    with pytest.raises(ValueError, match=r"boxes2\[1\] must be .* got"):
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [
+        ("boxes", r"boxes must have a width and a height of at least 0, got \[.*, -0.5, "),
+        ("pred_boxes", "pred_boxes must have no negative width or height, got -0.5"),
+    ],
+)
+def test_a_negative_width_is_refused(side, message):
+    made, wanted = outputs(2), targets(2, 1)
+    changed = {"boxes": wanted[0]["boxes"][1], "pred_boxes": made["pred_boxes"].detach()[1, 3]}
+    changed[side][2] = -0.5
+    with pytest.raises(ValueError, match=message):
         HungarianMatcher()(made, wanted)
+
+
+def test_layers_matched_together_have_the_matches_of_each_alone():
+    made, wanted = outputs(3, layers=2), targets(4, 0, 9)
+    layers = [made, *made["aux_outputs"]]
+    logits, coordinates = (
+        torch.stack([layer[name] for layer in layers]) for name in ("pred_logits", "pred_boxes")
+    )
+    queries, objects = HungarianMatcher().match(logits, coordinates, Objects.of(wanted))
+    assert queries.shape == objects.shape == (3, 4 + 0 + 7)
+    for number, layer in enumerate(layers):
+        alone = HungarianMatcher()(layer, wanted)
+        expected = [(3 * number + image) * 7 + i for image, (i, _) in enumerate(alone)]
+        assert torch.equal(queries[number], torch.cat(expected))
+        expected = [first + j for first, (_, j) in zip((0, 4, 4), alone, strict=True)]
+        assert torch.equal(objects[number], torch.cat(expected))
 
 
 def test_costs_that_are_all_0_are_refused():
