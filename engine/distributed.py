@@ -7,6 +7,7 @@ values, such as `any_process(bool)` and `barrier`, therefore do not wait for the
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "all_reduce_sum",
     "max_over_processes",
     "any_process",
+    "any_process_later",
     "barrier",
     "broadcast_object",
     "all_gather_object",
@@ -165,10 +167,31 @@ def any_process(flag: bool | torch.Tensor) -> bool:
     """
     if not isinstance(flag, torch.Tensor):
         return max_over_processes(int(flag)) > 0
+    return any_process_later(flag)()
+
+
+def any_process_later(flag: torch.Tensor) -> Callable[[], bool]:
+    """Start `any_process` of a tensor; all processes must call this.
+
+    Returns:
+        A function that returns the answer. It waits for what the GPU had to do before this call,
+        but not for what was queued since.
+    """
     flag = flag.to(torch.int32)
     if dist.is_initialized():
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
+    if flag.device.type != "cuda":
+        return lambda: bool(flag)
+    # A copy that does not block goes to pinned memory. It is complete after the event.
+    copy = flag.to("cpu", non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def answer() -> bool:
+        event.synchronize()
+        return bool(copy)
+
+    return answer
 
 
 def barrier() -> None:

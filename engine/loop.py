@@ -1,7 +1,7 @@
 """The training loop: one epoch of any model on any data, given a function for one step.
 
 An optimizer step uses `accumulate` batches. For each batch the loop seeds the random generators,
-runs the forward pass, checks that the loss is finite and runs the backward pass. Then it clips the
+runs the forward and backward passes, and checks that the loss is finite. Then it clips the
 gradients and steps the optimizer. After each optimizer step it calls `on_step`, prints the metrics
 and saves a checkpoint if they are due, and stops if a signal has asked for it. Checkpoints are
 saved only between two optimizer steps.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.distributed import any_process, rank, world_size
+from engine.distributed import any_process_later, rank, world_size
 from engine.logging import RunLog
 from engine.meters import Meters, Throughput, TimedBatches, TimeLeft, peak_memory_mb
 from engine.nonfinite import report_nonfinite
@@ -245,21 +245,21 @@ def train_step(
         seed_all(seed)
         with _gradient_sync(state.model, is_last=index + 1 == options.accumulate):
             metrics = forward(batch)
-            # The host waits here for the loss. The check is before the backward pass, whose many
-            # kernels then keep the GPU busy while the host catches up. All processes must agree,
-            # because a distributed backward pass needs all of them.
-            if any_process(~metrics["loss"].detach().isfinite()):
-                report_nonfinite(
-                    forward,
-                    state.model,
-                    batch,
-                    metrics,
-                    seed=seed,
-                    epoch=state.epoch,
-                    step=state.step,
-                    output_dir=options.output_dir,
-                )
+            is_bad = any_process_later(~metrics["loss"].detach().isfinite())
             state.scaler.scale(metrics["loss"] / options.accumulate).backward()
+        # The host waits here for the loss, while a GPU has the backward pass to do. The weights are
+        # still those of the forward pass. All processes must agree, because they stop together.
+        if is_bad():
+            report_nonfinite(
+                forward,
+                state.model,
+                batch,
+                metrics,
+                seed=seed,
+                epoch=state.epoch,
+                step=state.step,
+                output_dir=options.output_dir,
+            )
         for name, value in metrics.items():
             part = value.detach() / options.accumulate
             averages[name] = averages[name] + part if index else part

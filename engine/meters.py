@@ -69,7 +69,8 @@ class Meters:
             self._reset(values)
         if set(self._names) != set(values):
             raise ValueError(f"the names of values must be {self._names}, got {list(values)}")
-        scalars = [values[name].detach().reshape(()).to(self._device) for name in self._names]
+        scalars = [values[name].detach().reshape(()) for name in self._names]
+        scalars = [scalar.to(self._device, non_blocking=True) for scalar in scalars]
         self._sums[:-1] += torch.stack(scalars).double() * scale
         self._sums[-1] += n
 

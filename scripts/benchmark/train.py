@@ -3,17 +3,22 @@ r"""Time a training step and an evaluation with iRPE against the same model with
     OMP_NUM_THREADS=2 python -m scripts.benchmark train --output benchmarks/train_cpu.json
     OMP_NUM_THREADS=2 python -m scripts.benchmark train --recipe detr --batch-size 1 \
         --output benchmarks/train_detr_cpu.json
+    python -m scripts.benchmark train --recipe detr --batch-size 2 --profile
 
 DeiT gets images of 224 x 224, and its baseline is the model of timm. DETR with ResNet-50 gets
 images of 608 x 800 with ten objects each. The models run alternately in one process, so that
 another load on the machine slows down all of them. A ratio is the median over the rounds of (time
 with iRPE / time without iRPE in the same round).
+
+`--profile` measures no times. It counts the operators that the host launches in a step of the
+trainer, and how often the host waits for the device. Both can be counted without a GPU.
 """
 
 import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import timm
@@ -79,6 +84,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=("auto", *rpe_ops.IMPLEMENTATIONS),
         default="auto",
         help="Implementation of the iRPE operators (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="Count operators and host syncs per training step instead of measuring times",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="JSON file to write (default: none)"
@@ -178,6 +188,26 @@ def measure(
     return times
 
 
+def profile(args: argparse.Namespace, device: torch.device) -> None:
+    """Print and write the numbers of operators and host syncs of a training step."""
+    from engine.provenance import machine
+    from scripts.benchmark.host_syncs import profile_step
+
+    if args.recipe == "deit" and args.batch_size % 2:
+        raise SystemExit(f"error: --batch-size must be even for mixup, got {args.batch_size}")
+    work = profile_step(args.recipe, args.size, args.batch_size, device)
+    print(f"training step: {work.operators:,} operators, {work.syncs} host sync(s)")
+    if args.output:
+        report = {"machine": machine(device), "recipe": args.recipe, "batch_size": args.batch_size}
+        _write(report | asdict(work), args.output)
+
+
+def _write(report: dict, path: Path) -> None:
+    """Write a report as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table and write JSON."""
     # The GPU benchmark uses the rest of this module without pydantic, which these need.
@@ -187,6 +217,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.manual_seed(0)
+    if args.profile:
+        profile(args, device)
+        return
     if args.recipe == "deit":
         shape = (224, 224)
         base = f"deit_{args.size}_patch16_224"
@@ -228,5 +261,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, row in rows.items():
             print(f"{name:<52} {1e3 * row['median_seconds']:>9.1f} {row['ratio']:>7.3f}")
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
+        _write(report, args.output)

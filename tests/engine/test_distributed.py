@@ -62,6 +62,7 @@ def test_a_single_process_has_no_group_and_its_collectives_return_its_value(envi
     assert distributed.broadcast_object("x") == "x"
     assert [distributed.any_process(flag) for flag in (True, False)] == [True, False]
     assert distributed.any_process(torch.tensor(True))
+    assert not distributed.any_process_later(torch.tensor(False))()
     distributed.barrier()
     distributed.shutdown()
 

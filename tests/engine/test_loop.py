@@ -2,18 +2,21 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 import engine
-from engine import LoopOptions, RunLog, StopRequest, TrainState, make_scaler, train_epoch
+from engine import LoopOptions, RunLog, StopRequest, TrainState, loop, make_scaler, train_epoch
+from scripts.benchmark.host_syncs import OperatorCounter
 from tests.engine.launch import start
 from tests.engine.toy import SIGKILL, SIGTERM, ToyConfig, equal, train
 
@@ -178,6 +181,23 @@ def test_gradients_are_synchronized_only_in_the_last_backward_pass_of_a_step():
     assert backward_passes == [True, True, False, True, True, False]
 
 
+def test_the_loss_is_read_after_the_backward_pass_and_before_the_optimizer_step(monkeypatch):
+    """So a GPU has the backward pass to do while the host waits for the loss."""
+    run = LinearRun(accumulate=2, steps=2)
+    events = []
+    later = loop.any_process_later
+    run.model.weight.register_hook(lambda gradient: events.append("backward"))
+    run.state.optimizer.register_step_pre_hook(lambda *_: events.append("optimizer"))
+
+    def any_process_later(flag: torch.Tensor) -> Callable[[], bool]:
+        answer = later(flag)
+        return lambda: events.append("read") or answer()
+
+    monkeypatch.setattr(loop, "any_process_later", any_process_later)
+    run.train(batches(4, 3))
+    assert events == ["backward", "read", "backward", "read", "optimizer"] * 2
+
+
 @pytest.mark.parametrize("clip", [1e-3, 1e3], ids=["small", "large"])
 def test_clipping_bounds_the_norm_of_the_update(clip):
     run = LinearRun(steps=1, clip_grad=clip)
@@ -290,6 +310,23 @@ def test_metrics_are_averages_fetched_only_when_printed(monkeypatch):
     assert metrics["images_per_s"] > 0
     assert metrics["data_s"] >= 0
     assert metrics["memory_mb"] > 0
+
+
+def test_the_host_waits_only_for_the_loss_between_printed_metrics():
+    run = LinearRun(steps=5, clip_grad=1.0, print_freq=4)
+    waits = []
+
+    def data() -> Iterator[torch.Tensor]:
+        for batch in batches(5, 6):
+            waits.append(counter.syncs.copy())
+            yield batch
+
+    ema = ModelEmaV3(run.model)
+    with OperatorCounter() as counter:
+        run.train(data(), on_step=lambda: ema.update(run.model))
+    steps = [after - before for before, after in pairwise(waits)]
+    assert steps[:3] == [{"_local_scalar_dense": 1}] * 3
+    assert steps[3] == {"_local_scalar_dense": 1, "tolist": 1}
 
 
 def test_curves_are_averages_since_the_last_point():

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from scripts.benchmark.__main__ import main
+from scripts.benchmark.host_syncs import OperatorCounter
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
@@ -29,6 +31,50 @@ def test_a_benchmark_prints_its_table_and_writes_its_results(name, tmp_path, cap
     printed = capsys.readouterr().out
     assert report["results"]
     assert all(kind in printed for kind in report["results"])
+
+
+def test_a_profile_counts_operators_and_host_syncs_of_a_step(tmp_path, capsys):
+    output = tmp_path / "work.json"
+    options = ["--size", "tiny", "--batch-size", "2", "--device", "cpu"]
+    main(["train", "--profile", *options, "--output", str(output)])
+    report = json.loads(output.read_text())
+    assert report["operators"] > 1000
+    assert report["syncs"] == 1
+    assert f"{report['operators']:,} operators, 1 host sync(s)" in capsys.readouterr().out
+
+
+def test_a_profile_of_an_odd_batch_is_refused():
+    with pytest.raises(SystemExit, match="--batch-size must be even for mixup, got 3"):
+        main(["train", "--profile", "--batch-size", "3"])
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.cpu(),
+        lambda x: x.tolist(),
+        lambda x: x.new_tensor([1.0]),
+        lambda x: torch.tensor([1.0], device=x.device),
+    ],
+)
+def test_each_wait_for_the_device_is_counted_once(work):
+    with OperatorCounter() as counter:
+        work(torch.ones(3))
+    assert counter.syncs.total() == 1
+
+
+def test_work_that_does_not_wait_is_not_counted():
+    x, index = torch.ones(3), torch.tensor([0, 2])
+    with OperatorCounter() as counter:
+        x.to("cpu", non_blocking=True)
+        x.double()
+        x[index] = x[index] + 1
+    assert counter.syncs.total() == 0
+    assert counter.operators >= 4
 
 
 @pytest.mark.parametrize("name", ["train", "ops", "data"])
