@@ -135,7 +135,10 @@ def _time(names: list[str], kind: Kind, size: Size, device: torch.device) -> dic
 
 
 def _is_possible(name: str, kind: Kind, size: Size, device: torch.device) -> bool:
-    """Return whether a candidate exists for a grid of this size."""
+    """Return whether a candidate exists for a grid of this size.
+
+    Larger grids of the same kind, with up to twice as many tokens, then use it, too.
+    """
     like = torch.empty(0, device=device)
     return not name.startswith("triton/flat") or is_small(
         BUCKET_CACHE.grid(kind.config, size.height, size.width, like)

@@ -47,7 +47,8 @@ def compact_ids(buckets: GridBuckets) -> Tensor:
     """Return the ids `(terms, S, S)` with `S = ids_size(buckets)`; padded pairs have id 0.
 
     The caller must not write to them. The cache holds the axis offsets of its entries, so that
-    another tensor never has the same identity. It is bounded by `32·MAX_BYTES`.
+    another tensor never has the same identity. It has at most 32 entries, each of at most
+    `MAX_BYTES` if `is_small(buckets)`.
     """
     stream = None
     if buckets.row_base.is_cuda:

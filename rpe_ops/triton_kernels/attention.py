@@ -11,16 +11,13 @@ from torch import Tensor
 
 from rpe_ops.compact_ids import is_small
 from rpe_ops.grid import GridBuckets
-from rpe_ops.implementations import VARIANTS
 from rpe_ops.triton_kernels import backward, flat_backward, flat_forward, forward
 
-__all__ = ["FAMILIES", "choose_family", "lookup_forward", "lookup_backward"]
-
-FAMILIES = VARIANTS["triton"]
+__all__ = ["choose_family", "lookup_forward", "lookup_backward"]
 
 
 def choose_family(q: Tensor, buckets: GridBuckets) -> str:
-    """Return the kernels for queries `(B, H, L, d)` on a grid, one of `FAMILIES`."""
+    """Return the kernels for queries `(B, H, L, d)` on a grid, `flat` or `rows`."""
     would_spill = q.dtype == torch.float32 and q.shape[-1] > 64
     return "flat" if is_small(buckets) and not would_spill else "rows"
 
@@ -38,7 +35,7 @@ def lookup_forward(
     """Attend; see `rpe_ops.reference.lookup_forward`.
 
     The dtype must not be float64, and the head dim must be at most 128. `family` is one of
-    `FAMILIES`, by default the choice of `choose_family`.
+    `rpe_ops.VARIANTS["triton"]`, by default the choice of `choose_family`.
     """
     inputs = (q, k, v, lookup_k, lookup_q, buckets, *rest)
     family = family or choose_family(q, buckets)

@@ -1,7 +1,7 @@
 """The choices of the Triton kernels, found by name, so that a check can replace them.
 
-A function `choose_…tiles` returns a named tuple of sizes. If there are several families of kernels,
-`rpe_ops.triton_kernels.attention` has `FAMILIES` and `choose_family`.
+A function `choose_…tiles` returns a named tuple of sizes. `choose_family` of
+`rpe_ops.triton_kernels.attention` returns the name of the attention kernels.
 """
 
 import importlib
@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from unittest import mock
 
+import rpe_ops
 from scripts.benchmark.gpu.setup import SkipError, require
 
 __all__ = ["FACTORS", "changed_tiles", "families", "family", "tile_fields"]
@@ -84,14 +85,13 @@ def changed_tiles(field: str, factor: float) -> Iterator[dict[str, None]]:
         yield chosen
 
 
-def families() -> list[str]:
-    """Return the families of attention kernels; empty if there is only one, or no Triton."""
+def families() -> tuple[str, ...]:
+    """Return the names of all attention kernels; empty without Triton."""
     try:
-        (module,) = require("rpe_ops.triton_kernels.attention")
+        require("rpe_ops.triton_kernels.attention")
     except SkipError:
-        return []
-    has_choice = hasattr(module, "choose_family")
-    return list(getattr(module, "FAMILIES", ())) if has_choice else []
+        return ()
+    return rpe_ops.VARIANTS["triton"]
 
 
 @contextmanager
