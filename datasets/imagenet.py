@@ -135,7 +135,9 @@ def build_imagenet(
         return TarImages(tar, transform, classes)
     if not folder.exists() and tar.is_file():
         raise DataError(f"there is no folder {folder}, but {tar} exists: add --load-tar")
-    if split == "val" and not folder.exists() and root.is_dir():
+    # A folder with neither split has its class folders at the top, as photographs often have.
+    unsplit = not any(path.exists() for path in _find(root, "val"))
+    if unsplit and not folder.exists() and root.is_dir():
         raise DataError(
             f"there is no folder {folder}: expected {folder}/<class>/<image>.jpg, or "
             "--train_val_split 0.2 to use a part of the training images for validation"
