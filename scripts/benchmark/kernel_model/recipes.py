@@ -75,6 +75,12 @@ RECIPES = [
         for dtype in (torch.bfloat16, torch.float16)
     ),
     _detr(25, 42, "k", torch.float32),
+    # Other head dims, for each family of kernels.
+    *(
+        recipe._replace(name=f"{recipe.name}, head dim {head_dim}", head_dim=head_dim)
+        for recipe in (_deit("DeiT", "qkv"), _detr(50, 84, "qkv", torch.bfloat16))
+        for head_dim in (16, 128)
+    ),
 ]
 # One recipe for each family of kernels: flat tiles, and tiles of grid rows.
 QUICK = [_detr(25, 42, "qkv", torch.bfloat16), _detr(50, 84, "qkv", torch.bfloat16)]
