@@ -17,7 +17,8 @@ from classification.finetune import adapt_weights, recorded_image_size
 from classification.losses import DistillationLoss, base_criterion
 from classification.models import build_model
 from classification.report import ClassReport
-from datasets import ResilientDataset
+from datasets import ResilientDataset, erase, normalize_pixels
+from datasets.pixels import Erasing
 from engine import Evaluate, UsageError, resolve_dtype
 from irpe_core import CheckpointError, load_checkpoint, load_weights
 
@@ -30,6 +31,8 @@ __all__ = [
     "create_step",
     "scaled_lr",
 ]
+
+Batch = tuple[Tensor, Tensor, list[list[Erasing]]]
 
 
 def create_model(
@@ -167,8 +170,8 @@ def create_evaluation(
 
 def create_step(
     config: ClassificationConfig, num_classes: int, device: torch.device
-) -> Callable[[nn.Module, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Create the training step: mixup or cutmix, forward pass, loss."""
+) -> Callable[[nn.Module, Batch], dict[str, Tensor]]:
+    """Create the training step: normalization, erasing, mixup or cutmix, forward pass, loss."""
     mixup = None
     if config.mixes:
         mixup = Mixup(
@@ -190,8 +193,9 @@ def create_step(
         config.distillation_tau,
     )
 
-    def step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        images, targets = batch
+    def step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        images, targets, erasings = batch
+        images = erase(normalize_pixels(images), erasings, config.remode)
         if mixup is not None:
             images, targets = mixup(images, targets)
         return {"loss": criterion(images, model(images), targets)}

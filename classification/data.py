@@ -13,8 +13,10 @@ from datasets import (
     ResilientDataset,
     SeededDataset,
     SplitOptions,
+    build_byte_transform,
     build_dataset,
-    build_transform,
+    collate_augmented,
+    collate_pixels,
 )
 from engine import rank, shield_worker, world_size
 
@@ -24,7 +26,7 @@ __all__ = ["build_split", "train_loader", "eval_loader"]
 def build_split(
     config: ClassificationConfig, split: str, classes: Sequence[str] | None = None
 ) -> ResilientDataset:
-    """Open one split of the data set with its transform.
+    """Open one split of the data set with its transform to bytes.
 
     Args:
         config: The configuration.
@@ -34,7 +36,7 @@ def build_split(
     Raises:
         DataError: The data is missing, empty or damaged, or has a class that training lacks.
     """
-    transform = build_transform(
+    transform = build_byte_transform(
         split == "train",
         input_size=config.image_size,
         augment=config.augment,
@@ -75,6 +77,7 @@ def train_loader(
         batch_size=config.batch_size,
         sampler=sampler,
         drop_last=True,
+        collate_fn=collate_augmented,
         **_loader_options(config, device),
     )
 
@@ -103,7 +106,11 @@ def eval_loader(
         options |= {"num_workers": 0, "persistent_workers": False}
     sampler = EvalSampler(size, batch_size=config.batch_size, rank=process, world_size=processes)
     return DataLoader(
-        SeededDataset(dataset), batch_size=config.batch_size, sampler=sampler, **options
+        SeededDataset(dataset),
+        batch_size=config.batch_size,
+        sampler=sampler,
+        collate_fn=collate_pixels,
+        **options,
     )
 
 

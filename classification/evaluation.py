@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from classification.report import ClassReport
+from datasets import normalize_pixels
 from engine import all_gather_object, autocast, copy_to
 
 __all__ = ["evaluate"]
@@ -31,7 +32,7 @@ def evaluate(
         models: Prefix of the names of the metrics → model that returns logits `(B, C)`. The mode
             of each model is restored.
         loader: Batches `(images (B, 3, H, W), targets (B,))` of this process, which are batches
-            `rank`, `rank + world size`, … of the data.
+            `rank`, `rank + world size`, … of the data. The images are uint8, or normalized.
         device: Device of the models.
         dtype: Data type of automatic mixed precision; float32 disables it.
         shared: Whether the data is divided among the processes; else each process has all of it.
@@ -47,14 +48,15 @@ def evaluate(
     if report is not None:
         report.reset()
     for number, batch in enumerate(loader):
-        images, targets = copy_to(batch, device)
+        pixels, targets = copy_to(batch, device)
+        images = normalize_pixels(pixels)
         for prefix, model in models.items():
             with autocast(device, dtype):
                 logits = model(images).float()
             top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
             sums[prefix].append(_batch_sums(logits, top, targets))
             if report is not None:
-                report.add(prefix, number, images, logits, torch.stack([targets, top[:, 0]]))
+                report.add(prefix, number, pixels, logits, torch.stack([targets, top[:, 0]]))
     if report is not None:
         report.gather(shared=shared)
     metrics = {}

@@ -54,7 +54,7 @@ class ClassReport:
         Args:
             prefix: Prefix of the model's metrics; the mistakes of the model `""` are drawn.
             batch: Number of the batch in this process.
-            images: Normalized images `(B, 3, H, W)`.
+            images: Images `(B, 3, H, W)`, uint8 or normalized.
             logits: Logits `(B, C)`.
             answers: Classes and predicted classes `(2, B)`.
         """

@@ -2,16 +2,23 @@
 
 This package imports no other package of the project. Classification:
 
-    train = build_dataset("IMNET", path, "train", load_tar=True, transform=build_transform(True))
+    transform = build_byte_transform(True)
+    train = build_dataset("IMNET", path, "train", load_tar=True, transform=transform)
     sampler = RepeatedAugSampler(len(train), rank=rank, world_size=world_size, seed=seed)
-    loader = DataLoader(SeededDataset(train), sampler=sampler, batch_size=128)
+    data = SeededDataset(train)
+    loader = DataLoader(data, sampler=sampler, batch_size=128, collate_fn=collate_augmented)
+    for images, targets, erasings in loader:
+        images = erase(normalize_pixels(images.to(device)), erasings, "pixel")
 
 Detection:
 
-    train = build_coco("train", path, transforms=build_coco_transforms("train"))
+    train = build_coco("train", path, transforms=build_coco_transforms("train", normalize=False))
     sampler = DistributedShuffleSampler(len(train), rank=rank, world_size=world_size, seed=seed)
     data = SeededDataset(ResilientDataset(train))
     loader = DataLoader(data, sampler=sampler, batch_size=2, collate_fn=collate)
+    for images, mask, targets in loader:
+        mask = mask.to(device)
+        images = normalize_batch(images.to(device), mask)
 
 In a seeded data set, the randomness of a sample depends only on (seed, epoch, position in the
 epoch). `SeededDataset` and the samplers provide this together. `ResilientDataset` replaces corrupt
@@ -30,11 +37,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets.archives import TarArchive, ZipArchive
     from datasets.build import build_dataset
+    from datasets.byte_transforms import build_byte_transform
     from datasets.coco import CocoImages, build_coco
-    from datasets.coco_transforms import build_coco_transforms, collate
+    from datasets.coco_batches import collate, normalize_batch
+    from datasets.coco_transforms import build_coco_transforms
     from datasets.errors import CorruptImageError, DataError
     from datasets.imagenet import FolderImages, TarImages, build_imagenet
     from datasets.inaturalist import INaturalistImages
+    from datasets.pixels import collate_augmented, collate_pixels, erase, normalize_pixels
     from datasets.resilient import ResilientDataset
     from datasets.samplers import (
         DistributedShuffleSampler,
@@ -49,6 +59,11 @@ _MODULES = {
     "build_dataset": "build",
     "build_imagenet": "imagenet",
     "build_transform": "transforms",
+    "build_byte_transform": "byte_transforms",
+    "collate_pixels": "pixels",
+    "collate_augmented": "pixels",
+    "normalize_pixels": "pixels",
+    "erase": "pixels",
     "FolderImages": "imagenet",
     "TarImages": "imagenet",
     "INaturalistImages": "inaturalist",
@@ -61,7 +76,8 @@ _MODULES = {
     "build_coco": "coco",
     "build_coco_transforms": "coco_transforms",
     "CocoImages": "coco",
-    "collate": "coco_transforms",
+    "collate": "coco_batches",
+    "normalize_batch": "coco_batches",
     "TarArchive": "archives",
     "ZipArchive": "archives",
     "DataError": "errors",

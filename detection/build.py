@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, StepLR
 
-from datasets import ResilientDataset
+from datasets import ResilientDataset, normalize_batch
 from detection.backbone import build_backbone
 from detection.coco_eval import CocoEvaluator
 from detection.config import DetectionConfig
@@ -254,10 +254,11 @@ def create_schedule(
 
 
 def create_step(criterion: SetCriterion) -> Callable[[nn.Module, Batch], dict[str, Tensor]]:
-    """Create the training step: forward pass, then matching and losses in float32."""
+    """Create the training step: forward pass of the normalized images, then losses in float32."""
 
     def step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         images, mask, targets = batch
+        images = normalize_batch(images, mask)
         outputs = model(images, mask)
         with torch.autocast(images.device.type, enabled=False):
             losses = criterion(map_tensors(Tensor.float, outputs), targets)

@@ -50,7 +50,7 @@ def build_split(
         images=images,
         annotations=annotations,
         transforms=build_coco_transforms(
-            split, augment=config.augment, image_size=config.image_size
+            split, augment=config.augment, image_size=config.image_size, normalize=False
         ),
         with_masks=config.masks,
         label_map=label_map,

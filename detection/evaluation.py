@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from datasets import normalize_batch
 from detection.coco_eval import CocoEvaluator
 from engine import all_gather_object, autocast, copy_to, unwrap
 from engine.tensors import map_tensors
@@ -43,7 +44,8 @@ def evaluate(
         criterion: The losses, with their `weight_dict`. Its mode is restored.
         postprocessors: `bbox`, and for masks also `segm`.
         loader: Batches `(images (B, 3, H, W), mask (B, H, W), targets)` of this process. An image
-            of the `size` of its target is in the top left corner; the rest is padding.
+            of the `size` of its target is in the top left corner; the rest is padding. The images
+            are uint8, or normalized.
         evaluator: Collects the detections; it is reset first.
         device: Device of the model.
         dtype: Data type of automatic mixed precision; float32 disables it.
@@ -64,8 +66,9 @@ def evaluate(
     losses = _Losses(criterion.weight_dict)
     for batch in loader:
         for images, mask, targets in [batch] if pad_to_batch else _split_by_size(*batch):
+            mask = mask.to(device)
             with autocast(device, dtype):
-                outputs = model(images.to(device), mask.to(device))
+                outputs = model(normalize_batch(images.to(device), mask), mask)
             outputs = map_tensors(Tensor.float, outputs)
             detections = _postprocess(postprocessors, outputs, targets)
             evaluator.update(dict(zip(_image_ids(targets), detections, strict=True)))

@@ -50,7 +50,8 @@ class DetectionReport:
         """Draw images with their truth and predictions, until there are enough pictures.
 
         Args:
-            images: Normalized images `(B, 3, H, W)`, with padding at the right and the bottom.
+            images: Images `(B, 3, H, W)`, uint8 or normalized, with padding at the right and the
+                bottom.
             targets: Targets of the data set.
             detections: Detections of the post-processing, in pixels of the original images.
         """

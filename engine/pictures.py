@@ -41,16 +41,18 @@ def to_pixels(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> Tensor:
-    """Return the pixels of a normalized image.
+    """Return the pixels of an image, which may be normalized.
 
     Args:
-        image: Normalized image `(3, H, W)`.
+        image: Image `(3, H, W)`, uint8 or normalized.
         mean: Mean of each color that it was normalized with.
         std: Standard deviation of each color.
 
     Returns:
         The image as uint8 `(3, H, W)` on the CPU.
     """
+    if image.dtype == torch.uint8:
+        return image.cpu()
     scale, shift = (torch.tensor(values)[:, None, None] for values in (std, mean))
     return ((image.float().cpu() * scale + shift).clamp(0, 1) * 255).round().to(torch.uint8)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from classification.build import create_model
 from classification.config import ClassificationConfig
 from classification.data import build_split
+from datasets import normalize_pixels
 from irpe_core import (
     CheckpointError,
     ContextualRPE,
@@ -107,8 +108,8 @@ def draw_learned_table(checkpoint: dict, path: Path) -> None:
             f"the model must have iRPE by the product method, contextual, on k, got {config.rpe!r}"
         )
     data = build_split(config, "val", checkpoint["classes"])
-    images = torch.stack([data[i][0] for i in range(min(IMAGES, len(data)))])
-    encodings = mean_encodings(model, images)
+    pixels = torch.stack([data[i][0] for i in range(min(IMAGES, len(data)))])
+    encodings = mean_encodings(model, normalize_pixels(pixels))
     if model.global_pool == "token":
         # The class token alone is read after the last layer, so the table of this layer gets no
         # gradient.

@@ -59,9 +59,8 @@ def draw_predictions(run: Path, path: Path) -> None:
         pixels = pixels.reshape(image.height, image.width, 3).permute(2, 0, 1)
         labels = [data.classes[label] for label in truth["labels"].tolist()]
         draw(axes[0, i], pixels, truth["boxes"], labels, "ground truth" if i == 0 else "")
-        normalized, _ = transform(image, truth)
         with torch.inference_mode():
-            outputs = model(normalized[None])
+            outputs = model(transform.transform_image(image)[None])
         (found,) = postprocessors["bbox"](outputs, torch.tensor([[image.height, image.width]]))
         kept = found["scores"] > MIN_SCORE
         scored = zip(found["labels"][kept].tolist(), found["scores"][kept].tolist(), strict=True)
