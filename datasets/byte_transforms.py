@@ -3,7 +3,8 @@
 Evaluation has the values of the transform to floats after `normalize_pixels`, to the last bit.
 Training draws the same crops, flips and operations from the same random numbers. It resizes the
 random crop with torch instead of Pillow, in a quarter of the time: a few pixels differ, by one or
-two of 255 levels. The random erasing is only drawn here, see `datasets.pixels.erase`.
+two of 255 levels. Shear and translation are those of `datasets.shifts`. The random erasing is only
+drawn here, see `datasets.pixels.erase`.
 """
 
 import random
@@ -17,6 +18,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
 from datasets.pixels import DrawErasing, Erasing, to_image, to_uint8
+from datasets.shifts import shift_faster
 from datasets.transforms import build_transform
 
 __all__ = ["build_byte_transform"]
@@ -46,6 +48,8 @@ def build_byte_transform(is_train: bool, **options: Any) -> transforms.Compose:
         _ResizedCrop(step) if isinstance(step, RandomResizedCropAndInterpolation) else step
         for step in on_images
     ]
+    for step in on_images:
+        shift_faster(step)
     draws = [
         DrawErasing(step.probability, step.max_count)
         for step in steps

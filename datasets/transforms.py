@@ -15,7 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-__all__ = ["Augment", "build_transform", "eval_settings"]
+__all__ = ["Augment", "allow_zero_bits", "build_transform", "eval_settings"]
 
 Augment = Literal["recipe", "affine", "none"]
 
@@ -90,14 +90,14 @@ def build_transform(
             f"aa and color_jitter must be accepted by timm, got aa {aa!r}, "
             f"color_jitter {color_jitter}: {error}"
         ) from error
-    _allow_zero_bits(recipe)
+    allow_zero_bits(recipe)
     if without_crop:
         crop = [_resize(size), transforms.RandomCrop(size, padding=4)]
         recipe = transforms.Compose(crop + recipe.transforms[1:])
     return recipe
 
 
-def _allow_zero_bits(recipe: transforms.Compose) -> None:
+def allow_zero_bits(recipe: transforms.Compose) -> None:
     """Let timm's posterize keep 0 bits, which gives a black image, with every version of Pillow.
 
     The recipe uses 0 bits at the end of its range, which Pillow 13 rejects.

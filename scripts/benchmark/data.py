@@ -1,7 +1,17 @@
-"""Time the reading of images from a zip against reading them from a folder.
+"""Time the reading of images, and whole loaders with their transforms.
 
     python -m scripts.benchmark data --output benchmarks/data.json
+    python -m scripts.benchmark data --part imagenet --output benchmarks/data_imagenet.json
+    python -m scripts.benchmark data --part coco --output benchmarks/data_coco.json
 
+`--part imagenet` and `--part coco` compare the loaders of the trainers with those of timm and
+torchvision, see `scripts.benchmark.loaders`. All read the same generated JPEG files of the usual
+size of ImageNet (500 x 375) or COCO (640 x 480) with one worker, and the loaders take turns. A time
+is the CPU time of the worker per image, the median over the rounds. A ratio is the median over the
+rounds of (time / time of `floats` in the same round), where `floats` are the loaders with
+transforms to normalized floats.
+
+`--part files`, the default, compares a zip with a folder.
 The same images, given or generated, are written to a folder and to a zip, and read in one shuffled
 order by the code that training uses. The two forms are read alternately in one process, so that
 another load on the machine slows down both. A speed is the median over the rounds of (time of the
@@ -23,6 +33,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,6 +41,13 @@ from PIL import Image
 from datasets.image_sources import ImageSource, open_images
 from datasets.images import decode_rgb
 from engine.provenance import machine
+from scripts.benchmark.loaders import (
+    COCO_BATCH,
+    IMAGENET_BATCH,
+    coco_loaders,
+    imagenet_loaders,
+    seconds_to_read,
+)
 from scripts.benchmark.timing import median_ratio, positive_int
 
 __all__ = ["main"]
@@ -45,10 +63,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
+        "--part",
+        choices=("files", "imagenet", "coco"),
+        default="files",
+        help="Part to measure (default: %(default)s)",
+    )
+    parser.add_argument(
         "--images",
         type=Path,
         metavar="FOLDER",
-        help="Folder of .jpg files to read (default: generated images)",
+        help="Folder of .jpg files to read, for --part files (default: generated images)",
     )
     parser.add_argument(
         "--count",
@@ -76,13 +100,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def generated_images(count: int) -> Iterator[tuple[str, bytes]]:
-    """Yield names and contents of JPEG files of COCO's usual size, 640 x 480 and about 150 kB."""
+def generated_images(
+    count: int, width: int = 640, height: int = 480
+) -> Iterator[tuple[str, bytes]]:
+    """Yield names and contents of JPEG files, by default of COCO's usual size and about 150 kB."""
     random = np.random.default_rng(0)
     for number in range(count):
-        soft = Image.fromarray(random.integers(0, 256, (60, 80, 3), dtype=np.uint8))
-        pixels = np.asarray(soft.resize((640, 480), Image.Resampling.BICUBIC)).astype(np.int16)
-        pixels += random.integers(-16, 17, (480, 640, 1), dtype=np.int16)
+        shape = (height // 8, width // 8, 3)
+        soft = Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8))
+        pixels = np.asarray(soft.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+        pixels += random.integers(-16, 17, (height, width, 1), dtype=np.int16)
         buffer = io.BytesIO()
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
         yield f"{number:012d}.jpg", buffer.getvalue()
@@ -155,40 +182,75 @@ def measure(forms: dict[str, Callable[[], float]], rounds: int) -> dict[str, lis
     return times
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print a table and write JSON."""
-    args = parse_args(argv)
+def measure_files(args: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Measure the reading from a folder and a zip, and print a table."""
     images = given_images(args.images, args.count) if args.images else generated_images(args.count)
-    root = Path(tempfile.mkdtemp(prefix="benchmark-data-", dir=args.scratch))
-    try:
-        names, size = write_both(root, images)
-        sources = {
-            "folder": open_images(root / "images", names),
-            "zip": open_images(root / "images.zip", names),
-        }
-        order = np.random.default_rng(1).permutation(len(names)).tolist()
-        results = {}
-        for kind, forms in tasks(sources, order).items():
-            times = measure(forms, args.rounds)
-            results[kind] = {
-                "images_per_second": {
-                    form: len(names) / statistics.median(times[form]) for form in FORMS
-                },
-                "zip_speed": median_ratio(times["folder"], times["zip"]),
-            }
-    finally:
-        shutil.rmtree(root)
-    report = {
-        "machine": machine(),
-        "images": len(names),
-        "mean_kilobytes": size / len(names) / 1000,
-        "rounds": args.rounds,
-        "results": results,
+    names, size = write_both(root, images)
+    sources = {
+        "folder": open_images(root / "images", names),
+        "zip": open_images(root / "images.zip", names),
     }
+    order = np.random.default_rng(1).permutation(len(names)).tolist()
+    results = {}
+    for kind, forms in tasks(sources, order).items():
+        times = measure(forms, args.rounds)
+        results[kind] = {
+            "images_per_second": {
+                form: len(names) / statistics.median(times[form]) for form in FORMS
+            },
+            "zip_speed": median_ratio(times["folder"], times["zip"]),
+        }
     print(f"{'images/s':<12} {'folder':>10} {'zip':>10} {'zip speed':>10}")
     for kind, row in results.items():
         folder, archive = (row["images_per_second"][form] for form in FORMS)
         print(f"{kind:<12} {folder:>10.0f} {archive:>10.0f} {row['zip_speed']:>10.2f}")
+    kilobytes = size / len(names) / 1000
+    return {"images": len(names), "mean_kilobytes": kilobytes, "results": results}
+
+
+def measure_loaders(args: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Measure the loaders of one recipe, and print a table."""
+    if args.part == "imagenet":
+        batch = IMAGENET_BATCH
+        count = -(-args.count // batch) * batch
+        loaders = imagenet_loaders(root, generated_images(count, 500, 375))
+    else:
+        batch = COCO_BATCH
+        count = -(-args.count // batch) * batch
+        loaders = coco_loaders(root, generated_images(count))
+    cpu: dict[str, list[float]] = {name: [] for name in loaders}
+    wall: dict[str, list[float]] = {name: [] for name in loaders}
+    for number in range(args.rounds + 1):
+        for name in list(loaders)[:: 1 if number % 2 else -1]:
+            seconds, passed = seconds_to_read(loaders[name]())
+            if number:
+                cpu[name].append(seconds)
+                wall[name].append(passed)
+    results = {
+        name: {
+            "cpu_ms_per_image": statistics.median(cpu[name]) / count * 1000,
+            "images_per_second_per_core": count / statistics.median(cpu[name]),
+            "wall_ms_per_image": statistics.median(wall[name]) / count * 1000,
+            "ratio_to_floats": median_ratio(cpu[name], cpu["floats"]),
+        }
+        for name in loaders
+    }
+    print(f"{args.part:<12} {'ms/image':>10} {'images/s':>10} {'ratio':>10}")
+    for name, row in results.items():
+        ms, speed, _, ratio = row.values()
+        print(f"{name:<12} {ms:>10.2f} {speed:>10.0f} {ratio:>10.2f}")
+    return {"images": count, "batch_size": batch, "results": results}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print a table and write JSON."""
+    args = parse_args(argv)
+    root = Path(tempfile.mkdtemp(prefix="benchmark-data-", dir=args.scratch))
+    try:
+        measured = (measure_files if args.part == "files" else measure_loaders)(args, root)
+    finally:
+        shutil.rmtree(root)
+    report = {"machine": machine(), "rounds": args.rounds, **measured}
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=2) + "\n")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
 
 from datasets import (
@@ -182,3 +183,24 @@ def test_bytes_and_images_convert_without_change() -> None:
     pixels = to_uint8(image)
     assert pixels.shape == (3, 9, 13)
     assert np.array_equal(np.asarray(image), np.asarray(to_image(pixels)))
+
+
+@pytest.mark.parametrize(
+    "name", ["shear_x", "shear_y", "translate_x_rel", "translate_y_rel"], ids=str
+)
+def test_faster_operations_equal_those_of_timm(name: str) -> None:
+    original = getattr(auto_augment, name)
+    (step,) = (s for s in build_byte_transform(True).transforms if hasattr(s, "ops"))
+    functions = [op.aug_fn for op in step.ops]
+    (faster,) = (f for f in functions if getattr(f, "keywords", {}).get("original") is original)
+    options = {"fillcolor": (124, 116, 104), "resample": Image.Resampling.BICUBIC}
+    for image in (noise(90, 70), smooth(3), Image.new("RGB", (1, 5))):
+        for level in (-0.45, -0.2, 0.0, 0.1337, 0.3):
+            expected = np.asarray(original(image, level, **options)).astype(int)
+            difference = np.abs(np.asarray(faster(image, level, **options)) - expected)
+            assert difference.max() <= 1
+            assert (difference > 0).mean() < 0.01
+    options["resample"] = Image.Resampling.BILINEAR
+    drawn = [np.asarray(f(smooth(3), 0.2, **options)) for f in (original, faster)]
+    assert np.array_equal(*drawn)
+    assert original in auto_augment.NAME_TO_OP.values()

@@ -77,6 +77,18 @@ def test_work_that_does_not_wait_is_not_counted():
     assert counter.operators >= 4
 
 
+@pytest.mark.parametrize("part", ["imagenet", "coco"])
+def test_the_loaders_are_compared(part, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    main(["data", "--part", part, "--count", "1", "--rounds", "1", "--output", str(output)])
+    results = json.loads(output.read_text())["results"]
+    assert results["floats"]["ratio_to_floats"] == 1
+    assert results.keys() >= {"ours", "torchvision"}
+    assert all(row["cpu_ms_per_image"] > 0 for row in results.values())
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in results)
+
+
 @pytest.mark.parametrize("name", ["train", "ops", "data"])
 def test_former_commands_run_the_present_ones_with_a_warning(name, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmark", "--help"])
