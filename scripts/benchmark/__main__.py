@@ -2,7 +2,7 @@
 
     python -m scripts.benchmark train     training step and evaluation, with and without iRPE
     python -m scripts.benchmark ops       attention of every implementation, time and memory
-    python -m scripts.benchmark data      reading images from a zip and from a folder
+    python -m scripts.benchmark data      reading images, and the loaders of training
     python -m scripts.benchmark memory    memory of a recipe, a lower bound computed without a GPU
     python -m scripts.benchmark host      host time of a layer, with the launches left out
     python -m scripts.benchmark gpu       everything that needs a GPU: correctness, speed, training
