@@ -244,6 +244,10 @@ def resize_image(image: Picture, height: int, width: int) -> Picture:
     """Resize an image (bilinear) to (height, width)."""
     if [height, width] == F.get_size(image):
         return image
+    if isinstance(image, Tensor):
+        # A crop is a view. From dense memory (h, w, 3), torch returns the same order, which
+        # `collate` copies without a transposition.
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     return F.resize(image, [height, width])
 
 
