@@ -150,7 +150,9 @@ def _deit(size: str, batch_size: int, device: torch.device) -> tuple:
     config = parse_args(["--model", f"deit_{size}_patch16_224_ctx_product_50_shared_k"])
     model = build.create_model(config, 1000).to(device)
     optimizer = build.create_optimizer(config, model, batch_size)
-    batch = torch.randn(batch_size, 3, 224, 224), torch.arange(batch_size)
+    # One image in four is erased, as with the default probability.
+    erasings = [[(8, 8, 64, 96, number)] if number % 4 == 0 else [] for number in range(batch_size)]
+    batch = _pixels(batch_size, 224, 224), torch.arange(batch_size), erasings
     step = build.create_step(config, 1000, device)
     return model, step, optimizer, config.clip_grad, batch
 
@@ -164,6 +166,12 @@ def _detr(batch_size: int, device: torch.device) -> tuple:
     model, criterion, _ = build.create_detector(config, build.COCO_CLASSES, None, device)
     objects = {"labels": torch.arange(1, 11), "boxes": torch.linspace(0.2, 0.5, 40).view(10, 4)}
     mask = torch.zeros(batch_size, 608, 800, dtype=torch.bool)
-    batch = torch.randn(batch_size, 3, 608, 800), mask, [objects] * batch_size
+    batch = _pixels(batch_size, 608, 800), mask, [objects] * batch_size
     optimizer = build.create_optimizer(config, model)
     return model, build.create_step(criterion), optimizer, config.clip_max_norm, batch
+
+
+def _pixels(batch_size: int, height: int, width: int) -> Tensor:
+    """Return images of noise as workers deliver them: uint8 `(B, 3, H, W)`."""
+    shape = (batch_size, height, width, 3)
+    return torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
