@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.coco_annotations import read_annotations
+from datasets.coco_cache import open_annotations
 from datasets.coco_json import label_map_of, read_json, select_images
 from datasets.coco_layouts import find_coco
 from datasets.coco_masks import decode_masks
@@ -84,7 +84,7 @@ class CocoImages(Dataset[tuple[Any, Target]]):
         self.annotation_file = Path(annotations)
         self._only = only
         self.transforms = transforms
-        self._annotations = read_annotations(annotations, with_masks=with_masks, only=only)
+        self._annotations = open_annotations(annotations, with_masks=with_masks, only=only)
         self._images = open_images(images, self._annotations.file_names)
         names = self._annotations.category_names
         self.label_to_category = dict(label_map_of(names) if label_map is None else label_map)
@@ -135,14 +135,16 @@ class CocoImages(Dataset[tuple[Any, Target]]):
     def _labels_of(self, categories: np.ndarray) -> np.ndarray:
         """Return the labels of category ids, both (M,) int64."""
         label_of = {category: label for label, category in self.label_to_category.items()}
-        unknown = sorted(set(categories.tolist()) - set(label_of))
+        present, positions = np.unique(categories, return_inverse=True)
+        unknown = [category for category in present.tolist() if category not in label_of]
         if unknown:
             name = self._annotations.category_names[unknown[0]]
             raise DataError(
                 f"{self.annotation_file} has objects of category {unknown[0]} ({name}), which the "
                 f"label map (from the training split) lacks; {CHECK_COMMAND}"
             )
-        return np.array([label_of[category] for category in categories.tolist()], dtype=np.int64)
+        labels = np.array([label_of[category] for category in present.tolist()], dtype=np.int64)
+        return labels[positions]
 
     def _target(self, index: int, height: int, width: int) -> Target:
         """Build the target of image `index` before the transforms."""

@@ -20,7 +20,14 @@ from datasets.coco_json import category_names_of, describe, read_json, select_im
 from datasets.errors import CHECK_COMMAND, DataError
 from datasets.packed_strings import PackedStrings
 
-__all__ = ["CocoAnnotations", "area_of", "find_problem", "read_annotations"]
+__all__ = [
+    "CocoAnnotations",
+    "area_of",
+    "find_problem",
+    "read_annotations",
+    "report_flat",
+    "report_unlisted",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +49,8 @@ class CocoAnnotations:
         areas: Areas in square pixels, (M,) float32; the area of the box if the file has none.
         segmentations: M segmentations as JSON; None without masks.
         category_names: Name of each category id, for all categories of the file.
+        placeholder: Name of a category of the file that is left out, see `category_names_of`.
+        unlisted: Number of annotations of images that the file does not list.
     """
 
     image_ids: np.ndarray
@@ -53,6 +62,8 @@ class CocoAnnotations:
     areas: np.ndarray
     segmentations: PackedStrings | None
     category_names: Mapping[int, str]
+    placeholder: str | None = None
+    unlisted: int = 0
 
 
 def read_annotations(
@@ -86,16 +97,14 @@ def read_annotations(
                 raise DataError(f"{path} lists no {kind}")
         if with_masks:
             _check_sizes(path, data["images"])
-        rows, objects = _collect(path, data["annotations"], images, names, with_masks)
+        rows, objects, unlisted = _collect(path, data["annotations"], images, names, with_masks)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is not a COCO annotation file: {describe(error)}") from error
 
     order = np.argsort(rows, kind="stable")
     objects = [objects[position] for position in order]
     boxes = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(-1, 4)
-    flat = int(np.count_nonzero((boxes[:, 2:] <= 0).any(axis=1)))
-    if flat:
-        logger.info("%s: %d boxes without width or height are left out", path, flat)
+    report_flat(path, boxes)
     segmentations = None
     if with_masks:
         segmentations = PackedStrings.pack(json.dumps(entry["segmentation"]) for entry in objects)
@@ -109,7 +118,26 @@ def read_annotations(
         areas=np.array([area_of(entry) for entry in objects], dtype=np.float32),
         segmentations=segmentations,
         category_names=names,
+        placeholder=next(
+            (str(e["name"]) for e in data["categories"] if int(e["id"]) not in names), None
+        ),
+        unlisted=unlisted,
     )
+
+
+def report_flat(path: Path, boxes: np.ndarray) -> None:
+    """Log the number of boxes (M, 4) that no target will have."""
+    flat = int(np.count_nonzero((boxes[:, 2:] <= 0).any(axis=1)))
+    if flat:
+        logger.info("%s: %d boxes without width or height are left out", path, flat)
+
+
+def report_unlisted(path: Path, count: int) -> None:
+    """Warn about annotations of images that the file does not list."""
+    if count:
+        logger.warning(
+            "%s: %d annotations belong to images that the file does not list", path, count
+        )
 
 
 def _check_sizes(path: Path, images: Sequence[Mapping[str, Any]]) -> None:
@@ -125,8 +153,13 @@ def _collect(
     images: Mapping[int, str],
     names: Mapping[int, str],
     with_masks: bool,
-) -> tuple[np.ndarray, list[Mapping[str, Any]]]:
-    """Check all annotations; return the image row of each object, and the objects (no crowds)."""
+) -> tuple[np.ndarray, list[Mapping[str, Any]], int]:
+    """Check all annotations.
+
+    Returns:
+        The image row of each object, the objects (no crowds), and the number of annotations of
+        images that the file does not list.
+    """
     row_of = {key: row for row, key in enumerate(sorted(images))}
     rows: list[int] = []
     objects: list[Mapping[str, Any]] = []
@@ -143,11 +176,8 @@ def _collect(
         if not entry.get("iscrowd", 0):
             rows.append(row)
             objects.append(entry)
-    if without_image:
-        logger.warning(
-            "%s: %d annotations belong to images that the file does not list", path, without_image
-        )
-    return np.array(rows, dtype=np.int64), objects
+    report_unlisted(path, without_image)
+    return np.array(rows, dtype=np.int64), objects, without_image
 
 
 def find_problem(entry: Mapping[str, Any], names: Mapping[int, str], with_masks: bool) -> str:

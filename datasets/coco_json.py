@@ -1,8 +1,10 @@
 """Reading of a COCO annotation file as JSON: its categories, sizes, and a part of its images."""
 
+import contextlib
+import gc
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ __all__ = [
     "describe",
     "label_map_of",
     "read_json",
+    "report_placeholder",
     "select_images",
     "size_of",
 ]
@@ -34,7 +37,8 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: The file is missing or damaged, or its top level is not an object.
     """
     try:
-        data = json.loads(path.read_bytes())
+        with _without_gc():
+            data = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"there is no annotation file {path}") from None
     except OSError as error:
@@ -47,6 +51,18 @@ def read_json(path: Path) -> dict[str, Any]:
             f"got {type(data).__name__}"
         )
     return data
+
+
+@contextlib.contextmanager
+def _without_gc() -> Iterator[None]:
+    """Pause the garbage collector, which takes a third of the time to parse a large file."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def category_names_of(data: Mapping[str, Any]) -> dict[int, str]:
@@ -62,8 +78,13 @@ def category_names_of(data: Mapping[str, Any]) -> dict[int, str]:
     parents = {int(entry["id"]): str(entry.get("supercategory")) for entry in data["categories"]}
     placeholder = parents.get(0) == "none" and names[0] in parents.values()
     if placeholder and not any(entry.get("category_id") == 0 for entry in data["annotations"]):
-        logger.info("category 0 (%s) is a placeholder without objects: left out", names.pop(0))
+        report_placeholder(names.pop(0))
     return names
+
+
+def report_placeholder(name: str) -> None:
+    """Log that the category 0 of Roboflow is left out."""
+    logger.info("category 0 (%s) is a placeholder without objects: left out", name)
 
 
 def select_images(data: Mapping[str, Any], only: Collection[str]) -> dict[str, Any]:

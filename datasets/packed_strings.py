@@ -19,11 +19,16 @@ class PackedStrings(Sequence[str]):
     Args:
         blob: Array (bytes,) uint8 of all strings in UTF-8, each followed by one NUL. Undecodable
             bytes of file names are kept as surrogate escapes.
+        ends: Positions of the NULs, (strings,) int64; found in the blob by default.
+
+    Attributes:
+        blob: As given.
+        ends: Positions of the NULs.
     """
 
-    def __init__(self, blob: np.ndarray) -> None:
+    def __init__(self, blob: np.ndarray, ends: np.ndarray | None = None) -> None:
         self.blob = blob
-        self._ends = np.flatnonzero(blob == 0)
+        self.ends = np.flatnonzero(blob == 0) if ends is None else ends
 
     @classmethod
     def pack(cls, strings: Iterable[str]) -> "PackedStrings":
@@ -32,14 +37,14 @@ class PackedStrings(Sequence[str]):
         return cls(np.frombuffer(joined.encode("utf-8", "surrogateescape"), dtype=np.uint8))
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.ends)
 
     def __getitem__(self, position: int) -> str:
         if not -len(self) <= position < len(self):
             raise IndexError(f"position must be in [{-len(self)}, {len(self)}), got {position}")
         position %= len(self)
-        start = self._ends[position - 1] + 1 if position else 0
-        return self.blob[start : self._ends[position]].tobytes().decode("utf-8", "surrogateescape")
+        start = self.ends[position - 1] + 1 if position else 0
+        return self.blob[start : self.ends[position]].tobytes().decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
         strings = self.blob.tobytes().decode("utf-8", "surrogateescape").split("\0")
