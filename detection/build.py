@@ -7,6 +7,7 @@ parts of a recipe, with initial weights.
 import logging
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 from timm.utils import ModelEmaV3
@@ -294,13 +295,17 @@ def create_evaluation(
     loader = eval_loader(data, config, device, batches)
     iou_types = ("bbox", "segm") if config.masks else ("bbox",)
 
-    def evaluate_models(models: Mapping[str, nn.Module]) -> dict[str, float]:
-        evaluator = CocoEvaluator(
+    @cache
+    def shared_evaluator() -> CocoEvaluator:
+        return CocoEvaluator(
             data.dataset.coco,
             iou_types,
             data.dataset.label_to_category,
             partial=batches is not None,
         )
+
+    def evaluate_models(models: Mapping[str, nn.Module]) -> dict[str, float]:
+        evaluator = shared_evaluator()
         if report is not None:
             report.reset()
         metrics = {}

@@ -13,10 +13,19 @@ from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detection import coco_scoring
+from detection.coco_detections import CocoDetections
 from detection.coco_eval import METRICS, CocoEvaluator, format_metrics
 from tests.detection.threads import as_processes
 
 SIDE = 200
+
+
+@pytest.fixture(autouse=True, params=["pycocotools", "hotcoco"])
+def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluate with each library, whether or not the other is installed."""
+    pytest.importorskip(request.param)
+    monkeypatch.setattr(coco_scoring, "is_installed", lambda name: name == request.param)
 
 
 def coco(annotations: list[dict], images: int = 3, categories: tuple[int, ...] = (3, 7)) -> COCO:
@@ -215,6 +224,82 @@ def test_metrics_of_a_category_are_those_of_pycocotools_for_it_alone(iou_type):
     json.dumps(rows)
 
 
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+@pytest.mark.parametrize("seed", range(3))
+def test_both_libraries_have_equal_metrics(seed, iou_type):
+    pytest.importorskip("hotcoco")
+    truth, predictions = random_case(seed, images=30)
+    # Run lengths, areas that are not those of the boxes, and objects that are not evaluated.
+    crowd = {"size": [SIDE, SIDE], "counts": [4040, *[60, 140] * 59, 24160]}
+    truth.dataset["annotations"] += [
+        annotation(900, 20, 3, [20.0, 40, 60, 60], iscrowd=1, segmentation=crowd),
+        annotation(901, 30, 7, [50.0, 50, 60.5, 40.5], area=900.0),
+        annotation(902, 999, 7, MEDIUM),
+        annotation(903, 40, 99, MEDIUM),
+    ]
+    truth.createIndex()
+    predictions[20]["masks"][0, :50] = True
+    predictions.pop(60)
+    results = []
+    for library in ("pycocotools", "hotcoco"):
+        evaluator = CocoEvaluator(truth, (iou_type,), library=library)
+        evaluator.update(predictions)
+        results.append((evaluator.metrics()[iou_type], evaluator.per_class[iou_type]))
+    (expected, by_class), (metrics, other_by_class) = results
+    assert metrics == pytest.approx(expected, abs=1e-9, rel=0)
+    assert 0.1 < metrics["AP"] < 0.9
+    assert by_class == other_by_class
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_the_precision_of_both_libraries_is_equal_everywhere(iou_type):
+    pytest.importorskip("hotcoco")
+    truth, predictions = random_case(7, images=25)
+    found = CocoDetections.join(
+        [CocoDetections.of_image(i, p, None, iou_type == "segm") for i, p in predictions.items()]
+    )
+    one, other = (
+        coco_scoring.create_scorer(truth, (iou_type,), library).score(found, iou_type)
+        for library in ("pycocotools", "hotcoco")
+    )
+    assert np.array_equal(one.precision, other.precision)
+    assert np.array_equal(one.recall, other.recall)
+
+
+def test_the_log_has_the_library(caplog, request):
+    library = request.node.callspec.params["_library"]
+    with caplog.at_level(logging.INFO):
+        evaluator = CocoEvaluator(coco(OBJECTS))
+        for _ in range(2):
+            evaluator.update(RIGHT)
+            evaluator.metrics()
+    assert caplog.text.count(f"COCO metrics by {library} ") == 1
+    assert ("`pip install hotcoco` is faster" in caplog.text) == (library == "pycocotools")
+
+
+def test_images_without_size_have_metrics_of_boxes():
+    truth = coco(OBJECTS)
+    for image in truth.dataset["images"]:
+        del image["width"], image["height"], image["file_name"]
+    assert evaluate(truth, RIGHT)["bbox"] == ALL_FOUND
+
+
+def test_detections_of_several_parts_are_sorted_and_the_first_of_an_image_is_used():
+    def part(*images: int) -> CocoDetections:
+        found = {i: {**RIGHT[i], "scores": RIGHT[i]["scores"] / images[0]} for i in images}
+        parts = [CocoDetections.of_image(i, p, None, True) for i, p in found.items()]
+        return CocoDetections.join(parts)
+
+    joined = CocoDetections.join([part(30, 20), part(20, 10)])
+    assert joined.image_ids.tolist() == [10, 20, 30]
+    assert joined.counts.tolist() == [2, 1, 0]
+    assert joined.categories.tolist() == [3, 7, 3]
+    assert joined.scores.tolist() == pytest.approx([0.9 / 20, 0.8 / 20, 0.7 / 30])
+    assert joined.boxes.tolist() == [SMALL, LARGE, MEDIUM]
+    assert joined.image_of_detection().tolist() == [10, 10, 20]
+    assert coco_masks.toBbox(joined.masks.to_rle()).tolist() == [SMALL, LARGE, MEDIUM]
+
+
 def test_crowds_are_not_counted_as_objects():
     evaluator = CocoEvaluator(coco([*OBJECTS, annotation(9, 20, 3, LARGE, iscrowd=1)]))
     evaluator.update(RIGHT)
@@ -310,6 +395,8 @@ def test_detections_that_are_not_finite_match_nothing(name, value):
 def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match="iou_types must be among bbox and segm, got 'keypoints'"):
         CocoEvaluator(coco(OBJECTS), ("bbox", "keypoints"))
+    with pytest.raises(ValueError, match="library must be auto, hotcoco or pycocotools, got 'x'"):
+        evaluate(coco(OBJECTS), RIGHT, library="x")
     with pytest.raises(ValueError, match="image_id must be in the annotations, got 11"):
         CocoEvaluator(coco(OBJECTS)).update({11: RIGHT[10]})
     boxes_only = {k: v for k, v in RIGHT[10].items() if k != "masks"}
