@@ -21,12 +21,14 @@ class EncodedMasks:
 
     Attributes:
         sizes: Height and width, (D, 2) int64.
+        areas: Number of pixels, (D,) int64.
         starts: Position of the first byte of each mask, (D,) int64.
         lengths: Number of bytes of each mask, (D,) int64.
         blob: The bytes of the masks, uint8.
     """
 
     sizes: np.ndarray
+    areas: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
     blob: np.ndarray
@@ -35,10 +37,18 @@ class EncodedMasks:
     def encode(cls, masks: np.ndarray) -> "EncodedMasks":
         """Encode masks `(D, H, W)` bool."""
         columns_first = masks.astype(np.uint8).transpose(1, 2, 0)
-        counts = [rle["counts"] for rle in coco_masks.encode(np.asfortranarray(columns_first))]
+        return cls.of_rle(coco_masks.encode(np.asfortranarray(columns_first)))
+
+    @classmethod
+    def of_rle(cls, masks: Sequence[Mapping[str, Any]]) -> "EncodedMasks":
+        """Pack masks as pycocotools returns them."""
+        counts = [mask["counts"] for mask in masks]
         lengths = np.array([len(count) for count in counts], dtype=np.int64)
+        # pycocotools fails for a list of more than 255 masks.
+        areas = [int(coco_masks.area(mask)) for mask in masks]
         return cls(
-            sizes=np.tile(np.array(masks.shape[1:], dtype=np.int64), (len(masks), 1)),
+            sizes=np.array([mask["size"] for mask in masks], dtype=np.int64).reshape(-1, 2),
+            areas=np.array(areas, dtype=np.int64),
             starts=np.cumsum(lengths) - lengths,
             lengths=lengths,
             blob=np.frombuffer(b"".join(counts), dtype=np.uint8),
@@ -51,6 +61,7 @@ class EncodedMasks:
         offsets = np.cumsum([0, *sizes[:-1]])
         return cls(
             sizes=np.concatenate([part.sizes for part in parts]),
+            areas=np.concatenate([part.areas for part in parts]),
             starts=np.concatenate([p.starts + at for p, at in zip(parts, offsets, strict=True)]),
             lengths=np.concatenate([part.lengths for part in parts]),
             blob=np.concatenate([part.blob for part in parts]),
@@ -58,7 +69,8 @@ class EncodedMasks:
 
     def take(self, rows: np.ndarray) -> "EncodedMasks":
         """Return the masks of some rows."""
-        return EncodedMasks(self.sizes[rows], self.starts[rows], self.lengths[rows], self.blob)
+        columns = (self.sizes, self.areas, self.starts, self.lengths)
+        return EncodedMasks(*(column[rows] for column in columns), self.blob)
 
     def to_rle(self) -> list[dict[str, Any]]:
         """Return the masks as pycocotools expects them."""

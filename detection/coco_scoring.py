@@ -12,7 +12,6 @@ from importlib.metadata import version
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -152,7 +151,7 @@ class _Hotcoco:
         if masks:
             # The areas of the masks replace those of the boxes.
             ids = np.arange(1, len(masks) + 1)
-            found.update_anns(ids=ids, area=coco_masks.area(masks).astype(np.float64))
+            found.update_anns(ids=ids, area=detections.masks.areas.astype(np.float64))
         evaluation = hotcoco.COCOeval(self._truth, found, iou_type)
         evaluation.params.imgIds = detections.image_ids.tolist()
         with contextlib.redirect_stdout(io.StringIO()):
@@ -179,7 +178,7 @@ def _entries(detections: CocoDetections, iou_type: str) -> list[dict[str, Any]]:
     }
     if iou_type == "segm":
         columns["segmentation"] = detections.masks.to_rle()
-        areas = coco_masks.area(columns["segmentation"]).astype(np.float64)
+        areas = detections.masks.areas.astype(np.float64)
     columns["area"] = areas.tolist()
     return [
         dict(zip(columns, row, strict=True), iscrowd=0, id=number)

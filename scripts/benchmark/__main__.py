@@ -3,6 +3,7 @@
     python -m scripts.benchmark train     training step and evaluation, with and without iRPE
     python -m scripts.benchmark ops       attention of every implementation, time and memory
     python -m scripts.benchmark data      reading images, and the loaders of training
+    python -m scripts.benchmark coco      start of a detection training and COCO metrics
     python -m scripts.benchmark memory    memory of a recipe, a lower bound computed without a GPU
     python -m scripts.benchmark host      host time of a layer, with the launches left out
     python -m scripts.benchmark gpu       everything that needs a GPU: correctness, speed, training
@@ -16,7 +17,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-BENCHMARKS = ("train", "ops", "data", "memory", "host", "gpu", "static")
+BENCHMARKS = ("train", "ops", "data", "coco", "memory", "host", "gpu", "static")
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
