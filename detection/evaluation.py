@@ -104,6 +104,9 @@ def _split_by_image(
     outputs: dict[str, Any], targets: list[dict[str, Tensor]]
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Tensor]]]]:
     """Yield the outputs and the target of one image at a time."""
+    if len(targets) == 1:
+        yield outputs, targets
+        return
     for i, target in enumerate(targets):
         yield map_tensors(lambda tensor, i=i: tensor[i : i + 1], outputs), [target]
 
@@ -142,7 +145,7 @@ class _Losses:
         self._names = list(losses)
         self._ids.append(tuple(_image_ids(targets)))
         self._objects.append(sum(len(target["labels"]) for target in targets))
-        self._rows.append(torch.stack([value.double() for value in losses.values()]))
+        self._rows.append(torch.stack([*losses.values()]).double())
 
     def averages(self) -> dict[str, float]:
         """Return the averages over all processes, summed in float64 in a fixed order."""

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from datasets import coco_cache
+from scripts.benchmark import coco
 from scripts.benchmark.__main__ import main
 from scripts.benchmark.host_syncs import OperatorCounter
 
@@ -31,6 +33,28 @@ def test_a_benchmark_prints_its_table_and_writes_its_results(name, tmp_path, cap
     printed = capsys.readouterr().out
     assert report["results"]
     assert all(kind in printed for kind in report["results"])
+
+
+def test_the_benchmark_of_coco_writes_starts_and_metrics(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(coco_cache, "_SMALLEST", 1)
+
+    def starts(root):
+        """Start in this process, because to import torch in others takes long."""
+        return {"masks": {name: coco._start(root, True) for name in ("first", "second")}}
+
+    monkeypatch.setattr(coco, "measure_starts", starts)
+    output = tmp_path / "new" / "coco.json"
+    options = ["--images", "20", "--objects", "60", "--eval-images", "5", "--detections", "20"]
+    main(["coco", *options, "--scratch", str(tmp_path), "--output", str(output)])
+    report = json.loads(output.read_text())
+    assert report["objects"] == 60
+    assert report["starts"]["masks"]["second"]["peak_mb"] > 0
+    for kind in ("bbox", "segm"):
+        assert report["evaluation"][kind]["seconds"]["pycocotools"] > 0
+        assert report["evaluation"][kind]["largest_difference"] < 1e-9
+        assert report["evaluation"][kind]["metrics"][0] > 0
+    assert "second start, masks" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]
 
 
 def test_a_profile_counts_operators_and_host_syncs_of_a_step(tmp_path, capsys):
@@ -127,7 +151,7 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones(argv, capsys):
     with pytest.raises(SystemExit) as leaving:
         main(argv)
     assert leaving.value.code == 2
-    assert "{train,ops,data,memory,host,gpu,static}" in capsys.readouterr().err
+    assert "{train,ops,data,coco,memory,host,gpu,static}" in capsys.readouterr().err
 
 
 def test_the_host_time_of_a_layer_is_measured_without_a_gpu(tmp_path):
