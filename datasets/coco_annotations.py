@@ -126,7 +126,7 @@ def read_annotations(
 
 
 def report_flat(path: Path, boxes: np.ndarray) -> None:
-    """Log the number of boxes (M, 4) that no target will have."""
+    """Log how many of the boxes (M, 4) have no width or height."""
     flat = int(np.count_nonzero((boxes[:, 2:] <= 0).any(axis=1)))
     if flat:
         logger.info("%s: %d boxes without width or height are left out", path, flat)

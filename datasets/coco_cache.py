@@ -83,10 +83,14 @@ def open_annotations(
         DataError: See `read_annotations`.
     """
     path = Path(path)
-    if not path.is_file() or path.stat().st_size < _SMALLEST:
-        return read_annotations(path, with_masks=with_masks, only=only)
-    with path.open("rb") as source:
-        state = _state(os.fstat(source.fileno()))
+    try:
+        source = path.open("rb")
+    except OSError:
+        return read_annotations(path, with_masks=with_masks, only=only)  # It reports the error.
+    with source:
+        status = os.fstat(source.fileno())
+        if status.st_size < _SMALLEST:
+            return read_annotations(path, with_masks=with_masks, only=only)
         name, key = _identify(source, path.name, with_masks, only)
         places = storage_paths(path, path.parent, name)
         stored, _ = _find(places, key)
@@ -97,9 +101,9 @@ def open_annotations(
             for reason in reasons:
                 logger.warning("%s: it is rebuilt", reason)
             annotations = read_annotations(path, with_masks=with_masks, only=only)
-            if _state(path.stat()) != state:
-                return annotations  # The file was replaced while it was read.
-            return _store(annotations, path, places, key)
+            if _is_unchanged(path, status):
+                return _store(annotations, path, places, key)
+            return annotations
     report_unlisted(path, stored.unlisted)
     report_flat(path, stored.boxes)
     if stored.placeholder is not None:
@@ -107,9 +111,14 @@ def open_annotations(
     return stored
 
 
-def _state(status: os.stat_result) -> tuple[int, int, int]:
-    """Return what changes when a file is written or replaced."""
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def _is_unchanged(path: Path, before: os.stat_result) -> bool:
+    """Return whether a file was neither written nor replaced."""
+    try:
+        now = path.stat()
+    except OSError:
+        return False
+    unchanged = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    return unchanged and os.path.samestat(now, before)
 
 
 def _lock(source: BinaryIO) -> None:
@@ -164,10 +173,10 @@ def _store(
         try:
             with write_atomically(place) as file:
                 _write(annotations, file, key)
-            stored = _map(place, key)
         except OSError as error:
             logger.debug("cannot store the annotations at %s: %s", place, error)
             continue
+        stored, _ = _find([place], key)
         if stored is not None:
             logger.info("the annotations are stored in %s, for faster starts", place)
             return stored

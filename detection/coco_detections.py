@@ -1,7 +1,6 @@
 """The detections of many images as a few flat arrays.
 
-Processes send each other a few arrays instead of a Python object per detection, which takes longer
-to pack and to unpack than the evaluation itself.
+Processes send each other these arrays instead of a Python object per detection.
 """
 
 from collections.abc import Mapping, Sequence
@@ -146,8 +145,7 @@ class CocoDetections:
     def join(cls, parts: Sequence["CocoDetections"]) -> "CocoDetections":
         """Return the detections of all parts in the order of the image ids.
 
-        Of an image that several parts have, only the detections of the first are used. There must
-        be at least one part.
+        An image in several parts has the detections of the first. There must be at least one part.
         """
         image_ids = np.concatenate([part.image_ids for part in parts])
         counts = np.concatenate([part.counts for part in parts])

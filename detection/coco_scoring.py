@@ -15,6 +15,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from datasets.coco_json import size_of
 from detection.coco_detections import CocoDetections
 from engine.optional import is_installed
 
@@ -129,8 +130,11 @@ class _Hotcoco:
 
         masks = [entry["segmentation"] for entry in annotations] if with_masks else None
         self._truth = hotcoco.COCO.from_arrays(
-            [dict(image) for image in dataset["images"]],
-            [{"id": entry["id"], "name": entry["name"]} for entry in dataset["categories"]],
+            [
+                {"id": int(image["id"]), "width": size_of(image)[0], "height": size_of(image)[1]}
+                for image in dataset["images"]
+            ],
+            [{"id": int(entry["id"]), "name": entry["name"]} for entry in dataset["categories"]],
             column("image_id", np.int64),
             column("category_id", np.int64),
             column("bbox", np.float64).reshape(-1, 4),
