@@ -125,21 +125,6 @@ def read_annotations(
     )
 
 
-def report_flat(path: Path, boxes: np.ndarray) -> None:
-    """Log how many of the boxes (M, 4) have no width or height."""
-    flat = int(np.count_nonzero((boxes[:, 2:] <= 0).any(axis=1)))
-    if flat:
-        logger.info("%s: %d boxes without width or height are left out", path, flat)
-
-
-def report_unlisted(path: Path, count: int) -> None:
-    """Warn about annotations of images that the file does not list."""
-    if count:
-        logger.warning(
-            "%s: %d annotations belong to images that the file does not list", path, count
-        )
-
-
 def _check_sizes(path: Path, images: Sequence[Mapping[str, Any]]) -> None:
     """Raise DataError unless every image has a size, which pycocotools needs for the masks."""
     for entry in images:
@@ -229,3 +214,18 @@ def area_of(entry: Mapping[str, Any]) -> float:
     if isinstance(area, (int, float)) and math.isfinite(area):
         return float(area)
     return float(entry["bbox"][2] * entry["bbox"][3])
+
+
+def report_flat(path: Path, boxes: np.ndarray) -> None:
+    """Log how many of the boxes (M, 4) have no width or height."""
+    flat = int(np.count_nonzero((boxes[:, 2:] <= 0).any(axis=1)))
+    if flat:
+        logger.info("%s: %d boxes without width or height are left out", path, flat)
+
+
+def report_unlisted(path: Path, count: int) -> None:
+    """Warn about annotations of images that the file does not list."""
+    if count:
+        logger.warning(
+            "%s: %d annotations belong to images that the file does not list", path, count
+        )
