@@ -126,7 +126,7 @@ class CocoEvaluator:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        """The indexed annotations, of which only the main process needs any."""
+        """The indexed annotations; only the main process builds them."""
         return create_scorer(self._truth, self.iou_types, self._library)
 
     def _evaluate(
