@@ -22,14 +22,16 @@ from torch.utils.data import DataLoader
 from engine.checkpoint import CheckpointDir
 from engine.config import dump
 from engine.distributed import distribute, is_main, world_size
-from engine.errors import UsageError, UserError
+from engine.errors import UsageError
 from engine.evaluation import Evaluate, evaluate_models
 from engine.logging import RunLog
 from engine.loop import LoopOptions, TrainState, train_epoch
 from engine.meters import TimeLeft
 from engine.optim import make_scaler
+from engine.optimizer_state import check_optimizer
 from engine.progress import short_metrics
 from engine.report import Report, ReportWriter
+from engine.resumption import check_classes, check_position, check_scaler, check_scheduler
 from engine.seeding import kept_random_state
 from engine.session import Session
 from engine.signals import StopRequest
@@ -137,8 +139,6 @@ class _Training:
         scaler = make_scaler(session.device, recipe.dtype)
         self.state = TrainState(self.model, recipe.optimizer, scaler, self.config.start_epoch)
         self.total_batch_size = total_batch_size(self.config)
-        if session.checkpoint is not None:
-            self.restore(session.checkpoint)
         self.options = LoopOptions(
             device=session.device,
             steps=steps_per_epoch(self.config, recipe.batches),
@@ -153,25 +153,23 @@ class _Training:
             checkpoint_steps=self.config.checkpoint_steps or 0,
             output_dir=session.output_dir,
         )
+        if session.checkpoint is not None:
+            self.restore(session.checkpoint)
         folder, keep = session.output_dir, self.config.keep_checkpoints
         writes = folder is not None and is_main()
         self.checkpoints = CheckpointDir(folder, keep) if writes else None
         self.reports = ReportWriter(folder) if writes else None
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load optimizer, schedule and position from a checkpoint."""
-        before = checkpoint.get("images_per_step", self.total_batch_size)
-        if checkpoint.get("step") and before != self.total_batch_size:
-            raise UserError(
-                f"the total batch size must be {before}, as in the checkpoint, which is from the "
-                f"middle of an epoch, got {self.total_batch_size}; resume with the same batch size "
-                "and number of processes"
-            )
-        try:
-            self.state.load_state_dict(checkpoint)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"the checkpoint is of another optimizer: {error}") from error
-        self.recipe.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        """Load optimizer, schedule and position from a checkpoint, after a check of all of them."""
+        recipe = self.recipe
+        check_position(checkpoint, self.options.steps, self.total_batch_size)
+        check_classes(checkpoint, recipe.checkpoint_extras())
+        check_optimizer(checkpoint["optimizer"], recipe.optimizer)
+        check_scheduler(checkpoint["lr_scheduler"], recipe.scheduler)
+        check_scaler(checkpoint.get("scaler"), self.state.scaler)
+        self.state.load_state_dict(checkpoint)
+        recipe.scheduler.load_state_dict(checkpoint["lr_scheduler"])
 
     @property
     def steps_done(self) -> int:

@@ -156,7 +156,8 @@ class Autotuner:
             )
         with self._lock:
             for environment, found in state.items():
-                self._choices.setdefault(environment, {}).update(found)
+                known = {name: one for name, one in found.items() if isinstance(one, str)}
+                self._choices.setdefault(environment, {}).update(known)
             self._by_call.clear()
 
     def _find(self, environment: str, name: str) -> str | None:

@@ -8,6 +8,7 @@ a bare state dict, in torch's format or as safetensors.
 
 import argparse
 import logging
+import math
 import pickle
 import re
 from pathlib import Path
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from irpe_core.config import RPEConfig
 from irpe_core.download import download
+from irpe_core.entries import check_entries
 from irpe_core.errors import CheckpointError
+from irpe_core.integrity import check_archive, check_tensors
 from irpe_core.mismatch import TABLE, describe_mismatch
 
 __all__ = ["CheckpointError", "load_checkpoint", "load_weights"]
@@ -47,21 +50,22 @@ def load_checkpoint(source: str | Path) -> dict:
     """
     remote = str(source).startswith(("http://", "https://"))
     path = download(str(source)) if remote else Path(source)
-    if not path.is_file():
-        state = "is not a file" if path.exists() else "does not exist"
-        raise CheckpointError(f"checkpoint {str(path)!r} {state}")
     try:
+        if not path.is_file():
+            state = "is not a file" if path.exists() else "does not exist"
+            raise CheckpointError(f"checkpoint {str(path)!r} {state}")
         read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
         return _normalize(read(path), path)
-    except PermissionError as error:
+    except OSError as error:  # such as a name that is too long
         raise CheckpointError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
 
 
 def _read_torch(path: Path) -> object:
     """Read a file of `torch.save` without running code in it."""
+    check_archive(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
     # For a damaged file the unpickler may raise almost any exception, such as IndexError.
@@ -73,6 +77,8 @@ def _read_torch(path: Path) -> object:
                 f"({foreign[1]}), which could run code and are not loaded"
             ) from error
         raise CheckpointError(f"{str(path)!r} is truncated or not a torch checkpoint") from error
+    check_tensors(content, path)
+    return content
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -104,6 +110,7 @@ def _normalize(checkpoint: object, path: Path) -> dict:
         if checkpoint.get(name) is not None:
             _check_weights(checkpoint[name], f"{name!r} of {str(path)!r}")
             checkpoint[name] = _unwrapped(checkpoint[name])
+    check_entries(checkpoint, path)
     args = checkpoint.get("args")
     if isinstance(args, argparse.Namespace):
         checkpoint["args"] = vars(args)
@@ -148,8 +155,9 @@ def load_weights(
             missing and nothing else, the tables keep their values, and a message is logged.
 
     Raises:
-        CheckpointError: The weights do not fit. The message counts and names the missing,
-            unexpected and wrongly shaped keys, and gives the likely cause.
+        CheckpointError: The weights do not fit, are not finite or have a dtype of another kind. The
+            message counts and names the missing, unexpected and wrongly shaped keys, and gives the
+            likely cause.
     """
     own = model.state_dict()
     tables = [key for key in own if TABLE.search(key)]
@@ -166,11 +174,27 @@ def load_weights(
     )
     if mismatch:
         raise CheckpointError(f"the checkpoint does not fit {type(model).__name__}: {mismatch}")
+    for key, value in state_dict.items():
+        fault = _fault_of(value, own[key])
+        if fault:
+            raise CheckpointError(f"the checkpoint cannot be used: {key} {fault}")
     model.load_state_dict(state_dict)
     if tables:
         logger.info(
             "the checkpoint has no iRPE: the %d tables keep their initial values", len(tables)
         )
+
+
+def _fault_of(value: Tensor, own: Tensor) -> str | None:
+    """Describe why a tensor of the right shape is no weight of the model; None if it is one."""
+    if value.is_complex() or value.is_floating_point() != own.is_floating_point():
+        return f"has the dtype {value.dtype}, the model's is {own.dtype}"
+    # A sum allocates nothing. Each entry is checked only if it overflows or is not finite.
+    if not value.is_floating_point() or math.isfinite(value.sum(dtype=torch.float32).item()):
+        return None
+    if value.isfinite().all() or not own.isfinite().all():
+        return None
+    return f"has {int((~value.isfinite()).sum()):,} values that are not finite"
 
 
 def _shape(value: object) -> tuple[int, ...] | None:

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -256,3 +257,108 @@ def test_args_of_another_type_are_refused(tmp_path, args):
     path = saved(tmp_path / "a.pth", {"model": STATE, "epoch": 1, "args": args})
     with pytest.raises(CheckpointError, match=r"'args' of .*a\.pth' must be .*, got a \w+$"):
         load_checkpoint(path)
+
+
+def test_every_flipped_bit_of_the_weights_is_detected(tmp_path):
+    path = saved(tmp_path / "a.pth", {"model": {"weight": torch.rand(64, 64)}})
+    data = path.read_bytes()
+    start = data.index(load_checkpoint(path)["model"]["weight"].numpy().tobytes())
+    for seed in range(30):
+        damaged = bytearray(data)
+        damaged[start + random.Random(seed).randrange(64 * 64 * 4)] ^= 1 << seed % 8
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"a\.pth' is damaged: a checksum in it is wrong"):
+            load_checkpoint(path)
+
+
+def test_a_file_without_checksums_is_read(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    try:
+        torch.serialization.set_crc32_options(False)
+        path = saved(tmp_path / "a.pth", STATE)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert torch.equal(load_checkpoint(path)["model"]["weight"], STATE["weight"])
+
+
+def test_a_small_file_that_unpacks_to_gigabytes_is_refused_unread(tmp_path):
+    path = saved(tmp_path / "a.pth", {"model": {"weight": torch.zeros(10**7)}})
+    packed = tmp_path / "packed.pth"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert packed.stat().st_size < 100_000
+    with pytest.raises(CheckpointError, match=r"claims a content of 40,\d+,\d+ bytes"):
+        load_checkpoint(packed)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(1).expand(10**6, 10**6), "claims a content of 4,000,000,000,"),
+        (torch.zeros(2, 3).to_sparse(), "optimizer.state of .* must be a plain dense tensor"),
+        (torch.zeros(2, 3, device="meta"), "optimizer.state of .* must be a plain dense tensor"),
+    ],
+    ids=["expanded", "sparse", "meta"],
+)
+def test_tensors_without_their_own_memory_are_refused(tmp_path, tensor, message, zipped):
+    content = {"model": STATE, "optimizer": {"state": tensor}}
+    path = saved(tmp_path / "a.pth", content, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "wanted"),
+    [
+        ({"task": 3}, "a string"),
+        ({"classes": ["a", "a"]}, "a list of different strings"),
+        ({"classes": [["a"]]}, "a list of different strings"),
+        ({"classes": "abc"}, "a list of different strings"),
+        ({"label_to_category": [1, 2]}, "a dict of labels below"),
+        ({"label_to_category": {"0": 1}}, "a dict of labels below"),
+        ({"label_to_category": {0.5: 1}}, "a dict of labels below"),
+        ({"label_to_category": {-1: 1}}, "a dict of labels below"),
+        ({"label_to_category": {10**9: 1}}, "a dict of labels below"),
+        ({"label_to_category": {0: 2**70}}, "a dict of labels below"),
+        ({"image_size": [224, "224"]}, "one or two numbers of pixels"),
+        ({"image_size": []}, "one or two numbers of pixels"),
+    ],
+    ids=str,
+)
+def test_entries_of_another_kind_are_named(tmp_path, entry, wanted):
+    path = saved(tmp_path / "a.pth", {"model": STATE} | entry)
+    with pytest.raises(CheckpointError, match=f"'{next(iter(entry))}' of .* must be {wanted}"):
+        load_checkpoint(path)
+
+
+def test_categories_of_a_detector_may_have_the_same_name(tmp_path):
+    content = {"model": STATE, "classes": ["a", "a"], "label_to_category": {0: 1, 1: 2}}
+    assert load_checkpoint(saved(tmp_path / "a.pth", content))["classes"] == ["a", "a"]
+
+
+def test_a_name_that_the_system_does_not_allow_is_an_error_in_one_sentence(tmp_path):
+    for name in ("a" * 5000, "a\0b"):
+        with pytest.raises(CheckpointError, match=r"cannot be read|does not exist"):
+            load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (torch.full((2, 3), torch.nan), "weight has 6 values that are not finite"),
+        (torch.zeros(2, 3).index_fill(1, torch.tensor(1), torch.inf), "weight has 2 values that"),
+        (torch.zeros(2, 3, dtype=torch.int64), "weight has the dtype torch.int64, the model's is"),
+        (torch.zeros(2, 3, dtype=torch.complex64), "weight has the dtype torch.complex64"),
+    ],
+    ids=["nan", "inf", "int", "complex"],
+)
+def test_weights_that_are_no_finite_numbers_are_refused(weights, message):
+    model = nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(model, STATE | {"weight": weights})
+    assert torch.equal(model.weight, before)
+    # Finite weights whose sum is not.
+    load_weights(model, STATE | {"weight": torch.full((2, 3), 3e38)})
