@@ -12,6 +12,7 @@ import math
 import pickle
 import re
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,8 @@ def load_checkpoint(source: str | Path) -> dict:
     """Read a checkpoint onto the CPU.
 
     Args:
-        source: A path, or an `http(s)://` URL, which is downloaded into the torch hub cache. A file
-            with the suffix `.safetensors` is read as safetensors.
+        source: A path, a `file://` URL, or an `https://` URL, which is downloaded into the torch
+            hub cache. A file with the suffix `.safetensors` is read as safetensors.
 
     Returns:
         The checkpoint as a dict. A bare state dict becomes `{"model": state_dict}`. The prefixes
@@ -50,12 +51,18 @@ def load_checkpoint(source: str | Path) -> dict:
     """
     remote = str(source).startswith(("http://", "https://"))
     path = download(str(source)) if remote else Path(source)
+    if str(source).startswith("file://"):
+        path = Path(unquote(urlsplit(str(source)).path))
     try:
         if not path.is_file():
             state = "is not a file" if path.exists() else "does not exist"
             raise CheckpointError(f"checkpoint {str(path)!r} {state}")
         read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
         return _normalize(read(path), path)
+    except CheckpointError as error:
+        if not remote:
+            raise
+        raise CheckpointError(f"{error}: delete {path} to download it again") from error
     except OSError as error:  # such as a name that is too long
         raise CheckpointError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
 

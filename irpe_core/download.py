@@ -6,6 +6,9 @@ The received bytes are kept in `<name>.part`, and the version of the file that t
 file, and the download starts again. Only a complete file gets its final name. The partial file is
 also the lock, which the operating system releases when a process dies. Other processes wait for it
 and then find the complete file.
+
+`<name>.json` records URL, version, size and SHA-256 of a complete file. If the name is taken by the
+file of another URL, the file gets a folder of its own, whose name is a hash of its URL.
 """
 
 import hashlib
@@ -13,26 +16,25 @@ import json
 import logging
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import BinaryIO
-from urllib.error import HTTPError, URLError
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 import torch
 
 from irpe_core.errors import CheckpointError
+from irpe_core.web import append, file_name, reason_of, request, version_of
 
-__all__ = ["download", "sha256_of"]
+__all__ = ["cache_path", "download", "record", "sha256_of"]
 
 logger = logging.getLogger(__name__)
 
-_TIMEOUT = 30.0  # seconds to wait for an answer or for more data
 _CHUNK = 1 << 20  # bytes
+# The start of the SHA-256 in the names of torchvision's files.
+_HASHED = re.compile(r"-([0-9a-f]{8,64})\.[^.]+$")
+_HASHING_HOST = "download.pytorch.org"
 
 
 def download(
@@ -41,17 +43,20 @@ def download(
     *,
     sha256: str | None = None,
     progress: bool = True,
+    mirror: str | None = None,
 ) -> Path:
-    """Download a file, unless a file with its name exists already.
+    """Download a file, unless it exists already.
 
     Several processes may call the function for the same file at the same time: one downloads, the
     others wait. A call after an interrupted download continues it.
 
     Args:
-        url: An `http(s)://` URL. Its last part is the name of the file.
+        url: An `https://` URL; `http://` is allowed for this machine, and for others if the
+            environment variable `IRPE_ALLOW_HTTP` is 1. Its last part is the name of the file.
         directory: Folder of the file; None for the checkpoints of the torch hub cache.
         sha256: Checksum of the file in hexadecimal. An existing file is checked too.
         progress: Show a progress bar in the process that downloads, if stderr is a terminal.
+        mirror: URL to download from instead of `url`.
 
     Returns:
         The path of the file.
@@ -61,38 +66,88 @@ def download(
             are kept if the server names the version of the file), the checksum differs, or the
             folder cannot be written.
     """
-    name = _file_name(url)
-    folder = Path(directory) if directory else Path(torch.hub.get_dir()) / "checkpoints"
-    path, part = folder / name, folder / f"{name}.part"
+    source = mirror or url
+    file_name(source)
+    hashed = _HASHED.search(file_name(url))
+    if sha256 is None and hashed and urlsplit(url).hostname == _HASHING_HOST:
+        sha256 = hashed[1]
+    path = part = cache_path(url, directory)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(part, path) as file:
-            if file is not None:
-                _complete(file, url, part, sha256, progress)
-                part.replace(path)
-                _notes(part).unlink(missing_ok=True)
-            elif sha256 and (found := sha256_of(path)) != sha256.lower():
-                raise CheckpointError(
-                    f"{str(path)!r} has the SHA-256 {found} instead of {sha256}: "
-                    "remove it to download it again"
-                )
+        while True:
+            path = cache_path(url, directory)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.part")
+            with _locked(part, path) as file:
+                # Another process may have stored another file of this name meanwhile.
+                if cache_path(url, directory) != path:
+                    continue
+                if file is not None:
+                    version = _complete(file, source, part, sha256, progress)
+                    record(path, url, part, version)
+                    part.replace(path)
+                    _notes(part).unlink(missing_ok=True)
+                else:
+                    _check_existing(path, url, sha256)
+                return path
     except OSError as error:
         raise CheckpointError(
-            f"cannot store {url} as {error.filename or part}: {_why(error)}"
+            f"cannot store {url} as {error.filename or part}: {reason_of(error)}"
         ) from error
-    return path
 
 
-def _file_name(url: str) -> str:
-    """Return the file name in a URL; raise CheckpointError if there is none."""
-    try:
-        parts = urlsplit(url)
-        name, host = Path(parts.path).name, parts.hostname
-    except ValueError:
-        name = host = None
-    if not host or parts.scheme not in ("http", "https") or name in ("", ".."):
-        raise CheckpointError(f"url must be the http:// or https:// URL of a file, got {url!r}")
-    return name
+def cache_path(url: str, directory: str | Path | None = None) -> Path:
+    """Return the path at which `download` stores a file; it need not exist.
+
+    Args:
+        url: URL of the file.
+        directory: Folder of the file; None for the checkpoints of the torch hub cache.
+
+    Raises:
+        CheckpointError: The URL does not name a file, or its scheme is not allowed.
+    """
+    name = file_name(url)
+    folder = Path(directory) if directory else Path(torch.hub.get_dir()) / "checkpoints"
+    owner = _read_notes(folder / name).get("url")
+    if owner in (None, url):
+        return folder / name
+    return folder / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+
+
+def record(path: Path, url: str, content: Path, version: str | None = None) -> None:
+    """Record the URL of a file in the cache.
+
+    Args:
+        path: Path of the file, which need not exist yet.
+        url: URL of the file.
+        content: Path of its content, for size and checksum.
+        version: Version of the file that the server names.
+    """
+    facts = {"url": url, "version": version}
+    facts |= {"size": content.stat().st_size, "sha256": sha256_of(content)}
+    _write_notes(path, facts)
+
+
+def _check_existing(path: Path, url: str, sha256: str | None) -> None:
+    """Check a file that was there before: its origin, size and, if it is known, its checksum."""
+    facts = _read_notes(path)
+    if not facts and not sha256:
+        logger.warning(
+            "%s is used for %s, but where it came from is not recorded: delete it if it is "
+            "another file",
+            path,
+            url,
+        )
+    size = path.stat().st_size
+    if facts.get("size", size) != size:
+        raise CheckpointError(
+            f"{str(path)!r} has {size} bytes instead of {facts['size']}: "
+            "remove it to download it again"
+        )
+    if sha256 and not (found := sha256_of(path)).startswith(sha256.lower()):
+        raise CheckpointError(
+            f"{str(path)!r} has the SHA-256 {found} instead of {sha256}: "
+            "remove it to download it again"
+        )
 
 
 @contextmanager
@@ -101,7 +156,7 @@ def _locked(part: Path, path: Path) -> Iterator[BinaryIO | None]:
     import fcntl  # only on POSIX systems
 
     while not path.is_file():
-        with part.open("ab", buffering=0) as file:
+        with _open_part(part) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -121,19 +176,23 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
         return False
 
 
-def _complete(file: BinaryIO, url: str, part: Path, sha256: str | None, progress: bool) -> None:
-    """Download the missing part of the file and check the whole; remove the file if it is empty."""
-    notes = _notes(part)
+def _complete(
+    file: BinaryIO, url: str, part: Path, sha256: str | None, progress: bool
+) -> str | None:
+    """Download the missing part of the file, check the whole and return the version of the file.
+
+    An empty file is removed.
+    """
     try:
-        have, version = _kept(file, url, notes)
-        response, start, total = _request(url, have, version)
+        have, version = _kept(file, url, part)
+        response, start, total = request(url, have, version)
         with response:
             if start == 0:
                 file.truncate(0)
-                version = _version(response)
-                notes.write_text(json.dumps({"url": url, "version": version}))
+                version = version_of(response)
+                _write_notes(part, {"url": url, "version": version})
             logger.info("downloading %s from byte %d of %s", url, start, total or "?")
-            size, why = _copy(response, file, part.stem, total, progress)
+            size, why = append(response, file, part.stem, total, progress)
         if why or total not in (None, size):
             kept = f"which are kept in {part}"
             if not version:
@@ -145,103 +204,55 @@ def _complete(file: BinaryIO, url: str, part: Path, sha256: str | None, progress
                 f"the download of {url} broke off at {size} of {total or 'unknown'} bytes, "
                 f"{kept}: {why or 'the server closed the connection'}"
             )
-        if sha256 and (found := sha256_of(part)) != sha256.lower():
+        if sha256 and not (found := sha256_of(part)).startswith(sha256.lower()):
             file.truncate(0)
             raise CheckpointError(
                 f"{url} has the SHA-256 {found} instead of {sha256}: the download is removed"
             )
         os.fsync(file.fileno())
+        return version
     finally:
         if os.fstat(file.fileno()).st_size == 0:
             part.unlink(missing_ok=True)
-            notes.unlink(missing_ok=True)
+            _notes(part).unlink(missing_ok=True)
 
 
-def _notes(part: Path) -> Path:
-    """Return the path of the notes (URL and version) about a partial file."""
-    return part.with_name(f"{part.name}.json")
+def _open_part(path: Path) -> BinaryIO:
+    """Open a partial file to append to it; a link or a pipe of this name is an error."""
+    return open(path, "ab", buffering=0, opener=_open_own)
 
 
-def _kept(file: BinaryIO, url: str, notes: Path) -> tuple[int, str | None]:
+def _open_own(path: str, flags: int) -> int:
+    """Open a file of this module, which must be neither a link nor a pipe without reader."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+
+
+def _notes(path: Path) -> Path:
+    """Return the path of the notes about a file."""
+    return path.with_name(f"{path.name}.json")
+
+
+def _read_notes(path: Path) -> dict[str, Any]:
+    """Return the notes about a file; an empty dict if there are none."""
+    try:
+        facts = json.loads(_notes(path).read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _write_notes(path: Path, facts: dict[str, Any]) -> None:
+    """Write the notes about a file."""
+    with open(_notes(path), "w", opener=_open_own) as file:
+        json.dump(facts, file)
+
+
+def _kept(file: BinaryIO, url: str, part: Path) -> tuple[int, str | None]:
     """Return the size and version of the bytes of an earlier call; (0, None) if not usable."""
-    try:
-        known = json.loads(notes.read_text())
-        version = known["version"] if known["url"] == url else None
-    except (OSError, ValueError, KeyError, TypeError):
-        version = None
-    return (os.fstat(file.fileno()).st_size if version else 0), version
-
-
-def _version(response: HTTPResponse) -> str | None:
-    """Return the value for `If-Range`: a strong entity tag, or else the date of the last change."""
-    tag = response.headers.get("ETag", "")
-    return tag if tag.startswith('"') else response.headers.get("Last-Modified")
-
-
-def _request(url: str, have: int, version: str | None) -> tuple[HTTPResponse, int, int | None]:
-    """Request the missing bytes; return the response, its first byte and the length of the file."""
-    headers = {"User-Agent": "irpe_core"}
-    if have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": version}
-    try:
-        response = urlopen(Request(url, headers=headers), timeout=_TIMEOUT)
-    except HTTPError as error:
-        error.close()
-        if error.code == 416 and have:
-            return _request(url, 0, None)
-        raise CheckpointError(
-            f"cannot download {url}: the server answered {error.code} {error.reason}"
-        ) from error
-    except (OSError, HTTPException, ValueError) as error:
-        raise CheckpointError(f"cannot download {url}: {_why(error)}") from error
-    length = response.headers.get("Content-Length", "")
-    if response.status == 206 and have:
-        place = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if place and int(place[1]) == have:
-            return response, have, int(place[2])
-        response.close()
-        return _request(url, 0, None)
-    problem = None
-    if response.status != 200:
-        problem = f"the server answered {response.status} {response.reason}"
-    elif response.headers.get_content_type() == "text/html":
-        problem = "the server sent a web page instead of a file"
-    elif not (length.isdigit() and int(length) > 0) and not response.chunked:
-        problem = "the server does not say how long the file is, or it is empty"
-    if problem:
-        response.close()
-        raise CheckpointError(f"cannot download {url}: {problem}")
-    return response, 0, None if response.chunked else int(length)
-
-
-def _copy(
-    response: HTTPResponse, file: BinaryIO, title: str, total: int | None, progress: bool
-) -> tuple[int, str | None]:
-    """Append the response to the file; return the new size, and the error that ended it or None."""
-    size = file.seek(0, os.SEEK_END)
-    bar = torch.hub.tqdm(
-        total=total,
-        initial=size,
-        desc=title,
-        disable=not (progress and sys.stderr.isatty()),
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-    )
-    bar.n = size  # torch's substitute for a missing tqdm ignores `initial`
-    with bar:
-        while True:
-            try:
-                chunk = response.read1(_CHUNK)
-            except (OSError, HTTPException) as error:
-                return size, _why(error)
-            if not chunk:
-                return size, None
-            rest = memoryview(chunk)
-            while rest:
-                rest = rest[file.write(rest) :]
-            size += len(chunk)
-            bar.update(len(chunk))
+    facts = _read_notes(part)
+    version = facts.get("version") if facts.get("url") == url else None
+    usable = isinstance(version, str)
+    return (os.fstat(file.fileno()).st_size, version) if usable else (0, None)
 
 
 def sha256_of(path: Path) -> str:
@@ -251,12 +262,3 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _why(error: Exception) -> str:
-    """Return the reason of an error without error numbers and wrapping exceptions."""
-    if isinstance(error, URLError) and isinstance(error.reason, Exception):
-        error = error.reason
-    if isinstance(error, TimeoutError):
-        return f"no answer within {_TIMEOUT:g} s"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

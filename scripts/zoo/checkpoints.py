@@ -4,11 +4,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
-
 from irpe_core import CheckpointError
-from irpe_core.download import download, sha256_of
-from scripts.zoo.rows import Row, file_name
+from irpe_core.download import cache_path, download, record, sha256_of
+from scripts.zoo.rows import Row
 
 __all__ = ["cached", "fetch"]
 
@@ -37,7 +35,8 @@ def fetch(row: Row, mirror: str | None = None) -> Path:
     if mirror is None or target.is_file():
         return download(row.checkpoint, sha256=row.sha256)
     if mirror.startswith(("http://", "https://")):
-        return download(f"{mirror.rstrip('/')}/{target.name}", sha256=row.sha256)
+        url = f"{mirror.rstrip('/')}/{target.name}"
+        return download(row.checkpoint, sha256=row.sha256, mirror=url)
     source = Path(mirror) / target.name
     if not source.is_file():
         raise CheckpointError(f"checkpoint {str(source)!r} does not exist")
@@ -47,6 +46,7 @@ def fetch(row: Row, mirror: str | None = None) -> Path:
                 f"SHA-256 of {str(source)!r} must be {row.sha256.lower()}, got {found}"
             )
         _copy(source, target)
+        record(target, row.checkpoint, target)
     except OSError as error:
         raise CheckpointError(
             f"cannot copy {source} to {target}: {error.strerror or error}"
@@ -56,7 +56,7 @@ def fetch(row: Row, mirror: str | None = None) -> Path:
 
 def _cache_path(row: Row) -> Path:
     """Return the path that the torch hub cache has for a row's checkpoint."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / file_name(row.checkpoint)
+    return cache_path(row.checkpoint)
 
 
 def _copy(source: Path, target: Path) -> None:

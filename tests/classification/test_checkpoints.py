@@ -126,7 +126,7 @@ def test_a_checkpoint_is_downloaded_from_a_url(
         assert metrics == evaluation(
             main, tmp_path / "file", *flags, "--resume", str(files["bare"])
         )
-        assert sorted(path.name for path in cache.iterdir()) == ["tiny.pth"]
+        assert sorted(path.name for path in cache.iterdir()) == ["tiny.pth", "tiny.pth.json"]
         url = site.url("none.pth")
         code, line = failure(*flags, "--eval", option, url)
         assert (code, f"cannot download {url}: the server answered 404" in line) == (1, True)

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import json
 import os
 import random
 import resource
@@ -12,12 +13,15 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request
 
 import pytest
 import torch
 
 from irpe_core import CheckpointError, load_checkpoint
 from irpe_core.download import download
+from irpe_core.web import _Redirects
 from tests.web_server import serve
 
 CONTENT = random.Random(1).randbytes(300_000)
@@ -53,7 +57,7 @@ def test_a_file_is_downloaded_once_and_no_other_file_remains(site, url, tmp_path
         path = download(url, tmp_path / "new" / "folder", sha256=SHA256.upper())
         assert path.read_bytes() == CONTENT
     assert path == tmp_path / "new" / "folder" / "weights.pth"
-    assert names(path.parent) == ["weights.pth"]
+    assert names(path.parent) == ["weights.pth", "weights.pth.json"]
     assert len(site.requests) == 1
 
 
@@ -85,7 +89,7 @@ def test_an_interrupted_download_continues_where_it_stopped(site, url, tmp_path,
         assert not (tmp_path / "weights.pth").exists()
     assert download(url, tmp_path).read_bytes() == CONTENT
     assert [r.get("Range") for r in site.requests] == [None, "bytes=100000-", "bytes=150000-"]
-    assert names(tmp_path) == ["weights.pth"]
+    assert names(tmp_path) == ["weights.pth", "weights.pth.json"]
 
 
 def test_a_server_that_ignores_ranges_sends_the_whole_file_again(site, url, tmp_path):
@@ -176,12 +180,12 @@ def test_the_error_without_network_names_the_reason(tmp_path):
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/weights.pth"
         assert failure(url, tmp_path) == f"cannot download {url}: Connection refused"
-    assert failure("http://nowhere.invalid/weights.pth", tmp_path).startswith("cannot download")
+    assert failure("https://nowhere.invalid/weights.pth", tmp_path).startswith("cannot download")
     assert names(tmp_path) == []
 
 
 def test_a_silent_server_times_out(site, url, tmp_path, monkeypatch):
-    monkeypatch.setattr("irpe_core.download._TIMEOUT", 0.3)
+    monkeypatch.setattr("irpe_core.web._TIMEOUT", 0.3)
     site.break_after, site.stall = [100_000], True
     message = failure(url, tmp_path)
     assert "broke off at 100000 of 300000" in message
@@ -199,7 +203,7 @@ def test_a_url_that_does_not_name_a_file_is_refused(url, tmp_path):
     assert failure(url, tmp_path) == expected
 
 
-@pytest.mark.parametrize("url", ["http://host:port/a.pth", "http://127.0.0.1:1/a b.pth"])
+@pytest.mark.parametrize("url", ["https://host:port/a.pth", "http://127.0.0.1:1/a b.pth"])
 def test_the_error_of_a_malformed_url_is_one_sentence(url, tmp_path):
     assert f"cannot download {url}: " in failure(url, tmp_path)
 
@@ -211,7 +215,7 @@ def test_the_error_of_a_wrong_checksum_names_both_and_nothing_is_kept(site, url,
     assert names(tmp_path) == []
     download(url, tmp_path)
     assert "remove it to download it again" in failure(url, tmp_path, sha256="0" * 64)
-    assert names(tmp_path) == ["weights.pth"]
+    assert names(tmp_path) == ["weights.pth", "weights.pth.json"]
 
 
 def test_a_damaged_part_fails_the_checksum(site, url, tmp_path):
@@ -242,12 +246,7 @@ def test_nothing_is_kept_on_a_disk_without_any_space(url, tmp_path, monkeypatch)
         def write(self, data: object) -> int:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    real = Path.open
-
-    def opened(self: Path, mode: str = "r", *args, **options):
-        return FullDisk(self, "ab") if mode == "ab" else real(self, mode, *args, **options)
-
-    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr("irpe_core.download._open_part", lambda path: FullDisk(path, "ab"))
     assert failure(url, tmp_path).endswith("weights.pth.part: No space left on device")
     assert names(tmp_path) == []
 
@@ -263,7 +262,7 @@ def test_of_many_calls_at_the_same_time_one_downloads(site, url, tmp_path):
         paths = list(pool.map(lambda _: download(url, tmp_path), range(8)))
     assert all(path.read_bytes() == CONTENT for path in paths)
     assert len(site.requests) == 1
-    assert names(tmp_path) == ["weights.pth"]
+    assert names(tmp_path) == ["weights.pth", "weights.pth.json"]
 
 
 def test_a_killed_process_leaves_no_lock_and_its_part_is_used(site, url, tmp_path):
@@ -312,3 +311,93 @@ def test_a_checkpoint_loads_from_a_url(tmp_path, monkeypatch):
         assert len(site.requests) == 1
         with pytest.raises(CheckpointError, match="404 Not Found"):
             load_checkpoint(site.url("none.pth"))
+
+
+def test_files_of_two_urls_with_the_same_name_are_not_mixed(site, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    site.files |= {"/run1/checkpoint.pth": b"one" * 99, "/run2/checkpoint.pth": b"two" * 99}
+    for _ in range(2):
+        for name, content in (("run1", b"one" * 99), ("run2", b"two" * 99)):
+            path = download(site.url(f"{name}/checkpoint.pth"))
+            assert path.read_bytes() == content
+            assert path.name == "checkpoint.pth"
+    assert len(site.requests) == 2
+
+
+def test_many_urls_with_the_same_name_at_the_same_time_are_not_mixed(site, tmp_path):
+    site.files |= {f"/{i}/a.pth": b"%d" % i * 999 for i in range(8)}
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda i: download(site.url(f"{i}/a.pth"), tmp_path), range(8)))
+    assert [path.read_bytes() for path in paths] == [b"%d" % i * 999 for i in range(8)]
+
+
+def test_url_version_size_and_checksum_of_a_file_are_recorded(url, tmp_path):
+    path = download(url, tmp_path)
+    facts = json.loads((tmp_path / "weights.pth.json").read_text())
+    assert facts == {"url": url, "version": '"one"', "size": len(CONTENT), "sha256": SHA256}
+    path.write_bytes(CONTENT[:-1])
+    assert "has 299999 bytes instead of 300000: remove it to download it again" in failure(
+        url, tmp_path
+    )
+
+
+def test_a_file_of_unknown_origin_is_used_with_a_warning(site, url, tmp_path, caplog):
+    """Such as one that the user has copied into the cache of a machine without network."""
+    (tmp_path / "weights.pth").write_bytes(b"mine")
+    assert download(url, tmp_path).read_bytes() == b"mine"
+    assert "where it came from is not recorded" in caplog.text
+    assert site.requests == []
+
+
+@pytest.mark.parametrize("name", ["weights.pth.part", "weights.pth.part.json", "weights.pth.json"])
+def test_links_in_the_cache_are_not_followed(url, tmp_path, name):
+    precious = tmp_path / "precious"
+    precious.write_text("keep me")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / name).symlink_to(precious)
+    assert "symbolic links" in failure(url, tmp_path / "cache")
+    assert precious.read_text() == "keep me"
+
+
+def test_a_pipe_in_the_cache_is_an_error_and_no_hang(url, tmp_path):
+    os.mkfifo(tmp_path / "weights.pth.part")
+    assert "weights.pth.part: No such device or address" in failure(url, tmp_path)
+
+
+def test_plain_http_to_other_machines_must_be_allowed(tmp_path, monkeypatch):
+    url = "http://nowhere.invalid/a.pth"
+    assert "url must be an https:// URL (IRPE_ALLOW_HTTP=1 allows http://)" in failure(
+        url, tmp_path
+    )
+    monkeypatch.setenv("IRPE_ALLOW_HTTP", "1")
+    assert f"cannot download {url}" in failure(url, tmp_path)
+
+
+@pytest.mark.parametrize("target", ["http://nowhere.invalid/a.pth", "ftp://h/a", "file:///etc/x"])
+def test_a_redirection_to_another_scheme_is_refused(target):
+    request = Request("http://127.0.0.1/a.pth")
+    with pytest.raises((URLError, HTTPError), match="which must be an https:// URL"):
+        _Redirects().redirect_request(request, io.BytesIO(), 302, "Found", {}, target)
+    request = Request("https://host/a.pth")
+    with pytest.raises(URLError, match="which must be an https:// URL"):
+        _Redirects().redirect_request(
+            request, io.BytesIO(), 302, "Found", {}, "http://127.0.0.1/a.pth"
+        )
+
+
+def test_the_hash_in_a_name_of_torchvision_is_checked(site, url, tmp_path, monkeypatch):
+    monkeypatch.setattr("irpe_core.download._HASHING_HOST", "127.0.0.1")
+    site.files |= {f"/a-{SHA256[:8]}.pth": CONTENT, "/b-00000000.pth": CONTENT}
+    assert download(site.url(f"a-{SHA256[:8]}.pth"), tmp_path).read_bytes() == CONTENT
+    assert f"SHA-256 {SHA256} instead of 00000000" in failure(site.url("b-00000000.pth"), tmp_path)
+
+
+def test_a_damaged_download_says_which_file_to_delete(site, url, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"delete .*weights\.pth to download it again$"):
+        load_checkpoint(url)
+
+
+def test_a_file_url_is_a_path(tmp_path):
+    torch.save({"model": {"a": torch.ones(3)}}, tmp_path / "a b.pth")
+    assert set(load_checkpoint((tmp_path / "a b.pth").as_uri())) == {"model"}

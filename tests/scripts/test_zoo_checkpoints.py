@@ -25,7 +25,7 @@ def test_download_continues_after_a_failure(site, cache, tmp_path, capsys):
     assert f"scenes: {cache / 'scenes.pth'}\n" in printed.out
     assert "404" in printed.err
     assert "0" * 64 in printed.err
-    assert {path.name for path in cache.iterdir()} == {"digits.pth", "scenes.pth"}
+    assert {path.name for path in cache.glob("*.pth")} == {"digits.pth", "scenes.pth"}
     asked = len(site.requests)
     main(["download", "--zoo", str(zoo.file), "--rows", "digits", "detection"])
     assert len(site.requests) == asked
@@ -38,7 +38,7 @@ def test_a_mirror_replaces_the_published_url(kind, checkpoints, site, cache, tmp
         (tmp_path / f"{name}.pth").write_bytes(content)
     mirror = {"folder": str(tmp_path), "url": f"{site.address}/"}[kind]
     main(["download", "--zoo", str(zoo.file), "--mirror", mirror])
-    assert {path.name: path.read_bytes() for path in cache.iterdir()} == {
+    assert {path.name: path.read_bytes() for path in cache.glob("*.pth")} == {
         f"{name}.pth": content for name, content in checkpoints.items()
     }
 
@@ -88,6 +88,6 @@ def test_concurrent_copies_from_a_folder_do_not_share_a_file(
     monkeypatch.setattr(shutil, "copyfile", slow_copy)
     fetch(row, str(tmp_path))
     assert len(set(places)) == 2
-    assert {p.name: p.read_bytes() for p in cache.iterdir()} == {
+    assert {p.name: p.read_bytes() for p in cache.glob("*.pth")} == {
         "digits.pth": checkpoints["digits"]
     }
