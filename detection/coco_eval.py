@@ -28,6 +28,8 @@ METRICS = (
 number of detections and object size."""
 
 _IOU_TYPES = ("bbox", "segm")
+# Prefixes of the names of metrics.
+_TITLES = {"": "boxes", "segm_": "masks", "ema_": "boxes, EMA", "ema_segm_": "masks, EMA"}
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +167,14 @@ def _mean(values: np.ndarray) -> float:
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
-    """Format the twelve metrics in two lines, precision and recall."""
-    parts = [f"{name} {metrics[name]:.4f}" for name in METRICS]
-    return "\n".join(["  ".join(parts[:6]), "  ".join(parts[6:])])
+    """Format the twelve metrics in two lines, precision and recall, for each model and IoU type.
+
+    If there are several, a line before each names it.
+    """
+    prefixes = [name[: -len("AP75")] for name in metrics if name.endswith("AP75")]
+    blocks = []
+    for prefix in prefixes:
+        parts = [f"{name} {metrics[prefix + name]:.4f}" for name in METRICS]
+        title = [_TITLES.get(prefix, prefix)] if len(prefixes) > 1 else []
+        blocks.append("\n".join([*title, "  ".join(parts[:6]), "  ".join(parts[6:])]))
+    return "\n".join(blocks)

@@ -1,5 +1,6 @@
 """The training and evaluation of `detection.main`, which imports this after its flags."""
 
+from dataclasses import replace
 from functools import partial
 
 from detection.build import (
@@ -45,6 +46,10 @@ def train(config: DetectionConfig, session: Session) -> None:
     val_data = build_split(config, "val", label_to_category)
     batches = train_loader(train_data, config, device)
     num_classes = train_data.dataset.num_classes
+    if config.num_classes is None:
+        # Record it in the checkpoints, whose `args` then describe the whole model.
+        config = config.model_copy(update={"num_classes": num_classes})
+        session = replace(session, config=config)
 
     model, criterion, postprocessors = create_detector(config, num_classes, checkpoint, device)
     choices = (checkpoint or {}).get("attention_choices")
@@ -70,7 +75,8 @@ def train(config: DetectionConfig, session: Session) -> None:
         evaluate=evaluation(report=report),
         sanity=evaluation(batches=2),
         report=report.result,
-        best_by="AP",
+        # A frozen detector always finds the same boxes.
+        best_by="segm_AP" if config.frozen_weights else "AP",
         console_metrics=("loss", "class_error", "AP", "AP50", "AP75", "segm_AP", "ema_AP"),
         data={
             "images": f"{len(train_data):,} training, {len(val_data):,} validation",

@@ -6,6 +6,7 @@ After a crash the path therefore has either the old file or the complete new one
 """
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ __all__ = ["CheckpointDir", "atomic_save", "check_writable", "replacing"]
 _LAST = "checkpoint.pth"
 _BEST = "best_checkpoint.pth"
 _NUMBERED = "checkpoint_{:04d}.pth"
+_NUMBER = re.compile(r"checkpoint_([0-9]{4,18})\.pth")
 
 
 def atomic_save(obj: Any, path: str | os.PathLike[str]) -> None:
@@ -57,23 +59,29 @@ class CheckpointDir:
     """The checkpoints of one run: last, best and numbered by epoch.
 
     `checkpoint.pth` is the last one and `best_checkpoint.pth` the best one. In addition, the `keep`
-    newest numbered ones, such as `checkpoint_0007.pth`, are kept. Only the main process may save.
+    newest numbered ones of the run, such as `checkpoint_0007.pth`, are kept. No other file is
+    deleted, whatever its name. Only the main process may save.
     A state is serialized once; its other names are hard links, or copies where the file system has
     no hard links.
 
     Args:
         output_dir: Existing folder.
         keep: Number of numbered checkpoints to keep; 0 writes none.
+        first_epoch: Epoch at which the run continues; numbered checkpoints of earlier epochs belong
+            to the run. 0 for a new run.
 
     Raises:
         ValueError: `keep` is negative.
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str], keep: int = 0) -> None:
+    def __init__(
+        self, output_dir: str | os.PathLike[str], keep: int = 0, *, first_epoch: int = 0
+    ) -> None:
         if keep < 0:
             raise ValueError(f"keep must be at least 0, got {keep}")
         self._dir = Path(output_dir)
         self._keep = keep
+        self._epochs = {epoch for epoch in self.numbered() if epoch < first_epoch}
 
     def save(
         self, state: Mapping[str, Any], *, is_best: bool = False, epoch: int | None = None
@@ -102,8 +110,10 @@ class CheckpointDir:
                 _link_or_copy(temporary, self._dir / _BEST)
             if epoch is not None and self._keep > 0:
                 _link_or_copy(temporary, self._dir / _NUMBERED.format(epoch))
-                for old in self.numbered()[: -self._keep]:
-                    old.unlink(missing_ok=True)
+                self._epochs.add(epoch)
+                for old in sorted(self._epochs)[: -self._keep]:
+                    (self._dir / _NUMBERED.format(old)).unlink(missing_ok=True)
+                    self._epochs.remove(old)
         return last
 
     def latest(self) -> Path | None:
@@ -111,10 +121,16 @@ class CheckpointDir:
         last = self._dir / _LAST
         return last if last.is_file() else None
 
-    def numbered(self) -> list[Path]:
-        """Return the numbered checkpoints, from the oldest to the newest by modification time."""
-        paths = self._dir.glob("checkpoint_[0-9]*.pth")
-        return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    def is_used(self) -> bool:
+        """Return whether the folder has checkpoints of a run."""
+        return any((self._dir / name).exists() for name in (_LAST, _BEST)) or bool(self.numbered())
+
+    def numbered(self) -> list[int]:
+        """Return the epochs that have a numbered checkpoint in the folder, in ascending order."""
+        found = (_NUMBER.fullmatch(path.name) for path in self._dir.glob("checkpoint_*.pth"))
+        epochs = (int(match[1]) for match in found if match)
+        # `checkpoint_00007.pth` is not a name of this class.
+        return sorted(n for n in epochs if (self._dir / _NUMBERED.format(n)).exists())
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from engine.progress import short_metrics
 from engine.report import Report, ReportWriter
 from engine.resumption import check_classes, check_position, check_scaler, check_scheduler
 from engine.seeding import kept_random_state
-from engine.session import Session
+from engine.session import Session, continues_in
 from engine.signals import StopRequest
 from engine.steps import steps_per_epoch, total_batch_size
 from engine.summary import describe_training
@@ -101,9 +101,9 @@ class Recipe:
 def run_training(session: Session, recipe: Recipe) -> dict[str, Any]:
     """Train a recipe from the start, or from the session's checkpoint.
 
-    Each epoch is trained, evaluated if that is due, logged and saved. The session's checkpoint
-    restores optimizer, schedule and position; the trainer must already have loaded its weights into
-    the model and the EMA.
+    Each epoch is trained, saved, evaluated if that is due, logged and saved again. The session's
+    checkpoint restores optimizer, schedule and position; the trainer must already have loaded its
+    weights into the model and the EMA.
 
     Args:
         session: Session of the run.
@@ -153,11 +153,16 @@ class _Training:
             checkpoint_steps=self.config.checkpoint_steps or 0,
             output_dir=session.output_dir,
         )
+        # Metrics of an epoch that is trained and saved, but not yet evaluated.
+        self.trained: dict[str, float] = {}
         if session.checkpoint is not None:
             self.restore(session.checkpoint)
         folder, keep = session.output_dir, self.config.keep_checkpoints
         writes = folder is not None and is_main()
-        self.checkpoints = CheckpointDir(folder, keep) if writes else None
+        self.checkpoints = None
+        if writes:
+            first = self.state.epoch if continues_in(self.config) else 0
+            self.checkpoints = CheckpointDir(folder, keep, first_epoch=first)
         self.reports = ReportWriter(folder) if writes else None
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
@@ -169,6 +174,7 @@ class _Training:
         check_scheduler(checkpoint["lr_scheduler"], recipe.scheduler)
         check_scaler(checkpoint.get("scaler"), self.state.scaler)
         self.state.load_state_dict(checkpoint)
+        self.trained = dict(checkpoint.get("trained", {}))
         recipe.scheduler.load_state_dict(checkpoint["lr_scheduler"])
 
     @property
@@ -210,8 +216,9 @@ class _Training:
         return patience is not None and self.state.evals_since_best >= patience
 
     def needs_evaluation(self) -> bool:
-        """Return whether the run was stopped between an epoch and its evaluation."""
-        return self.state.epoch < self.config.epochs and self.state.step == self.options.steps
+        """Return whether the run was stopped between an epoch, or its part, and the evaluation."""
+        is_trained = bool(self.trained) or self.state.step == self.options.steps
+        return self.state.epoch < self.config.epochs and is_trained
 
     def describe(self, total: int) -> None:
         """Log what the training starts with; `total` is the number of steps of the run."""
@@ -243,7 +250,10 @@ class _Training:
         logger.info("sanity check: evaluated two validation batches in %.3g s", seconds)
 
     def run_epoch(self, stop: StopRequest, log: RunLog, left: TimeLeft, total: int) -> None:
-        """Train, evaluate, log and save one epoch, or its part before step `total` of the run."""
+        """Train, evaluate, log and save one epoch, or its part before step `total` of the run.
+
+        The state is saved before the evaluation too, so that a stop or a crash in it loses nothing.
+        """
         state, options, recipe = self.state, self.options, self.recipe
         epoch = state.epoch
         start = state.step * options.batch_size * options.accumulate
@@ -259,11 +269,16 @@ class _Training:
             save=self.save,
             left=left,
         )
+        self.trained = trained or self.trained
         is_over = self.steps_done >= total
         is_whole = state.step == options.steps
         tested: dict[str, float] = {}
         if (epoch + 1) % self.config.eval_interval == 0 or is_over:
-            tested = self.evaluate(recipe.evaluate)
+            if trained:
+                self.save()
+            with stop.at_once():
+                tested = self.evaluate(recipe.evaluate)
+        trained, self.trained = self.trained, {}
         best = tested[recipe.best_by] if tested else state.best
         is_best, state.best = best > state.best, max(state.best, best)
         if is_best:
@@ -327,4 +342,5 @@ class _Training:
             # The name of this key is older than the term "total batch size".
             "images_per_step": self.total_batch_size,
             "provenance": {**self.session.provenance, **self.recipe.versions},
+            **({"trained": self.trained} if self.trained else {}),
         }

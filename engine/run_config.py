@@ -42,6 +42,8 @@ class RunConfig(Config):
     """Epoch to start from; a resumed checkpoint overrides it."""
     auto_resume: bool = False
     """Resume from the last checkpoint in output_dir if there is one."""
+    overwrite: bool = False
+    """Start a new run in an output_dir that has one, and replace its checkpoints."""
     seed: int = Field(0, ge=0)
     """Random seed."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -99,4 +101,9 @@ class RunConfig(Config):
         """Check that there is a folder to resume from."""
         if self.auto_resume and not self.output_dir:
             raise ValueError("--auto-resume needs --output-dir, the folder of the checkpoints")
+        if self.auto_resume and self.overwrite:
+            raise ValueError(
+                "--overwrite and --auto-resume exclude each other: one starts a new run, the other "
+                "continues the last one"
+            )
         return self

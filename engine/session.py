@@ -23,7 +23,7 @@ from engine.optional import require
 from engine.provenance import provenance
 from engine.run_config import RunConfig
 
-__all__ = ["Session", "start_session"]
+__all__ = ["Session", "continues_in", "start_session"]
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,8 @@ def start_session(
         require("matplotlib", "--log-images")
     origin = provenance() | versions
     logger.info("%s, %d process(es), %s", device, world_size(), origin)
+    if not config.eval:
+        _check_nothing_is_lost(config)
     source = _checkpoint_to_resume(config)
     checkpoint = load(source) if source else None
     if checkpoint is not None and not config.eval:
@@ -93,6 +95,28 @@ def start_session(
         text = yaml.safe_dump(dump(config), sort_keys=False)
         (output_dir / "config.yaml").write_text(f"# {json.dumps(origin)}\n{text}")
     return Session(config, device, output_dir, checkpoint, origin)
+
+
+def continues_in(config: RunConfig) -> bool:
+    """Return whether the run continues the one in its own output folder."""
+    if not config.resume:
+        return config.auto_resume
+    return Path(config.resume).absolute().parent == Path(config.output_dir).absolute()
+
+
+def _check_nothing_is_lost(config: RunConfig) -> None:
+    """Raise UsageError if a new run would replace another one; warn if it would save nothing."""
+    if not is_main():
+        return
+    if not config.output_dir:
+        logger.warning("no --output_dir: this training saves neither checkpoints nor logs")
+        return
+    is_asked_for = config.overwrite or config.auto_resume or continues_in(config)
+    if not is_asked_for and CheckpointDir(config.output_dir).is_used():
+        raise UsageError(
+            f"--output_dir {config.output_dir} has the checkpoints of a run: continue it with "
+            "--auto-resume, replace it with --overwrite, or give another folder"
+        )
 
 
 def _checkpoint_to_resume(config: RunConfig) -> str | None:

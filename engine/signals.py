@@ -9,11 +9,12 @@ number of the signal.
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from engine.distributed import barrier, is_main, max_over_processes
+from engine.distributed import barrier, is_main, max_over_processes, world_size
 
 __all__ = ["StopRequest", "Stopped", "shield_worker"]
 
@@ -37,6 +38,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._signal = 0
+        self._at_once = False
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -57,6 +59,28 @@ class StopRequest:
         # Logging is not safe here: the signal may have interrupted it.
         if is_main():
             os.write(2, _MESSAGE)
+        self._stop_if_alone()
+
+    def _stop_if_alone(self) -> None:
+        """Stop now if a signal was received in a context of `at_once`."""
+        if self._at_once and self.requested and world_size() == 1:
+            raise Stopped(128 + self._signal)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal end a single process at once; use it when the state is saved.
+
+        Several processes stop only together, at the next `check`.
+
+        Raises:
+            Stopped: A signal was received.
+        """
+        self._at_once = True
+        try:
+            self._stop_if_alone()
+            yield
+        finally:
+            self._at_once = False
 
     @property
     def requested(self) -> bool:

@@ -410,3 +410,11 @@ def test_the_twelve_metrics_are_formatted_in_two_lines():
     text = format_metrics(dict(zip(METRICS, range(12), strict=True)))
     assert text.splitlines()[0].startswith("AP 0.0000  AP50 1.0000  AP75 2.0000")
     assert text.splitlines()[1].endswith("ARm 10.0000  ARl 11.0000")
+
+
+def test_each_model_and_iou_type_has_its_table():
+    prefixes = {"": "boxes", "segm_": "masks", "ema_": "boxes, EMA", "ema_segm_": "masks, EMA"}
+    metrics = {f"{prefix}{name}": i for i, prefix in enumerate(prefixes) for name in METRICS}
+    lines = format_metrics({"loss": 3.0} | metrics).splitlines()
+    assert lines[::3] == list(prefixes.values())
+    assert [line.split("  ")[0] for line in lines[1::3]] == [f"AP {i}.0000" for i in range(4)]

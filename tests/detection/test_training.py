@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from datasets.scenes import SceneOptions, write_scenes
-from detection.build import build_model, create_schedule, param_groups
-from detection.config import parse_args
+from detection.build import build_model, build_network, create_schedule, param_groups
+from detection.config import DetectionConfig, parse_args
 from detection.main import main
+from engine.config import make_config
 from tests.engine.launch import start, start_pair
 from tests.recipes import golden, golden_json
 
@@ -130,6 +131,8 @@ def test_own_data_set_has_contiguous_labels_and_their_map_in_the_checkpoint(
     assert sorted(content["label_to_category"]) == list(range(10))
     assert min(content["label_to_category"].values()) >= 100
     assert content["model"]["class_embed.weight"].shape[0] == 11
+    network = build_network(make_config(DetectionConfig, content["args"]), load=False)
+    network.load_state_dict(content["model"])
     run = [*model_flags, *own, "--resume", str(tmp_path / "out" / "checkpoint.pth")]
     metrics = evaluation(tmp_path / "eval", *run)
     assert metrics["test_AP"] == last_line(tmp_path / "out")["test_AP"]
@@ -139,6 +142,19 @@ def test_fine_tuning_replaces_the_class_head_and_logs_it(flags, trained, tmp_pat
     run = [*flags, "--finetune", str(trained / "checkpoint.pth"), "--num_classes", "12"]
     main([*run, "--eval", "--output_dir", str(tmp_path)])
     assert "class_embed.weight has new random weights for 12 classes" in caplog.messages
+
+
+def test_the_best_mask_head_of_a_frozen_detector_is_that_of_the_best_masks(
+    flags, trained, monkeypatch
+):
+    recipes = []
+    monkeypatch.setattr(
+        "detection.main.run_training", lambda session, recipe: recipes.append(recipe)
+    )
+    main(flags)
+    main([*flags, "--masks"])
+    main([*flags, "--masks", "--frozen_weights", str(trained / "checkpoint.pth")])
+    assert [recipe.best_by for recipe in recipes] == ["AP", "AP", "segm_AP"]
 
 
 def test_ema_masks_accumulation_and_bfloat16_work_together(flags, tmp_path):

@@ -100,15 +100,33 @@ def test_the_last_the_best_and_the_newest_numbered_checkpoints_are_kept(tmp_path
     assert checkpoints.latest() == tmp_path / "checkpoint.pth"
 
 
+def test_only_what_the_run_wrote_is_deleted_by_epoch(tmp_path):
+    foreign = ["checkpoint_9999.pth", "checkpoint_0_backup.pth", "checkpoint_0001_old.pth"]
+    for name in [*foreign, "checkpoint_00000.pth", "checkpoint_0002.pth"]:
+        (tmp_path / name).touch()
+    checkpoints = CheckpointDir(tmp_path, keep=1)
+    for epoch in range(2):
+        checkpoints.save({"n": epoch}, epoch=epoch)
+        # A clock that jumps backwards changes nothing.
+        os.utime(tmp_path / f"checkpoint_000{epoch}.pth", (1e9 - epoch, 1e9 - epoch))
+    kept = {*foreign, "checkpoint_00000.pth", "checkpoint_0002.pth", "checkpoint_0001.pth"}
+    assert set(names(tmp_path)) == kept | {"checkpoint.pth"}
+    assert checkpoints.numbered() == [1, 2, 9999]
+
+
+def test_a_resumed_run_deletes_its_own_earlier_checkpoints(tmp_path):
+    for epoch in range(3):
+        CheckpointDir(tmp_path, keep=3, first_epoch=epoch).save({"n": epoch}, epoch=epoch)
+    (tmp_path / "checkpoint_0009.pth").touch()
+    CheckpointDir(tmp_path, keep=2, first_epoch=3).save({"n": 3}, epoch=3)
+    assert CheckpointDir(tmp_path).numbered() == [2, 3, 9]
+
+
 def test_a_new_run_in_an_old_folder_keeps_its_own_checkpoints(tmp_path):
     for epoch in (298, 299):
-        path = tmp_path / f"checkpoint_0{epoch}.pth"
-        path.touch()
-        os.utime(path, (1e9 + epoch, 1e9 + epoch))
+        (tmp_path / f"checkpoint_0{epoch}.pth").touch()
     CheckpointDir(tmp_path, keep=2).save({"n": 1}, epoch=0)
-    assert [path.name for path in CheckpointDir(tmp_path).numbered()] == [
-        "checkpoint_0299.pth", "checkpoint_0000.pth",
-    ]  # fmt: skip
+    assert CheckpointDir(tmp_path).numbered() == [0, 298, 299]
 
 
 def test_no_numbered_checkpoint_is_written_if_none_is_kept(tmp_path):

@@ -1,6 +1,8 @@
 """A recipe in a session: what is refused, and what every checkpoint contains."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -172,3 +174,73 @@ def test_the_summary_of_an_epoch_is_one_short_line(caplog):
     (line,) = [message for message in caplog.messages if "best" in message]
     assert line.startswith("epoch 0: mean ")
     assert len(line) < 90
+
+
+class Crash(BaseException):
+    """An error that nothing catches."""
+
+
+@pytest.mark.parametrize("options", [{}, {"max_steps": 15}, {"eval_interval": 5}], ids=str)
+@pytest.mark.parametrize("how", ["crash", "signal"])
+def test_a_stop_in_an_evaluation_loses_nothing(monkeypatch, tmp_path, options, how):
+    whole = train(ToyConfig(**options, output_dir=str(tmp_path / "whole")))
+    evaluate = toy.evaluate
+    calls = []
+
+    def stop(models):
+        calls.append(1)
+        if len(calls) == (1 if "eval_interval" in options else 2):
+            if how == "crash":
+                raise Crash
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(models)
+
+    monkeypatch.setattr(toy, "evaluate", stop)
+    config = ToyConfig(**options, output_dir=str(tmp_path / "broken"))
+    with pytest.raises(Crash if how == "crash" else engine.Stopped):
+        train(config)
+    again = "a step is trained again"
+    monkeypatch.setattr(toy, "create_step", lambda *_: lambda *_: pytest.fail(again))
+    resumed = train(config, resume=True)
+    assert all(equal(whole[name], resumed[name]) for name in whole.keys() - {"args"})
+    assert whole.keys() == resumed.keys()
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.txt").read_text().splitlines()]
+        for name in ("whole", "broken")
+    ]
+    timed = {"train_images_per_s", "train_data_s", "train_memory_mb"}
+    whole_log, log = (
+        [{key: value for key, value in record.items() if key not in timed} for record in records]
+        for records in logs
+    )
+    assert log == whole_log
+    assert all(record.keys() >= timed for record in logs[1])
+
+
+def test_a_new_run_does_not_replace_another_one(tmp_path):
+    config = ToyConfig(output_dir=str(tmp_path), epochs=1)
+    train(config)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
+    with pytest.raises(engine.UsageError, match="--auto-resume, replace it with --overwrite"):
+        train(config)
+    elsewhere = tmp_path / "elsewhere"
+    train(config.model_copy(update={"output_dir": str(elsewhere), "seed": 1}))
+    with pytest.raises(engine.UsageError, match="has the checkpoints of a run"):
+        train(config.model_copy(update={"resume": str(elsewhere / "checkpoint.pth")}))
+    assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
+    longer = {"epochs": 2, "resume": str(tmp_path / "checkpoint.pth")}
+    assert train(config.model_copy(update=longer))["epoch"] == 1
+    assert train(config.model_copy(update={"overwrite": True}))["epoch"] == 0
+
+
+def test_overwrite_and_auto_resume_contradict_each_other():
+    with pytest.raises(ValueError, match="--overwrite and --auto-resume exclude each other"):
+        ToyConfig(output_dir="a", overwrite=True, auto_resume=True)
+
+
+def test_a_training_that_saves_nothing_says_so(tmp_path, caplog):
+    train(ToyConfig(epochs=1))
+    assert "no --output_dir: this training saves neither checkpoints nor logs" in caplog.messages
+    caplog.clear()
+    train(ToyConfig(epochs=1, output_dir=str(tmp_path)))
+    assert not any("output_dir" in message for message in caplog.messages)

@@ -74,6 +74,21 @@ def test_an_ignored_signal_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_signal_stops_an_evaluation_at_once(before):
+    def evaluate(stop: StopRequest) -> None:
+        if before:
+            os.kill(os.getpid(), signal.SIGTERM)
+        with stop.at_once():
+            assert not before
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("the evaluation continued")
+
+    with StopRequest() as stop, pytest.raises(Stopped) as stopped:
+        evaluate(stop)
+    assert stopped.value.code == 143
+
+
 def test_stopped_is_not_caught_as_an_exception():
     assert not issubclass(Stopped, Exception)
 
