@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,9 @@ def read_annotations(
         only: File names of the images to keep; None for all.
 
     Raises:
-        DataError: The file is missing or not a COCO annotation file; a box is not four finite
-            numbers; a category is unknown; or, with `with_masks`, a segmentation is missing or
+        DataError: The file is missing or not a COCO annotation file; two images have the same id;
+            no annotation belongs to an image; a box is not four finite numbers; a category is
+            unknown; or, with `with_masks`, a segmentation is missing or
             damaged, or the size of an image is missing.
     """
     path = Path(path)
@@ -95,6 +96,11 @@ def read_annotations(
         for kind, listed in (("images", images), ("categories", names)):
             if not listed:
                 raise DataError(f"{path} lists no {kind}")
+        if len(images) < len(data["images"]):
+            repeated = _first_repeated(int(entry["id"]) for entry in data["images"])
+            raise DataError(
+                f"{path}: image ids must be different, got {repeated} twice; {CHECK_COMMAND}"
+            )
         if with_masks:
             _check_sizes(path, data["images"])
         rows, objects, unlisted = _collect(path, data["annotations"], images, names, with_masks)
@@ -123,6 +129,16 @@ def read_annotations(
         ),
         unlisted=unlisted,
     )
+
+
+def _first_repeated(numbers: Iterable[int]) -> int | None:
+    """Return the first number that was there before; None if all differ."""
+    seen: set[int] = set()
+    for number in numbers:
+        if number in seen:
+            return number
+        seen.add(number)
+    return None
 
 
 def _check_sizes(path: Path, images: Sequence[Mapping[str, Any]]) -> None:
@@ -161,6 +177,11 @@ def _collect(
         if not entry.get("iscrowd", 0):
             rows.append(row)
             objects.append(entry)
+    if without_image and without_image == len(annotations):
+        raise DataError(
+            f"{path}: none of the {without_image} annotations belongs to an image that the file "
+            f"lists; {CHECK_COMMAND}"
+        )
     report_unlisted(path, without_image)
     return np.array(rows, dtype=np.int64), objects, without_image
 

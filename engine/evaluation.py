@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -10,6 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from engine.distributed import is_main
+from engine.errors import UserError
 from engine.report import Report, ReportWriter, write_pictures
 from engine.session import Session
 
@@ -48,11 +50,20 @@ def run_evaluation(
         num_images: Number of images in the validation set.
         describe: Function that formats the metrics for the log.
         report: Function that returns the details, as in `Recipe`.
+
+    Raises:
+        UserError: A metric is not finite; no file is written.
     """
     if session.config.compile:
         model.compile()
     start = time.perf_counter()
     metrics = evaluate_models(evaluate, model, ema, session.device)
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} must be finite, got {value}: the model gives outputs that are not finite, "
+                "for example since the range of --dtype float16 is too small for it"
+            )
     images_per_s = num_images / (time.perf_counter() - start)
     logger.info("%d images, %.4g images/s\n%s", num_images, images_per_s, describe(metrics))
     if session.output_dir is not None and is_main():

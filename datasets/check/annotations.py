@@ -134,8 +134,8 @@ def _repeats(ids: list[str], names: list[str], split: str) -> list[Finding]:
     """Return the findings of image ids and file names that are used twice."""
     findings = []
     if ids:
-        meaning = "Only the last image of each id is used, with the objects of all of them."
-        findings.append(Finding("warning", "repeated image ids", split, len(ids), meaning, ids))
+        meaning = "Training stops: the objects belong to several images."
+        findings.append(Finding("error", "repeated image ids", split, len(ids), meaning, ids))
     if names:
         meaning = "Each entry is an image of its own that lacks the objects of the other."
         findings.append(

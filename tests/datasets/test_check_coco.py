@@ -219,7 +219,7 @@ CASES: dict[str, tuple[Callable[[Coco], object], list[Found]]] = {
         plant_repeated_name,
         [("repeated file names", "warning", "train", 1), ("duplicate images", "note", "train", 1)],
     ),
-    "repeated_id": (plant_repeated_id, [("repeated image ids", "warning", "train", 1)]),
+    "repeated_id": (plant_repeated_id, [("repeated image ids", "error", "train", 1)]),
     "not_coco": (
         lambda coco: coco.train.update(images=7),
         [("cannot be opened", "error", "train", 1)],

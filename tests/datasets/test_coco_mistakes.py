@@ -70,6 +70,11 @@ def test_a_missing_image_is_reported_at_the_start(
         (data(images=[{"id": 5}]), "not a COCO annotation file: 'file_name' is missing"),
         (data(images=[{"id": "x", "file_name": "a.png"}]), "not a COCO annotation file"),
         (data(images=[{"id": 5, "file_name": "a.png"}]), "image 5 lacks height or width"),
+        (data(images=[*data()["images"], data()["images"][1]]), "must be different, got 2 twice"),
+        (
+            data(annotations=[entry | {"image_id": 77} for entry in data()["annotations"]]),
+            "none of the 4 annotations belongs to an image that the file lists",
+        ),
         (data(images=[]), "lists no images"),
         (data(categories=[]), "lists no categories"),
         (data(images=7), "not a COCO annotation file"),

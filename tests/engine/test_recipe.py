@@ -244,3 +244,14 @@ def test_a_training_that_saves_nothing_says_so(tmp_path, caplog):
     caplog.clear()
     train(ToyConfig(epochs=1, output_dir=str(tmp_path)))
     assert not any("output_dir" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_evaluation_with_metrics_that_are_not_finite_fails(tmp_path, value):
+    config = ToyConfig(eval=True, output_dir=str(tmp_path))
+    session = engine.start_session(config, lambda path: {})
+    with pytest.raises(engine.UserError, match=f"loss must be finite, got {value}"):
+        engine.run_evaluation(
+            session, toy.create_model(0), lambda _: {"loss": value}, ema=None, num_images=3
+        )
+    assert not (tmp_path / "eval.json").exists()
