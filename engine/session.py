@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -17,6 +17,7 @@ from engine.checkpoint import CheckpointDir, check_writable
 from engine.config import dump
 from engine.distributed import init_distributed, is_main, rank, world_size
 from engine.errors import UsageError, UserError
+from engine.folder_lock import lock_folder
 from engine.loggers import check_loggers
 from engine.logging import setup_logging
 from engine.optional import require
@@ -38,6 +39,7 @@ class Session:
         output_dir: Existing folder for checkpoints and logs; None for none.
         checkpoint: Content of the checkpoint to resume or to evaluate; None for none.
         provenance: Git revision and versions at the start of the run.
+        lock: Open file of the lock of the output folder, in the main process of a training.
     """
 
     config: RunConfig
@@ -45,6 +47,7 @@ class Session:
     output_dir: Path | None
     checkpoint: Mapping[str, Any] | None
     provenance: Mapping[str, str | None]
+    lock: TextIO | None = None
 
 
 def start_session(
@@ -65,12 +68,14 @@ def start_session(
         **versions: Versions to record, in addition to those of Python and torch.
 
     Raises:
-        UserError: The output folder cannot be written, a logger is not installed, or the checkpoint
-            cannot resume a training.
+        UserError: The output folder cannot be written or another run uses it, a logger is not
+            installed, or the checkpoint cannot resume a training.
         UsageError: The device does not exist, or the number of processes is wrong.
     """
     device = init_distributed(config.device)
     output_dir = check_writable(config.output_dir) if config.output_dir else None
+    locks = output_dir is not None and is_main() and not config.eval
+    lock = lock_folder(output_dir) if locks else None
     setup_logging(output_dir, rank())
     if config.world_size not in (1, world_size()):
         raise UsageError(
@@ -94,7 +99,7 @@ def start_session(
     if output_dir is not None and is_main() and not config.eval:
         text = yaml.safe_dump(dump(config), sort_keys=False)
         (output_dir / "config.yaml").write_text(f"# {json.dumps(origin)}\n{text}")
-    return Session(config, device, output_dir, checkpoint, origin)
+    return Session(config, device, output_dir, checkpoint, origin, lock)
 
 
 def continues_in(config: RunConfig) -> bool:
