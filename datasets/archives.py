@@ -22,6 +22,8 @@ from datasets.errors import CorruptImageError, DataError
 __all__ = ["Archive", "TarArchive", "ZipArchive"]
 
 _ZIP_MAGIC = b"PK\x03\x04"
+# Far more than any image file has. A deflated member may unpack to a thousand times its size.
+_LARGEST_MEMBER = 256 << 20  # bytes
 
 
 class Archive(ABC):
@@ -74,6 +76,8 @@ class Archive(ABC):
 
     def _pread(self, size: int, offset: int, position: int) -> bytes:
         """Read `size` bytes at `offset`, which belong to the member `names[position]`."""
+        if size > _LARGEST_MEMBER:
+            raise self._damaged(position, f"it has more than {_LARGEST_MEMBER:,} bytes")
         try:
             data = os.pread(self._open(), size, offset)
         except OSError as error:
@@ -82,6 +86,10 @@ class Archive(ABC):
         if len(data) != size:
             raise DataError(f"{self.path} became shorter while it was in use")
         return data
+
+    def _damaged(self, position: int, reason: str) -> CorruptImageError:
+        """Build the error of the damaged member `names[position]`."""
+        return CorruptImageError(f"{self.path}: {self.names[position]} is damaged: {reason}")
 
     def _open(self) -> int:
         """Return the file descriptor of this process; the first read opens it."""
@@ -150,11 +158,13 @@ class ZipArchive(Archive):
         )
         if method == zipfile.ZIP_STORED:
             return data
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
-            return zlib.decompress(data, -zlib.MAX_WBITS)
+            content = inflater.decompress(data, _LARGEST_MEMBER + 1)
         except zlib.error as error:
             raise self._damaged(position, str(error)) from error
-
-    def _damaged(self, position: int, reason: str) -> CorruptImageError:
-        """Build the error of the damaged member `names[position]`."""
-        return CorruptImageError(f"{self.path}: {self.names[position]} is damaged: {reason}")
+        if len(content) > _LARGEST_MEMBER:
+            raise self._damaged(position, f"it unpacks to more than {_LARGEST_MEMBER:,} bytes")
+        if not inflater.eof:
+            raise self._damaged(position, "incomplete or truncated stream")
+        return content

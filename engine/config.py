@@ -24,6 +24,7 @@ from engine.flags import NONE_WORDS, FlagParser, allowed_types, describe, flag_o
 
 __all__ = ["AnyConfig", "Config", "dump", "make_config", "parse_config"]
 
+_LARGEST_FILE = 100_000  # characters, and values
 _WRONG_BOOL = "wrong_bool_type"
 _BOOLEAN_NOTE = " (YAML reads on, off, yes and no as true and false: put the word in quotes)"
 
@@ -122,9 +123,14 @@ def _validated(cls: type[AnyConfig], values: dict[str, Any], places: dict[str, s
 def _read_file(cls: type[Config], path: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the values of a YAML file and their places (`file, line 3: key`), both by option."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(_LARGEST_FILE + 1)
+        if len(text) > _LARGEST_FILE:
+            raise UsageError(f"--config {path}: must have at most {_LARGEST_FILE:,} characters")
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
+        if _count(node) > _LARGEST_FILE:
+            raise UsageError(f"--config {path}: its aliases stand for too many values")
         if node is None:
             return {}, {}
         if not isinstance(node, yaml.MappingNode):
@@ -133,6 +139,8 @@ def _read_file(cls: type[Config], path: str) -> tuple[dict[str, Any], dict[str, 
         pairs = [(key, loader.construct_object(value, deep=True)) for key, value in node.value]
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise UsageError(f"--config {path}: too deeply nested") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--config {path}: not a text file") from error
     except yaml.YAMLError as error:
@@ -152,6 +160,17 @@ def _read_file(cls: type[Config], path: str) -> tuple[dict[str, Any], dict[str, 
             raise UsageError(f"{place} is given twice")
         values[name], places[name] = value, place
     return values, places
+
+
+def _count(node: yaml.Node | None, counts: dict[int, int] | None = None) -> int:
+    """Count the values of a YAML document; an alias counts as all that it stands for."""
+    counts = {} if counts is None else counts
+    if id(node) not in counts and isinstance(node, yaml.CollectionNode):
+        # An alias within its own value has no end.
+        counts[id(node)] = _LARGEST_FILE
+        parts = [part for one in node.value for part in (one if isinstance(one, tuple) else [one])]
+        counts[id(node)] = 1 + sum(_count(part, counts) for part in parts)
+    return counts.get(id(node), 1)
 
 
 def _explain(

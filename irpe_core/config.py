@@ -13,6 +13,9 @@ __all__ = ["METHODS", "MODES", "RPEConfig", "get_rpe_config", "parse_rpe_spec", 
 
 METHODS = ("euc", "quant", "cross", "product")
 MODES = ("bias", "ctx")
+# With this ratio, each distance of up to 100 tokens has a bucket of its own. The number of buckets
+# of the product method, and so time and memory, grow with the square of the ratio.
+_LARGEST_RATIO = 100
 
 _FORM = "rpe-{ratio}-{method}-{mode}-{shared_head}-{rpe_on}"
 _EXAMPLE = "rpe-2.0-product-ctx-1-k"
@@ -26,7 +29,7 @@ class RPEConfig:
     `ratio`.
 
     Args:
-        ratio: Finite and > 0. A larger ratio gives more and finer buckets.
+        ratio: Larger than 0 and at most 100. A larger ratio gives more and finer buckets.
         method: `euc`, `quant`, `cross` or `product`; see `irpe_core.buckets`.
         mode: `ctx` (contextual: the table is multiplied by queries, keys or attention weights) or
             `bias` (one number per bucket).
@@ -48,8 +51,10 @@ class RPEConfig:
 
     def __post_init__(self) -> None:
         is_number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
-        if not is_number or not math.isfinite(self.ratio) or self.ratio <= 0:
+        if not is_number or not 0 < self.ratio < math.inf:
             raise ValueError(f"ratio must be a finite number > 0, got {self.ratio!r}")
+        if self.ratio > _LARGEST_RATIO:
+            raise ValueError(f"ratio must be at most {_LARGEST_RATIO}, got {self.ratio!r:.40}")
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.mode not in MODES:

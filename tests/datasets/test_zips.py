@@ -189,3 +189,35 @@ def test_one_damaged_member_does_not_affect_the_others(
 def test_a_missing_archive_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no archive at .*train\.zip"):
         ZipArchive(tmp_path / "train.zip")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (zipfile.ZIP_STORED, "it has more than 1,000"),
+        (zipfile.ZIP_DEFLATED, "it unpacks to more than 1,000"),
+    ],
+    ids=["stored", "deflated"],
+)
+def test_a_member_larger_than_any_image_is_refused(
+    method: int, message: str, write_zip: WriteZip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "_LARGEST_MEMBER", 1000)
+    files = {"bomb.png": bytes(1001), "image.png": bytes(1000)}
+    archive = ZipArchive(write_zip(tmp_path / "x.zip", files, method))
+    assert archive.read("image.png") == bytes(1000)
+    with pytest.raises(CorruptImageError, match=rf"bomb\.png is damaged: {message}"):
+        archive.read("bomb.png")
+
+
+def test_a_small_zip_of_gigabytes_needs_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("bomb.png", "w", force_zip64=True) as member,
+    ):
+        for _ in range(300):
+            member.write(bytes(1 << 20))
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(CorruptImageError, match="unpacks to more than 268,435,456 bytes"):
+        ZipArchive(path).read("bomb.png")

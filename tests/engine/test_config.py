@@ -294,6 +294,28 @@ def test_an_error_in_a_file_is_one_line_that_names_file_key_and_value(error_of, 
     assert words in error_of("--config", write(text))
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "a0: &a0 [x, x]\n"
+            + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)),
+            "its aliases stand for too many values",
+        ),
+        ("scales: &a [1, *a]", "its aliases stand for too many values"),
+        ("scales: " + "[" * 5000 + "]" * 5000, "too deeply nested"),
+        ("# " + "x" * 100_000, "must have at most 100,000 characters"),
+    ],
+    ids=["billion laughs", "endless", "deep", "large"],
+)
+def test_a_file_that_needs_unbounded_memory_is_refused(error_of, write, text, words):
+    assert words in error_of("--config", str(write(text)))
+
+
+def test_a_device_is_not_read_to_its_end(error_of):
+    assert "must have at most" in error_of("--config", "/dev/zero")
+
+
 def test_an_error_in_several_processes_names_the_rank(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")

@@ -16,6 +16,8 @@ from irpe_core import METHODS, RPEConfig, format_rpe_spec, get_rpe_config, parse
         ("ratio", -1.9, "ratio must be a finite number > 0, got -1.9"),
         ("ratio", math.nan, "ratio must be a finite number > 0, got nan"),
         ("ratio", math.inf, "ratio must be a finite number > 0, got inf"),
+        ("ratio", 100.5, "ratio must be at most 100, got 100.5"),
+        ("ratio", 10**400, "ratio must be at most 100, got 1000"),
         ("ratio", True, "ratio must be a finite number > 0, got True"),
         ("ratio", "1.9", "ratio must be a finite number > 0, got '1.9'"),
         ("ratio", None, "ratio must be a finite number > 0, got None"),
@@ -111,7 +113,7 @@ def test_the_error_of_a_bad_part_names_the_spec_the_part_and_what_is_allowed(spe
         parse_rpe_spec(spec)
 
 
-@pytest.mark.parametrize("ratio", [1e-05, 0.1, 1.9, 2, 20, 33.333333333333336, 1e16, 1.5e300])
+@pytest.mark.parametrize("ratio", [1e-05, 0.1, 1.9, 2, 20, 33.333333333333336, 100.0])
 @pytest.mark.parametrize("method", METHODS)
 def test_writing_and_reading_a_spec_gives_the_same_configuration(ratio, method):
     for mode, rpe_on in (("ctx", "qkv"), ("bias", "k")):
