@@ -94,4 +94,6 @@ def is_finite(tensor: Tensor) -> bool:
         return False
     if not tensor.is_floating_point():
         return True
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # float8 has no sum
     return math.isfinite(tensor.sum(dtype=torch.float32).item()) or bool(tensor.isfinite().all())

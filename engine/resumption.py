@@ -13,13 +13,7 @@ from typing import Any
 import torch
 
 from engine.errors import UserError
-from engine.foreign import (
-    is_number,
-    is_real,
-    is_whole,
-    require_that,
-    same_kind,
-)
+from engine.foreign import is_number, is_real, is_whole, require_that, same_kind
 
 __all__ = ["check_classes", "check_position", "check_scaler", "check_scheduler"]
 

@@ -196,6 +196,8 @@ def _fault_of(value: Tensor, own: Tensor) -> str | None:
     """Describe why a tensor of the right shape is no weight of the model; None if it is one."""
     if value.is_complex() or value.is_floating_point() != own.is_floating_point():
         return f"has the dtype {value.dtype}, the model's is {own.dtype}"
+    if value.is_floating_point() and value.element_size() == 1:
+        value = value.float()  # float8 has no sum
     # A sum allocates nothing. Each entry is checked only if it overflows or is not finite.
     if not value.is_floating_point() or math.isfinite(value.sum(dtype=torch.float32).item()):
         return None

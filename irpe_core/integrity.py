@@ -95,7 +95,7 @@ def _check_size(path: Path, total: int) -> None:
 
 def _tensors(content: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield all tensors in nested dicts, lists and tuples, with the keys that lead to them."""
-    # Without recursion, and each container once: the nesting is that of an untrusted file.
+    # Without recursion, and each container once: an untrusted file may nest them in any way.
     pending: list[tuple[str, Any]] = [("", content)]
     seen: set[int] = set()
     while pending:
@@ -105,7 +105,8 @@ def _tensors(content: Any) -> Iterator[tuple[str, Tensor]]:
         elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             entries = value.items() if isinstance(value, dict) else enumerate(value)
-            pending += [(f"{key}.{_short(name)}".lstrip("."), one) for name, one in entries]
+            # Only the end of the keys, since the nesting may be deep.
+            pending += [(f"{key}.{_short(name)}".lstrip(".")[-200:], one) for name, one in entries]
 
 
 def _short(name: Any) -> str:

@@ -362,3 +362,12 @@ def test_weights_that_are_no_finite_numbers_are_refused(weights, message):
     assert torch.equal(model.weight, before)
     # Finite weights whose sum is not.
     load_weights(model, STATE | {"weight": torch.full((2, 3), 3e38)})
+
+
+def test_weights_of_eight_bits_are_accepted():
+    model = nn.Linear(3, 2)
+    load_weights(model, STATE | {"weight": STATE["weight"].to(torch.float8_e4m3fn)})
+    assert torch.equal(model.weight, STATE["weight"])
+    weight = torch.full((2, 3), torch.nan).to(torch.float8_e4m3fn)
+    with pytest.raises(CheckpointError, match="weight has 6 values that are not finite"):
+        load_weights(model, STATE | {"weight": weight})
