@@ -135,13 +135,17 @@ def test_output_dir_that_cannot_be_written_is_refused(flags, tmp_path, failure):
     assert "file" in line
 
 
-def test_weights_that_are_not_finite_stop_the_run_and_save_the_batch(
+def test_outputs_that_are_not_finite_stop_the_run_and_save_the_batch(
     flags, trained, tmp_path, failure
 ):
     content = torch.load(trained / "checkpoint.pth", weights_only=True)
     content["model"]["bbox_embed.layers.0.weight"].fill_(float("nan"))
     torch.save(content, tmp_path / "nan.pth")
-    run = ["--finetune", str(tmp_path / "nan.pth"), "--output_dir", str(tmp_path / "out")]
+    code, line = failure(*flags, "--eval", "--resume", str(tmp_path / "nan.pth"))
+    assert (code, "bbox_embed.layers.0.weight has " in line) == (1, True)
+    content["model"]["bbox_embed.layers.0.weight"].fill_(3e38)
+    torch.save(content, tmp_path / "large.pth")
+    run = ["--finetune", str(tmp_path / "large.pth"), "--output_dir", str(tmp_path / "out")]
     code, line = failure(*flags, *run)
     assert code == 1
     assert "bbox_embed" in line
