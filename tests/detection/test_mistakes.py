@@ -143,7 +143,9 @@ def test_outputs_that_are_not_finite_stop_the_run_and_save_the_batch(
     torch.save(content, tmp_path / "nan.pth")
     code, line = failure(*flags, "--eval", "--resume", str(tmp_path / "nan.pth"))
     assert (code, "bbox_embed.layers.0.weight has " in line) == (1, True)
-    content["model"]["bbox_embed.layers.0.weight"].fill_(3e38)
+    # Finite weights of both signs, whose products overflow.
+    content["model"]["bbox_embed.layers.0.weight"][::2] = 3e38
+    content["model"]["bbox_embed.layers.0.weight"][1::2] = -3e38
     torch.save(content, tmp_path / "large.pth")
     run = ["--finetune", str(tmp_path / "large.pth"), "--output_dir", str(tmp_path / "out")]
     code, line = failure(*flags, *run)
