@@ -219,6 +219,9 @@ def printable(name: str) -> str:
 def _start_share(checkpoint: Mapping[str, Any]) -> float:
     """Return the share of the first weights in the EMA of a checkpoint; 0 if it is unknown."""
     decay = (checkpoint.get("args") or {}).get("model_ema_decay")
-    states = (checkpoint.get("optimizer") or {}).get("state") or {}
-    steps = [state["step"] for state in states.values() if "step" in state]
-    return decay ** float(max(steps)) if decay and steps else 0.0
+    try:
+        states = checkpoint["optimizer"]["state"].values()
+        return float(decay) ** max(float(state["step"]) for state in states if "step" in state)
+    # Entries of another kind: the optimizer of a foreign file is checked only to resume.
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError):
+        return 0.0

@@ -23,7 +23,7 @@ _DIVISORS = {"step_size", "decay_t", "t_initial"}
 
 
 def check_position(checkpoint: Mapping[str, Any], steps: int, total_batch_size: int) -> None:
-    """Check epoch, step, best metric and total batch size.
+    """Check epoch, step, best metric, evaluations since then, and total batch size.
 
     Args:
         checkpoint: The checkpoint.
@@ -38,6 +38,9 @@ def check_position(checkpoint: Mapping[str, Any], steps: int, total_batch_size: 
     require_that(is_whole(step) and step >= 0, "step", "a whole number >= 0", step)
     best = checkpoint.get("best", 0.0)
     require_that(is_number(best) and not math.isnan(best), "best", "a number", best)
+    since = checkpoint.get("evals_since_best", 0)
+    valid = is_whole(since) and 0 <= since < _LARGEST_EPOCH
+    require_that(valid, "evals_since_best", "a whole number >= 0", since)
     before = checkpoint.get("images_per_step", total_batch_size)
     require_that(is_whole(before) and before > 0, "images_per_step", "a whole number > 0", before)
     trained = checkpoint.get("trained", {})

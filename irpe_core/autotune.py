@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import reprlib
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -152,7 +153,7 @@ class Autotuner:
         tables = state.values() if isinstance(state, Mapping) else [None]
         if not all(isinstance(table, Mapping) for table in tables):
             raise CheckpointError(
-                f"the choices of attention must be a dict of dicts, got {str(state)[:100]}"
+                f"the choices of attention must be a dict of dicts, got {reprlib.repr(state)}"
             )
         with self._lock:
             for environment, found in state.items():

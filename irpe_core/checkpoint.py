@@ -21,7 +21,7 @@ from irpe_core.config import RPEConfig
 from irpe_core.download import download
 from irpe_core.entries import check_entries
 from irpe_core.errors import CheckpointError
-from irpe_core.integrity import check_archive, check_tensors
+from irpe_core.integrity import check_tensors, checked_archive
 from irpe_core.mismatch import TABLE, describe_mismatch
 
 __all__ = ["CheckpointError", "load_checkpoint", "load_weights"]
@@ -69,11 +69,10 @@ def load_checkpoint(source: str | Path) -> dict:
 
 def _read_torch(path: Path) -> object:
     """Read a file of `torch.save` without running code in it."""
-    check_archive(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with checked_archive(path), torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
+    except (CheckpointError, PermissionError):
         raise
     # For a damaged file the unpickler may raise almost any exception, such as IndexError.
     except Exception as error:

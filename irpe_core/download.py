@@ -51,8 +51,8 @@ def download(
     others wait. A call after an interrupted download continues it.
 
     Args:
-        url: An `https://` URL; `http://` is allowed for this machine, and for others if the
-            environment variable `IRPE_ALLOW_HTTP` is 1. Its last part is the name of the file.
+        url: An `https://` URL, whose last part is the name of the file. An `http://` URL without
+            `sha256` gives a warning.
         directory: Folder of the file; None for the checkpoints of the torch hub cache.
         sha256: Checksum of the file in hexadecimal. An existing file is checked too.
         progress: Show a progress bar in the process that downloads, if stderr is a terminal.
@@ -82,6 +82,7 @@ def download(
                 if cache_path(url, directory) != path:
                     continue
                 if file is not None:
+                    _warn_if_open(source, sha256)
                     version = _complete(file, source, part, sha256, progress)
                     record(path, url, part, version)
                     part.replace(path)
@@ -148,6 +149,12 @@ def _check_existing(path: Path, url: str, sha256: str | None) -> None:
             f"{str(path)!r} has the SHA-256 {found} instead of {sha256}: "
             "remove it to download it again"
         )
+
+
+def _warn_if_open(url: str, sha256: str | None) -> None:
+    """Warn of a file that arrives without encryption and is not compared with a checksum."""
+    if sha256 is None and urlsplit(url).scheme == "http":
+        logger.warning("%s is not encrypted: anyone on the way can replace the file", url)
 
 
 @contextmanager

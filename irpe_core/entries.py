@@ -19,7 +19,7 @@ _MOST_PIXELS = 100_000
 
 
 def check_entries(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Check `task`, `classes`, `label_to_category` and `image_size`, if they exist.
+    """Check the entries that describe labels, images and the choices of attention, if they exist.
 
     Args:
         checkpoint: Content of the file.
@@ -38,6 +38,7 @@ def check_entries(checkpoint: Mapping[str, Any], path: Path) -> None:
         ),
         "label_to_category": (_is_label_map, f"a dict of labels below {_MOST_LABELS:,} and ids"),
         "image_size": (_is_size, "one or two numbers of pixels"),
+        "attention_choices": (_are_choices, "a dict of dicts"),
     }
     for name, (is_valid, wanted) in checks.items():
         value = checkpoint.get(name)
@@ -61,6 +62,11 @@ def _is_label_map(value: Any) -> bool:
         and abs(category) < 2**63
         for label, category in value.items()
     )
+
+
+def _are_choices(value: Any) -> bool:
+    """Return whether a value maps environments to choices, which are checked when they are used."""
+    return isinstance(value, dict) and all(isinstance(found, dict) for found in value.values())
 
 
 def _is_size(value: Any) -> bool:

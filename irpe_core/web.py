@@ -1,6 +1,5 @@
 """Requests of files by HTTP: only safe schemes, with a timeout, from a given byte on."""
 
-import ipaddress
 import os
 import re
 import sys
@@ -25,7 +24,7 @@ def file_name(url: str) -> str:
     """Return the file name in a URL.
 
     Raises:
-        CheckpointError: The URL has none, or its scheme is not allowed.
+        CheckpointError: The URL has none, or is not one of HTTP.
     """
     try:
         parts = urlsplit(url)
@@ -34,45 +33,21 @@ def file_name(url: str) -> str:
         name = host = None
     if not host or parts.scheme not in ("http", "https") or name in ("", "..") or "\0" in url:
         raise CheckpointError(f"url must be the http:// or https:// URL of a file, got {url!r}")
-    if problem := _problem_of(url):
-        raise CheckpointError(f"url must be {problem}, got {url!r}")
     return name
 
 
-def _problem_of(url: str) -> str | None:
-    """Return what a URL must be instead; None if it is allowed.
-
-    Anyone between this machine and the server can change what HTTP sends without TLS.
-    """
-    parts = urlsplit(url)
-    if parts.scheme == "https" or os.environ.get("IRPE_ALLOW_HTTP") == "1":
-        return None if parts.scheme in ("http", "https") else "an https:// URL"
-    if parts.scheme == "http" and _is_local(parts.hostname or ""):
-        return None
-    return "an https:// URL (IRPE_ALLOW_HTTP=1 allows http://)"
-
-
-def _is_local(host: str) -> bool:
-    """Return whether a host is this machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 class _Redirects(HTTPRedirectHandler):
-    """Redirections, except to a scheme that is not allowed and from https to http."""
+    """Redirections, except from https to http and to another scheme."""
 
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Request | None:
         """Return the next request."""
         target = urljoin(req.full_url, newurl)
-        problem = _problem_of(target)
-        if req.type == "https" and urlsplit(target).scheme != "https":
-            problem = "an https:// URL"
-        if problem:
-            raise URLError(f"the server redirects to {target}, which must be {problem}")
+        allowed = ("https",) if req.type == "https" else ("http", "https")
+        if urlsplit(target).scheme not in allowed:
+            wanted = " or ".join(f"{scheme}://" for scheme in allowed)
+            raise URLError(f"the server redirects to {target}, which must be an {wanted} URL")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

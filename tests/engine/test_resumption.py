@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 import engine
@@ -45,6 +46,8 @@ FAULTS: list[tuple[tuple, Any, str]] = [
     (("step",), 12, "step must be at most 11, the optimizer steps of an epoch, got 12"),
     (("best",), NAN, "best must be a number, got nan"),
     (("best",), "high", "best must be"),
+    (("evals_since_best",), -1, "evals_since_best must be a whole number >= 0, got -1"),
+    (("evals_since_best",), "1", "evals_since_best must be"),
     (("images_per_step",), [4], "images_per_step must be"),
     (("optimizer",), None, "optimizer must be a dict with state and param_groups, got None"),
     (("optimizer",), [1], "optimizer must be"),
@@ -116,7 +119,7 @@ def test_entries_of_older_versions_may_be_missing_or_more(tmp_path, checkpoint):
     old["lr_scheduler"] |= {"verbose": False}
     for name in ("_is_initial", "_get_lr_called_within_step"):
         old["lr_scheduler"].pop(name, None)
-    for name in ("best", "step", "scaler", "images_per_step", "provenance"):
+    for name in ("best", "evals_since_best", "step", "scaler", "images_per_step", "provenance"):
         del old[name]
     resume(tmp_path, old)
 
@@ -158,6 +161,27 @@ def test_a_schedule_of_timm_is_checked_like_one_of_torch(name):
     for fault in ({"base_values": None}, {"update_groups": 1}, {"warmup_t": "5"}):
         with pytest.raises(engine.UserError, match=f"lr_scheduler.{next(iter(fault))} must be"):
             check_scheduler(saved | fault, create())
+
+
+@pytest.mark.parametrize("decay", [None, 0.7])
+def test_a_plateau_schedule_is_checked_with_and_without_layer_decay(decay):
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32)
+
+    def create() -> tuple[Any, Any]:
+        optimizer = create_optimizer_v2(model, opt="adamw", lr=0.1, layer_decay=decay)
+        return optimizer, create_scheduler_v2(optimizer, sched="plateau", num_epochs=9)[0]
+
+    optimizer, scheduler = create()
+    scheduler.step(0, 0.5)
+    scheduler.step(1, 0.4)
+    other, other_scheduler = create()
+    check_optimizer(optimizer.state_dict(), other)
+    check_scheduler(scheduler.state_dict(), other_scheduler)
+    with pytest.raises(engine.UserError, match=r"lr_scheduler\.best must be"):
+        check_scheduler(scheduler.state_dict() | {"best": None}, other_scheduler)
 
 
 @pytest.mark.parametrize(

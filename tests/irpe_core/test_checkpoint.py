@@ -324,6 +324,8 @@ def test_tensors_without_their_own_memory_are_refused(tmp_path, tensor, message,
         ({"label_to_category": {0: 2**70}}, "a dict of labels below"),
         ({"image_size": [224, "224"]}, "one or two numbers of pixels"),
         ({"image_size": []}, "one or two numbers of pixels"),
+        ({"attention_choices": ["triton"]}, "a dict of dicts"),
+        ({"attention_choices": {"cpu": "triton"}}, "a dict of dicts"),
     ],
     ids=str,
 )

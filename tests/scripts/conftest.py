@@ -46,12 +46,6 @@ def site(checkpoints: dict[str, bytes]) -> Iterator[Site]:
         yield site
 
 
-@pytest.fixture(autouse=True)
-def allow_http(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allow the URLs of machines that do not exist, in which the zoos of the tests are."""
-    monkeypatch.setenv("IRPE_ALLOW_HTTP", "1")
-
-
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of checkpoints."""
