@@ -6,6 +6,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ def setup_logging(output_dir: Path | None = None, rank: int = 0) -> None:
     """Send log records to stdout and, in the main process, to `output_dir/run.log`.
 
     The main process shows INFO and above. The others show only warnings, with their rank. A second
-    call replaces the handlers of the first one and keeps those of other code.
+    call replaces the handlers of the first one and keeps those of other code. With `output_dir`, the
+    run continues if stdout cannot be written any more, as after `| head`.
 
     Args:
         output_dir: Existing folder for `run.log`; None for none.
@@ -38,7 +40,7 @@ def setup_logging(output_dir: Path | None = None, rank: int = 0) -> None:
         handler.close()
     place = f"[rank {rank}] " if rank else ""
     form = logging.Formatter(f"%(asctime)s {place}%(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    handlers: list[logging.Handler] = [_ConsoleHandler()]
+    handlers: list[logging.Handler] = [_ConsoleHandler(may_close=output_dir is not None)]
     if output_dir is not None and rank == 0:
         handlers.append(logging.FileHandler(output_dir / "run.log", encoding="utf-8"))
     for handler in handlers:
@@ -50,12 +52,27 @@ def setup_logging(output_dir: Path | None = None, rank: int = 0) -> None:
 
 
 class _ConsoleHandler(logging.Handler):
-    """A handler that writes to stdout, above a progress bar."""
+    """A handler that writes to stdout, above a progress bar.
+
+    Args:
+        may_close: Continue without stdout if it cannot be written any more; false raises OSError.
+    """
+
+    def __init__(self, *, may_close: bool) -> None:
+        super().__init__()
+        self._may_close = may_close
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            if not self._may_close:
+                raise
+            # The text in the buffer cannot be written either, now or at the exit of the process.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            logger.warning("the console is closed (%s): the run continues", error.strerror)
 
 
 class RunLog:

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -57,8 +57,10 @@ class StopRequest:
             raise KeyboardInterrupt
         self._signal = self._signal or number
         # Logging is not safe here: the signal may have interrupted it.
-        if is_main():
-            os.write(2, _MESSAGE)
+        # The terminal may be closed.
+        with suppress(OSError):
+            if is_main():
+                os.write(2, _MESSAGE)
         self._stop_if_alone()
 
     def _stop_if_alone(self) -> None:

@@ -61,9 +61,13 @@ def test_missing_data_is_refused_with_what_was_expected(model_flags, tmp_path, f
 def test_missing_annotations_are_named(model_flags, scenes, tmp_path, failure):
     shutil.copytree(scenes, tmp_path / "scenes")
     (tmp_path / "scenes" / "annotations" / "instances_val2017.json").unlink()
-    code, line = failure(*model_flags, "--coco_path", str(tmp_path / "scenes"))
+    out = tmp_path / "out"
+    run = [*model_flags, "--coco_path", str(tmp_path / "scenes"), "--output_dir", str(out)]
+    code, line = failure(*run)
     assert code == 1
     assert "instances_val2017.json" in line
+    assert not (out / "checkpoint.pth").exists()
+    assert "epoch 0" not in (out / "run.log").read_text()
 
 
 def test_annotated_image_that_is_not_in_the_zip_is_named(model_flags, scenes, tmp_path, failure):

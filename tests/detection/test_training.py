@@ -149,7 +149,7 @@ def test_the_best_mask_head_of_a_frozen_detector_is_that_of_the_best_masks(
 ):
     recipes = []
     monkeypatch.setattr(
-        "detection.main.run_training", lambda session, recipe: recipes.append(recipe)
+        "detection.training.run_training", lambda session, recipe: recipes.append(recipe)
     )
     main(flags)
     main([*flags, "--masks"])

@@ -2,11 +2,15 @@
 
 import json
 import logging
+import signal
+import time
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import RunLog, setup_logging
+from tests.engine.launch import start
 
 
 @pytest.fixture
@@ -110,3 +114,28 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
         log.scalars({"train/loss": 3.0}, 5)
         log.write_epoch({"epoch": 0}, 10)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_with_a_folder_outlives_its_console(tmp_path):
+    flags = ["--epochs", "3", "--logger", "none", "--print-freq", "1", "--pause", "0.01"]
+    run = start("tests.engine.toy", *flags, "--output-dir", str(tmp_path))
+    run.stdout.readline()
+    run.stdout.close()
+    assert run.wait(timeout=60) == 0
+    assert run.stderr.read() == ""
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 3
+    text = (tmp_path / "run.log").read_text()
+    assert text.count("the console is closed (Broken pipe): the run continues") == 1
+    assert "epoch 2 11/11" in text
+
+
+def test_a_signal_stops_a_run_whose_console_is_closed(tmp_path):
+    run = start("tests.engine.toy", "--output-dir", str(tmp_path), "--pause", "0.1")
+    run.stdout.readline()
+    run.stdout.close()
+    run.stderr.close()
+    while "epoch 0" not in (tmp_path / "run.log").read_text():
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) == 143
+    assert torch.load(tmp_path / "checkpoint.pth")["step"] > 0

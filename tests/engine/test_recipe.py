@@ -1,8 +1,10 @@
 """A recipe in a session: what is refused, and what every checkpoint contains."""
 
+import copy
 import json
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -255,3 +257,17 @@ def test_an_evaluation_with_metrics_that_are_not_finite_fails(tmp_path, value):
             session, toy.create_model(0), lambda _: {"loss": value}, ema=None, num_images=3
         )
     assert not (tmp_path / "eval.json").exists()
+
+
+@pytest.mark.parametrize("entry", ["classes", "label_to_category"])
+def test_a_training_whose_labels_mean_something_else_is_not_resumed(monkeypatch, tmp_path, entry):
+    labels = {"classes": ["a", "b", "c"], "label_to_category": {0: 1, 1: 2, 2: 3}}
+    extras = partial(engine.Recipe, checkpoint_extras=lambda: copy.deepcopy(labels))
+    monkeypatch.setattr(engine, "Recipe", extras)
+    config = ToyConfig(output_dir=str(tmp_path), epochs=2, max_steps=3)
+    train(config)
+    longer = config.model_copy(update={"max_steps": 5})
+    assert train(longer, resume=True)["step"] == 5
+    labels[entry][0], labels[entry][1] = labels[entry][1], labels[entry][0]
+    with pytest.raises(engine.UserError, match=f"{entry} must be that of the checkpoint"):
+        train(longer.model_copy(update={"max_steps": 7}), resume=True)
