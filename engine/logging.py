@@ -27,8 +27,8 @@ def setup_logging(output_dir: Path | None = None, rank: int = 0) -> None:
     """Send log records to stdout and, in the main process, to `output_dir/run.log`.
 
     The main process shows INFO and above. The others show only warnings, with their rank. A second
-    call replaces the handlers of the first one and keeps those of other code. With `output_dir`, the
-    run continues if stdout cannot be written any more, as after `| head`.
+    call replaces the handlers of the first one and keeps those of other code. With `output_dir`,
+    the run continues if stdout cannot be written any more, as after `| head`.
 
     Args:
         output_dir: Existing folder for `run.log`; None for none.
