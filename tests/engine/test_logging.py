@@ -135,6 +135,7 @@ def test_a_signal_stops_a_run_whose_console_is_closed(tmp_path):
     run.stdout.close()
     run.stderr.close()
     while "epoch 0" not in (tmp_path / "run.log").read_text():
+        assert run.poll() is None
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     assert run.wait(timeout=60) == 143
