@@ -35,6 +35,7 @@ _CHUNK = 1 << 20  # bytes
 # The start of the SHA-256 in the names of torchvision's files.
 _HASHED = re.compile(r"-([0-9a-f]{8,64})\.[^.]+$")
 _HASHING_HOST = "download.pytorch.org"
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 
 def download(
@@ -51,8 +52,8 @@ def download(
     others wait. A call after an interrupted download continues it.
 
     Args:
-        url: An `https://` URL, whose last part is the name of the file. An `http://` URL without
-            `sha256` gives a warning.
+        url: An `https://` URL, whose last part is the name of the file. An `http://` URL of another
+            machine without `sha256` gives a warning.
         directory: Folder of the file; None for the checkpoints of the torch hub cache.
         sha256: Checksum of the file in hexadecimal. An existing file is checked too.
         progress: Show a progress bar in the process that downloads, if stderr is a terminal.
@@ -153,7 +154,8 @@ def _check_existing(path: Path, url: str, sha256: str | None) -> None:
 
 def _warn_if_open(url: str, sha256: str | None) -> None:
     """Warn of a file that arrives without encryption and is not compared with a checksum."""
-    if sha256 is None and urlsplit(url).scheme == "http":
+    parts = urlsplit(url)
+    if sha256 is None and parts.scheme == "http" and parts.hostname not in _THIS_MACHINE:
         logger.warning("%s is not encrypted: anyone on the way can replace the file", url)
 
 

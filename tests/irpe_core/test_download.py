@@ -364,8 +364,11 @@ def test_a_pipe_in_the_cache_is_an_error_and_no_hang(url, tmp_path):
     assert "weights.pth.part: No such device or address" in failure(url, tmp_path)
 
 
-def test_plain_http_gives_a_warning_unless_a_checksum_is_known(url, tmp_path, caplog):
+def test_plain_http_gives_a_warning_unless_a_checksum_is_known(url, tmp_path, monkeypatch, caplog):
     warning = f"{url} is not encrypted: anyone on the way can replace the file"
+    download(url, tmp_path / "local")
+    assert warning not in caplog.messages
+    monkeypatch.setattr("irpe_core.download._THIS_MACHINE", ())
     download(url, tmp_path / "known", sha256=SHA256)
     assert warning not in caplog.messages
     for _ in range(2):
