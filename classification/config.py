@@ -119,6 +119,8 @@ class DataConfig(Config):
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Maximum fraction of unreadable images; above it the run stops (checked from 10 unreadable
     images on, with 0 from the first)."""
+    decoder: Literal["auto", "pillow", "simplejpeg"] = "auto"
+    """Decoder of JPEG files for training; auto is simplejpeg if it is installed, else Pillow."""
 
 
 class AugmentConfig(Config):

@@ -38,6 +38,7 @@ def build_split(
     """
     transform = build_byte_transform(
         split == "train",
+        decoder=config.decoder,
         input_size=config.image_size,
         augment=config.augment,
         color_jitter=config.color_jitter,

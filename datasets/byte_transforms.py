@@ -8,6 +8,7 @@ drawn here, see `datasets.pixels.erase`.
 """
 
 import random
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -17,7 +18,8 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
-from datasets.pixels import DrawErasing, Erasing, to_image, to_uint8
+from datasets.decoders import Decode, DecoderName, find_decoder
+from datasets.pixels import DrawErasing, Erasing, pack, to_image, to_uint8
 from datasets.shifts import shift_faster
 from datasets.transforms import build_transform
 
@@ -26,11 +28,15 @@ __all__ = ["build_byte_transform"]
 _ON_FLOATS = (MaybeToTensor, transforms.ToTensor, transforms.Normalize, RandomErasing)
 
 
-def build_byte_transform(is_train: bool, **options: Any) -> transforms.Compose:
+def build_byte_transform(
+    is_train: bool, *, decoder: DecoderName = "pillow", **options: Any
+) -> transforms.Compose:
     """Build the transform from a PIL RGB image to bytes.
 
     Args:
         is_train: True for the random transform of training, False for that of evaluation.
+        decoder: Decoder of JPEG files, see `datasets.decoders`; used if the transform begins with a
+            random resized crop.
         **options: The other arguments of `build_transform`.
 
     Returns:
@@ -55,7 +61,23 @@ def build_byte_transform(is_train: bool, **options: Any) -> transforms.Compose:
         for step in steps
         if isinstance(step, RandomErasing)
     ]
-    return transforms.Compose([*on_images, _Finish(*draws)])
+    steps = [*on_images, _Finish(*draws)]
+    if isinstance(steps[0], _ResizedCrop):
+        return _DecodingTransform(steps, find_decoder(decoder))
+    return transforms.Compose(steps)
+
+
+class _DecodingTransform(transforms.Compose):
+    """Steps that begin with a crop, and the decoder of the image files.
+
+    Args:
+        steps: The steps. The first one accepts PIL images and pixels uint8 `(3, H, W)`.
+        decode: Decoder of the image files.
+    """
+
+    def __init__(self, steps: Sequence[Callable], decode: Decode) -> None:
+        super().__init__(steps)
+        self.decode = decode
 
 
 class _ResizedCrop:
@@ -68,14 +90,16 @@ class _ResizedCrop:
     def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
         self.crop = crop
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """Crop a random rectangle and resize it."""
+    def __call__(self, image: Image.Image | Tensor) -> Image.Image:
+        """Crop a random rectangle of an image or its pixels `(3, H, W)`, and resize it."""
         crop = self.crop
         top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
         interpolation = crop.interpolation
         if isinstance(interpolation, tuple | list):
             interpolation = random.choice(interpolation)
-        pixels = to_uint8(image.crop((left, top, left + width, top + height)))
+        cropped = F.crop(image, top, left, height, width)
+        # torch resizes dense memory (H, W, 3) in the least time.
+        pixels = pack(cropped) if isinstance(cropped, Tensor) else to_uint8(cropped)
         return to_image(F.resize(pixels, list(crop.size), interpolation=interpolation))
 
 

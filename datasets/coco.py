@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as F
 
 from datasets.coco_cache import open_annotations
 from datasets.coco_json import label_map_of, read_json, select_images
@@ -56,7 +57,8 @@ class CocoImages(Dataset[tuple[Any, Target]]):
     Args:
         images: Folder or zip of the images.
         annotations: JSON file in COCO's format.
-        transforms: Function applied to (RGB image, target).
+        transforms: Function applied to (RGB image, target). Its attribute `decode`, if it has one,
+            decodes the files instead of `decode_rgb`.
         with_masks: Add the masks to the target.
         label_map: Category id of each label, for example `label_to_category` of the training split;
             by default the result of `label_map_of`.
@@ -124,8 +126,9 @@ class CocoImages(Dataset[tuple[Any, Target]]):
         """
         name = f"{self._images.path}: {self._annotations.file_names[index]}"
         annotated = tuple(self._annotations.sizes[index].tolist())
-        image = decode_rgb(self._images.read(index), name, annotated)
-        target = self._target(index, image.height, image.width)
+        decode = getattr(self.transforms, "decode", decode_rgb)
+        image = decode(self._images.read(index), name, annotated)
+        target = self._target(index, *F.get_size(image))
         return self.transforms(image, target) if self.transforms else (image, target)
 
     def __getstate__(self) -> dict[str, Any]:

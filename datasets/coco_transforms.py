@@ -25,7 +25,9 @@ from torchvision.ops import box_convert
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from datasets.pixels import to_uint8
+from datasets.decoders import Decode, DecoderName, find_decoder
+from datasets.images import decode_rgb
+from datasets.pixels import pack, to_uint8
 
 __all__ = [
     "Picture",
@@ -105,6 +107,7 @@ class TrainTransform:
         crop_scales: Possible lengths of the short side before a crop, in pixels.
         crop_sides: Smallest and largest side of a crop in pixels.
         normalize: Return normalized floats instead of bytes.
+        decode: Decoder of the image files, which gives a picture; only for bytes.
     """
 
     scales: tuple[int, ...]
@@ -112,11 +115,13 @@ class TrainTransform:
     crop_scales: tuple[int, ...]
     crop_sides: tuple[int, int]
     normalize: bool = True
+    decode: Decode = decode_rgb
 
-    def __call__(self, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
+    def __call__(self, image: Picture, target: Target) -> tuple[Tensor, Target]:
         """Transform an image and its target."""
         if not self.normalize:
-            return self._augment(to_uint8(image), target)
+            pixels = image if isinstance(image, Tensor) else to_uint8(image)
+            return self._augment(pixels, target)
         image, target = self._augment(image, target)
         return normalize_image(image), target
 
@@ -151,6 +156,7 @@ def build_coco_transforms(
     augment: Literal["recipe", "none"] = "recipe",
     image_size: int | None = None,
     normalize: bool = True,
+    decoder: DecoderName = "pillow",
 ) -> Callable[[Image.Image, Target], tuple[Tensor, Target]]:
     """Build the transform from (PIL RGB image, target) to (normalized float (3, h, w), target).
 
@@ -167,6 +173,7 @@ def build_coco_transforms(
         image_size: Length of the short side in evaluation, instead of `eval_size`. All other sizes
             of the recipe are scaled by the same factor. For data sets of small images.
         normalize: Return normalized floats instead of bytes.
+        decoder: Decoder of JPEG files for training to bytes, see `datasets.decoders`.
 
     Returns:
         The transform.
@@ -196,6 +203,7 @@ def build_coco_transforms(
         crop_scales=tuple(max(1, round(scale * factor)) for scale in _CROP_SCALES),
         crop_sides=(max(1, round(_CROP_SIDES[0] * factor)), max(1, round(_CROP_SIDES[1] * factor))),
         normalize=normalize,
+        decode=decode_rgb if normalize else find_decoder(decoder),
     )
 
 
@@ -247,7 +255,7 @@ def resize_image(image: Picture, height: int, width: int) -> Picture:
     if isinstance(image, Tensor):
         # A crop is a view. From dense memory (h, w, 3), torch returns the same order, which
         # `collate` copies without a transposition.
-        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        image = pack(image)
     return F.resize(image, [height, width])
 
 

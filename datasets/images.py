@@ -137,7 +137,8 @@ class LabeledImages(Dataset[tuple[Any, int]]):
         names: Names of the N images.
         targets: Class number of each image, (N,) int64.
         classes: Class names in the order of their numbers.
-        transform: Function applied to the RGB image.
+        transform: Function applied to the RGB image. Its attribute `decode`, if it has one, decodes
+            the files instead of `decode_rgb`.
     """
 
     def __init__(
@@ -185,7 +186,8 @@ class LabeledImages(Dataset[tuple[Any, int]]):
             CorruptImageError: The image cannot be read or decoded.
         """
         data = self.read(index)
-        image = decode_rgb(data, f"{self.source}: {self.names[index]}")
+        decode = getattr(self.transform, "decode", decode_rgb)
+        image = decode(data, f"{self.source}: {self.names[index]}")
         return (self.transform(image) if self.transform else image), int(self.targets[index])
 
     def read(self, index: int) -> bytes:

@@ -26,6 +26,7 @@ __all__ = [
     "collate_pixels",
     "erase",
     "normalize_pixels",
+    "pack",
     "to_image",
     "to_uint8",
 ]
@@ -44,6 +45,11 @@ _ATTEMPTS = 10
 def to_uint8(image: Image.Image) -> Tensor:
     """Return the pixels of an RGB image: uint8 `(3, H, W)`, in memory as `(H, W, 3)`."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def pack(pixels: Tensor) -> Tensor:
+    """Return an image `(3, H, W)` in dense memory as `(H, W, 3)`; a crop is copied."""
+    return pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def to_image(pixels: Tensor) -> Image.Image:

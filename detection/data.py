@@ -50,7 +50,11 @@ def build_split(
         images=images,
         annotations=annotations,
         transforms=build_coco_transforms(
-            split, augment=config.augment, image_size=config.image_size, normalize=False
+            split,
+            augment=config.augment,
+            image_size=config.image_size,
+            normalize=False,
+            decoder=config.decoder,
         ),
         with_masks=config.masks,
         label_map=label_map,

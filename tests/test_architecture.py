@@ -164,7 +164,7 @@ def test_requirements_list_what_the_packages_import():
     text = (ROOT / "requirements.txt").read_text()
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     listed = {line.partition(">=")[0] for line in lines}
-    optional = {"sklearn", "wandb", "mlflow", "hotcoco"}
+    optional = {"sklearn", "wandb", "mlflow", "hotcoco", "simplejpeg"}
     optional |= {"onnx", "onnxruntime", "triton", "transformers"}
     foreign = {name for module in MODULES for name, _ in imported(ROOT / module)}
     foreign -= {*sys.stdlib_module_names, *OURS, *optional, "setuptools"}
