@@ -3,6 +3,7 @@
     python -m scripts.benchmark data --output benchmarks/data.json
     python -m scripts.benchmark data --part imagenet --output benchmarks/data_imagenet.json
     python -m scripts.benchmark data --part coco --output benchmarks/data_coco.json
+    python -m scripts.benchmark data --part stages --output benchmarks/data_stages.json
 
 `--part imagenet` and `--part coco` compare the loaders of the trainers with those of timm and
 torchvision, see `scripts.benchmark.loaders`. All read the same generated JPEG files of the usual
@@ -10,6 +11,9 @@ size of ImageNet (500 x 375) or COCO (640 x 480) with one worker, and the loader
 is the CPU time of the worker per image, the median over the rounds. A ratio is the median over the
 rounds of (time / time of `floats` in the same round), where `floats` are the loaders with
 transforms to normalized floats.
+
+`--part stages` times decoding, resizing and each operation of RandAugment in all versions, see
+`scripts.benchmark.stages`.
 
 `--part files`, the default, compares a zip with a folder.
 The same images, given or generated, are written to a folder and to a zip, and read in one shuffled
@@ -48,6 +52,7 @@ from scripts.benchmark.loaders import (
     imagenet_loaders,
     seconds_to_read,
 )
+from scripts.benchmark.stages import measure_stages
 from scripts.benchmark.timing import median_ratio, positive_int
 
 __all__ = ["main"]
@@ -64,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--part",
-        choices=("files", "imagenet", "coco"),
+        choices=("files", "imagenet", "coco", "stages"),
         default="files",
         help="Part to measure (default: %(default)s)",
     )
@@ -171,7 +176,7 @@ def tasks(sources: dict[str, ImageSource], order: list[int]) -> dict[str, dict[s
     }
 
 
-def measure(forms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def measure_forms(forms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Return the seconds of both forms in every round. The form that is read first alternates."""
     times: dict[str, list[float]] = {form: [] for form in forms}
     for number in range(rounds + 1):
@@ -193,7 +198,7 @@ def measure_files(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     order = np.random.default_rng(1).permutation(len(names)).tolist()
     results = {}
     for kind, forms in tasks(sources, order).items():
-        times = measure(forms, args.rounds)
+        times = measure_forms(forms, args.rounds)
         results[kind] = {
             "images_per_second": {
                 form: len(names) / statistics.median(times[form]) for form in FORMS
@@ -242,12 +247,22 @@ def measure_loaders(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     return {"images": count, "batch_size": batch, "results": results}
 
 
+def measure_parts(args: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Measure the stages of an image, and print a table."""
+    results = measure_stages(generated_images(args.count, 500, 375), args.rounds)
+    print(f"{'stage':<16} ms per image")
+    for stage, versions in results.items():
+        print(f"{stage:<16} " + "  ".join(f"{name} {ms:.2f}" for name, ms in versions.items()))
+    return {"images": args.count, "results": results}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table and write JSON."""
     args = parse_args(argv)
     root = Path(tempfile.mkdtemp(prefix="benchmark-data-", dir=args.scratch))
+    measure = {"files": measure_files, "stages": measure_parts}.get(args.part, measure_loaders)
     try:
-        measured = (measure_files if args.part == "files" else measure_loaders)(args, root)
+        measured = measure(args, root)
     finally:
         shutil.rmtree(root)
     report = {"machine": machine(), "rounds": args.rounds, **measured}

@@ -2,7 +2,8 @@
 
 All read the same generated JPEG files with one worker:
 
-    ours         the loaders of the trainers
+    ours         the loaders of the trainers, which decode with Pillow
+    simplejpeg   the loaders of the trainers with --decoder simplejpeg, if it is installed
     floats       the loaders of the trainers with the transforms to normalized floats
     timm         timm's `create_loader` with the recipe of DeiT
     torchvision  torchvision's transforms with the same recipe, on PIL images, as in its references
@@ -13,6 +14,8 @@ import random
 import resource
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -28,6 +31,7 @@ from classification import config as classification_config
 from classification.data import build_split as build_classes
 from classification.data import train_loader as classification_loader
 from datasets import build_coco_transforms, build_transform, collate
+from datasets.decoders import DecoderName
 from datasets.transforms import allow_zero_bits
 from detection import config as detection_config
 from detection.data import build_split as build_boxes
@@ -60,10 +64,12 @@ def imagenet_loaders(root: Path, images: Iterable[tuple[str, bytes]], size: int 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     flags = ["--data_path", str(root), "--input_size", str(size), "--num_workers", "1"]
+    flags += ["--decoder", "pillow"]
     config = classification_config.parse_args([*flags, "--batch_size", str(IMAGENET_BATCH)])
 
-    def ours() -> DataLoader:
-        loader = classification_loader(build_classes(config, "train"), config, _CPU)
+    def ours(decoder: DecoderName = "pillow") -> DataLoader:
+        data = build_classes(config.model_copy(update={"decoder": decoder}), "train")
+        loader = classification_loader(data, config, _CPU)
         return _one_epoch(loader, loader.collate_fn)
 
     def floats() -> DataLoader:
@@ -105,7 +111,8 @@ def imagenet_loaders(root: Path, images: Iterable[tuple[str, bytes]], size: int 
         data = tv_datasets.ImageFolder(str(root / "train"), transform)
         return DataLoader(data, IMAGENET_BATCH, shuffle=True, num_workers=1, drop_last=True)
 
-    return {"ours": ours, "floats": floats, "timm": timms, "torchvision": torchvisions}
+    loaders = {"ours": ours, "floats": floats, "timm": timms, "torchvision": torchvisions}
+    return _with_simplejpeg(loaders, partial(ours, "simplejpeg"))
 
 
 def coco_loaders(root: Path, images: Iterable[tuple[str, bytes]]) -> Loaders:
@@ -119,19 +126,25 @@ def coco_loaders(root: Path, images: Iterable[tuple[str, bytes]]) -> Loaders:
     path = root / "annotations" / "instances_train2017.json"
     path.write_text(json.dumps(_annotations(names)))
     flags = ["--coco_path", str(root), "--num_workers", "1", "--batch_size", str(COCO_BATCH)]
-    config = detection_config.parse_args(flags)
+    config = detection_config.parse_args([*flags, "--decoder", "pillow"])
 
-    def build(transform: Callable | None = None) -> DataLoader:
-        data = build_boxes(config, "train")
+    def build(transform: Callable | None = None, decoder: DecoderName = "pillow") -> DataLoader:
+        data = build_boxes(config.model_copy(update={"decoder": decoder}), "train")
         if transform is not None:
             data.dataset.transforms = transform
         return _one_epoch(detection_loader(data, config, _CPU), collate)
 
-    return {
+    loaders = {
         "ours": build,
         "floats": lambda: build(build_coco_transforms("train")),
         "torchvision": lambda: build(_detr_transform),
     }
+    return _with_simplejpeg(loaders, partial(build, decoder="simplejpeg"))
+
+
+def _with_simplejpeg(loaders: Loaders, loader: Callable[[], Iterable]) -> Loaders:
+    """Add the loader that uses simplejpeg, if it is installed."""
+    return loaders | ({"simplejpeg": loader} if find_spec("simplejpeg") is not None else {})
 
 
 def _one_epoch(loader: DataLoader, collate_fn: Callable) -> DataLoader:

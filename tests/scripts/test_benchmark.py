@@ -101,6 +101,17 @@ def test_work_that_does_not_wait_is_not_counted():
     assert counter.operators >= 4
 
 
+def test_the_stages_of_an_image_are_timed(tmp_path, capsys):
+    output = tmp_path / "results.json"
+    main(["data", "--part", "stages", "--count", "1", "--rounds", "1", "--output", str(output)])
+    results = json.loads(output.read_text())["results"]
+    assert results.keys() >= {"decode", "crop and resize", "Rotate", "ShearX", "TranslateY"}
+    assert results["ShearX"].keys() == {"timm", "torchvision", "here"}
+    assert len(results) == 17
+    printed = capsys.readouterr().out
+    assert all(stage in printed for stage in results)
+
+
 @pytest.mark.parametrize("part", ["imagenet", "coco"])
 def test_the_loaders_are_compared(part, tmp_path, capsys):
     output = tmp_path / "results.json"
