@@ -45,6 +45,7 @@ def build_byte_transform(
 
     Raises:
         ValueError: An argument is not one of the allowed values.
+        DataError: The decoder is not installed.
     """
     steps = build_transform(is_train, **options).transforms
     on_images = [step for step in steps if not isinstance(step, _ON_FLOATS)]

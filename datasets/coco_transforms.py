@@ -180,6 +180,7 @@ def build_coco_transforms(
 
     Raises:
         ValueError: An argument is not one of the allowed values.
+        DataError: The decoder is not installed.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split must be train or val, got {split!r}")
