@@ -37,9 +37,10 @@ if TYPE_CHECKING:
     from engine.saved_options import with_saved_options
     from engine.seeding import derive_seed, seed_all
     from engine.session import Session, start_session
-    from engine.signals import Stopped, StopRequest, shield_worker
+    from engine.signals import Stopped, StopRequest
     from engine.steps import steps_per_epoch, total_batch_size
     from engine.tensors import copy_to, unwrap
+    from engine.workers import shield_worker
 
 _MODULES = {
     "Config": "config",
@@ -88,7 +89,7 @@ _MODULES = {
     "setup_logging": "logging",
     "StopRequest": "signals",
     "Stopped": "signals",
-    "shield_worker": "signals",
+    "shield_worker": "workers",
     "NonFiniteLossError": "nonfinite",
 }
 

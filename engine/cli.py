@@ -21,6 +21,7 @@ in `error [rank 3]:`. torchrun shows the sentence in its report, too.
 import json
 import logging
 import os
+import re
 import select
 import sys
 import time
@@ -32,10 +33,13 @@ from typing import Any, NoReturn
 
 from engine.errors import UserError
 from engine.launcher import launched_as
+from engine.workers import worker_error
 
 __all__ = ["fail", "one_line", "run"]
 
 _BROKEN_PIPE = 141  # As if SIGPIPE had ended the process.
+# In the errors of gloo, NCCL and their store.
+_CONNECTION = re.compile(r"connection|socket|nccl|gloo|broken pipe", re.IGNORECASE)
 _WORKER_TRACEBACK = "Original Traceback (most recent call last):"
 
 
@@ -70,6 +74,9 @@ def run(main: Callable[[], Any], *expected: type[Exception]) -> NoReturn:
         _shutdown()
         raise
     except Exception as error:
+        explained = _explained(error)
+        if explained is not None:
+            fail(explained)
         if not isinstance(error, expected) and not hasattr(type(error), "exit_code"):
             raise
         fail(error)
@@ -137,6 +144,22 @@ def _stdout_is_closed() -> bool:
     poll = select.poll()
     poll.register(sys.stdout, 0)
     return bool(poll.poll(0))
+
+
+def _explained(error: Exception) -> UserError | None:
+    """Return the sentence for an error of torch whose cause is another process; None for others."""
+    distributed = _distributed()
+    if not isinstance(error, RuntimeError) or isinstance(error, UserError):
+        return None
+    if distributed is not None and _CONNECTION.search(str(error)):
+        lost = distributed.lost_ranks()
+        if lost:
+            names = ", ".join(f"{rank} (process {process})" for rank, process in lost.items())
+            return UserError(
+                f"rank {names} has ended: see its error, or the log of the system if it was "
+                "killed; start again with --auto-resume to continue from the last checkpoint"
+            )
+    return worker_error(error)
 
 
 def _distributed() -> ModuleType | None:

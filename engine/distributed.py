@@ -6,8 +6,11 @@ NCCL and tensors on the CPU by gloo; one default group has both backends. The co
 values, such as `any_process(bool)` and `barrier`, therefore do not wait for the GPU.
 """
 
+import functools
 import os
+import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from engine.launcher import by_torchrun, launched_as
 
 __all__ = [
     "in_process_group",
+    "lost_ranks",
     "init_distributed",
     "select_device",
     "shutdown",
@@ -58,10 +62,11 @@ def init_distributed(device: str = "auto") -> torch.device:
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-            init_method="env://" if by_torchrun() else _slurm_rendezvous(),
+            store=_store(rank, world_size),
             rank=rank,
             world_size=world_size,
         )
+        _members()
     return chosen
 
 
@@ -78,6 +83,7 @@ def select_device(device: str = "auto") -> torch.device:
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
+        _members.cache_clear()
         dist.destroy_process_group()
 
 
@@ -110,6 +116,17 @@ def _choose_device(device: str, local_rank: int, world_size: int) -> torch.devic
     return torch.device("cuda", number)
 
 
+def _store(rank: int, world_size: int) -> dist.Store:
+    """Return the store in which the processes find each other.
+
+    torchrun keeps its store when it restarts the processes. A process that reads the address of
+    another one before that has written its own would get the one of before the restart.
+    """
+    url = "env://" if by_torchrun() else _slurm_rendezvous()
+    store, _, _ = next(dist.rendezvous(url, rank, world_size))
+    return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 def _slurm_rendezvous() -> str:
     """Return the URL at which the processes of a Slurm step meet."""
     env = os.environ
@@ -126,6 +143,34 @@ def _slurm_rendezvous() -> str:
 def in_process_group() -> bool:
     """Return whether this process has joined a process group."""
     return dist.is_initialized()
+
+
+def lost_ranks() -> dict[int, int]:
+    """Return the ranks of this machine whose process has ended, with the number of the process."""
+    if not dist.is_initialized():
+        return {}
+    host = socket.gethostname()
+    ranks = enumerate(_members())
+    return {rank: pid for rank, (place, pid) in ranks if place == host and _has_ended(pid)}
+
+
+@functools.cache
+def _members() -> list[tuple[str, int]]:
+    """Return host and process number of all ranks; all processes must make the first call."""
+    return all_gather_object((socket.gethostname(), os.getpid()))
+
+
+def _has_ended(process: int) -> bool:
+    """Return whether a process has ended, also if its parent has not noticed yet."""
+    try:
+        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return True
+    # Without /proc.
+    except OSError:
+        return False
+    return state in ("Z", "X")
 
 
 def rank() -> int:

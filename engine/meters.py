@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from engine.distributed import all_reduce_sum
+from engine.workers import awaited_batch
 
 __all__ = ["Meters", "Throughput", "TimeLeft", "TimedBatches", "peak_memory_mb"]
 
@@ -131,7 +132,8 @@ class TimedBatches(Iterator[Any]):
         """Return the next batch."""
         start = time.perf_counter()
         try:
-            return next(self._batches)
+            with awaited_batch():
+                return next(self._batches)
         finally:
             self._seconds += time.perf_counter() - start
 

@@ -17,7 +17,7 @@ from engine.exported import ExportedModel, open_exported
 from engine.flags import flag_of
 from engine.launcher import launched_as
 from engine.predict_config import PredictConfig
-from engine.signals import shield_worker
+from engine.workers import shield_worker
 
 __all__ = [
     "check_outputs",

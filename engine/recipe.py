@@ -38,6 +38,7 @@ from engine.signals import StopRequest
 from engine.steps import steps_per_epoch, total_batch_size
 from engine.summary import describe_training
 from engine.tensors import unwrap
+from engine.workers import WorkerError
 
 __all__ = ["Recipe", "run_training"]
 
@@ -258,17 +259,22 @@ class _Training:
         epoch = state.epoch
         start = state.step * options.batch_size * options.accumulate
         recipe.batches.sampler.set_epoch(epoch, start=start)
-        trained = train_epoch(
-            partial(recipe.step, self.model),
-            recipe.batches,
-            state,
-            options,
-            stop=stop,
-            log=log,
-            on_step=self.after_step,
-            save=self.save,
-            left=left,
-        )
+        try:
+            trained = train_epoch(
+                partial(recipe.step, self.model),
+                recipe.batches,
+                state,
+                options,
+                stop=stop,
+                log=log,
+                on_step=self.after_step,
+                save=self.save,
+                left=left,
+            )
+        except WorkerError:
+            # It is raised between two optimizer steps, so the state is that of the last one.
+            self.save()
+            raise
         self.trained = trained or self.trained
         is_over = self.steps_done >= total
         is_whole = state.step == options.steps

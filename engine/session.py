@@ -3,8 +3,10 @@
 Every trainer begins with `start_session`. `engine.recipe` then trains or evaluates in the session.
 """
 
+import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,14 @@ import yaml
 
 from engine.checkpoint import CheckpointDir, check_writable
 from engine.config import dump
-from engine.distributed import init_distributed, is_main, rank, world_size
+from engine.distributed import (
+    all_gather_object,
+    broadcast_object,
+    init_distributed,
+    is_main,
+    rank,
+    world_size,
+)
 from engine.errors import UsageError, UserError
 from engine.folder_lock import lock_folder
 from engine.loggers import check_loggers
@@ -27,6 +36,8 @@ from engine.run_config import RunConfig
 __all__ = ["Session", "continues_in", "start_session"]
 
 logger = logging.getLogger(__name__)
+
+_END = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -90,8 +101,9 @@ def start_session(
     logger.info("%s, %d process(es), %s", device, world_size(), origin)
     if not config.eval:
         _check_nothing_is_lost(config)
-    source = _checkpoint_to_resume(config)
-    checkpoint = load(source) if source else None
+    # The output folder may be local to a node.
+    source = broadcast_object(_checkpoint_to_resume(config))
+    checkpoint = _load_same(source, load) if source else None
     if checkpoint is not None and not config.eval:
         _check_resumable(checkpoint)
     if complete is not None:
@@ -125,7 +137,10 @@ def _check_nothing_is_lost(config: RunConfig) -> None:
 
 
 def _checkpoint_to_resume(config: RunConfig) -> str | None:
-    """Return `resume`; if it is empty and `auto_resume` is set, the last checkpoint's path."""
+    """Return `resume`; if it is empty and `auto_resume` is set, the last checkpoint's path.
+
+    Only the result of the main process counts.
+    """
     source = config.resume or None
     if config.auto_resume and not source:
         last = CheckpointDir(config.output_dir).latest()
@@ -133,6 +148,28 @@ def _checkpoint_to_resume(config: RunConfig) -> str | None:
     if source:
         logger.info("reading checkpoint %s", source)
     return source
+
+
+def _load_same(source: str, load: Callable[[str], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Load a checkpoint, which is that of the main process in all processes."""
+    files = all_gather_object(_fingerprint(source))
+    if all(file == files[0] for file in files):
+        return load(source)
+    return broadcast_object(load(source) if is_main() else None)
+
+
+def _fingerprint(source: str) -> tuple[int, str] | None:
+    """Return the size of a file and the hash of its end; None if there is no such file.
+
+    The checksums of all tensors are at the end of a file of `torch.save`.
+    """
+    try:
+        with Path(source).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _END))
+            return size, hashlib.sha256(file.read()).hexdigest()
+    except OSError:
+        return None
 
 
 def _check_resumable(checkpoint: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.distributed import barrier, is_main, max_over_processes, world_size
 
-__all__ = ["StopRequest", "Stopped", "shield_worker"]
+__all__ = ["StopRequest", "Stopped"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,16 +111,3 @@ class StopRequest:
             barrier()
             logger.info("stopped by %s", signal.Signals(self._signal).name)
             raise Stopped(128 + self._signal)
-
-
-def shield_worker(worker_id: int) -> None:
-    """Move a worker of a data loader to its own process group, away from the run's signals.
-
-    Use it as `worker_init_fn`. Ctrl-C and torchrun send signals to the whole process group. A
-    worker that dies from one would end the main process before it has saved its checkpoint. The
-    worker still exits with its loader or its parent.
-
-    Args:
-        worker_id: Number of the worker; not used.
-    """
-    os.setpgid(0, 0)

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 import engine
-from engine import cli, distributed
+from engine import cli, distributed, session
 from engine.distributed import any_process, broadcast_object, max_over_processes
 from irpe_core import RPEConfig
 from irpe_core.autotune import Autotuner
@@ -78,6 +78,28 @@ def resumption(rank: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def local_folders(rank: int, folder: Path) -> dict[str, Any]:
+    """Compare an uninterrupted run with one whose output folder is local to each process.
+
+    Rank 1 has no checkpoint, and then an old one in the path of rank 0.
+    """
+    options = {"samples": 90, "logger": None}
+    uninterrupted = train(ToyConfig(**options))
+    config = ToyConfig(**options, output_dir=str(folder / f"local{rank}"))
+    found = []
+    for last in (3, 5):
+        train(config.model_copy(update={"max_steps": last}), resume=last == 5)
+        found.append((folder / f"local{rank}" / "checkpoint.pth").exists())
+    old = (0, "old") if rank else (1, "new")
+    with mock.patch.object(session, "_fingerprint", return_value=old):
+        resumed = train(config, resume=True)
+    names = uninterrupted.keys() - {"args"}
+    return {
+        "found": found,
+        "equal": all(equal(uninterrupted[name], resumed[name]) for name in names),
+    }
+
+
 def attention_choices(rank: int, folder: Path) -> list[str]:
     """Return the choices of attention, for which the processes have opposite measurements."""
     os.environ["IRPE_AUTOTUNE"] = "1"
@@ -118,6 +140,7 @@ def main() -> None:
         "resumption": resumption(rank, folder),
         "nonfinite": nonfinite(folder),
         "attention_choices": attention_choices(rank, folder),
+        "local_folders": local_folders(rank, folder),
     }
     engine.setup_logging(folder, rank)
     logging.getLogger("engine.test").info("info of rank %d", rank)

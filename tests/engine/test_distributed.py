@@ -144,3 +144,8 @@ def test_processes_with_other_measurements_choose_the_same_attention(pair):
     assert choices[0] == choices[1]
     assert choices[0][0] in ("composed", "triton/rows")
     assert choices[0][1:] == ["composed", "triton/rows"]
+
+
+def test_an_output_folder_local_to_a_node_resumes_from_that_of_the_main_process(pair):
+    for rank, results in enumerate(pair.results):
+        assert results["local_folders"] == {"found": [rank == 0] * 2, "equal": True}

@@ -52,6 +52,8 @@ class ToyConfig(engine.RunConfig):
     """Signal, epoch and step: the process sends itself the signal during that step."""
     nan_at: int | None = None
     """Index of a sample that contains NaN."""
+    kill_worker_at: int | None = None
+    """Index of a sample: the worker that loads it ends."""
     pause: float = Field(0, ge=0)
     """Seconds to wait before each forward pass."""
 
@@ -89,6 +91,8 @@ class ToyDataset(Dataset):
         index, seed = item
         label = index % 3
         vector = torch.randn(7, generator=torch.Generator().manual_seed(seed)) + label
+        if index == self.config.kill_worker_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         if index == self.config.nan_at:
             vector[3] = torch.nan
         return vector, torch.tensor(label)
