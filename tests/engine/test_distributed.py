@@ -116,10 +116,17 @@ def test_one_gpu_for_several_processes_is_an_error(environment, gpus):
 )
 def test_slurm_processes_connect_to_the_first_node(environment, monkeypatch, values, url):
     environment(**SLURM, **values)
-    options = {}
+    asked, options = [], {}
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(
+        torch.distributed, "rendezvous", lambda *a: iter([asked.append(a) or (store, *a[1:])])
+    )
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda **o: options.update(o))
+    monkeypatch.setattr(distributed, "_members", list)
     init_distributed("cpu")
-    assert options == {"backend": "gloo", "init_method": url, "rank": 5, "world_size": 8}
+    assert asked == [(url, 5, 8)]
+    assert options.pop("store").underlying_store is store
+    assert options == {"backend": "gloo", "rank": 5, "world_size": 8}
 
 
 def test_several_slurm_nodes_without_master_addr_are_an_error(environment):
