@@ -17,7 +17,8 @@ from classification.finetune import adapt_weights, recorded_image_size
 from classification.losses import DistillationLoss, base_criterion
 from classification.models import build_model
 from classification.report import ClassReport
-from datasets import ResilientDataset, erase, normalize_pixels
+from datasets import ResilientDataset, apply_operations, erase, normalize_pixels
+from datasets.device_augment import Operation
 from datasets.pixels import Erasing
 from engine import Evaluate, UsageError, resolve_dtype
 from irpe_core import CheckpointError, load_checkpoint, load_weights
@@ -32,7 +33,7 @@ __all__ = [
     "scaled_lr",
 ]
 
-Batch = tuple[Tensor, Tensor, list[list[Erasing]]]
+Batch = tuple[Tensor, Tensor, list[list[Erasing]], list[list[Operation]]]
 
 
 def create_model(
@@ -171,7 +172,7 @@ def create_evaluation(
 def create_step(
     config: ClassificationConfig, num_classes: int, device: torch.device
 ) -> Callable[[nn.Module, Batch], dict[str, Tensor]]:
-    """Create the training step: normalization, erasing, mixup or cutmix, forward pass, loss."""
+    """Create the training step: augmentation on the device, forward pass, loss."""
     mixup = None
     if config.mixes:
         mixup = Mixup(
@@ -194,8 +195,9 @@ def create_step(
     )
 
     def step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        images, targets, erasings = batch
-        images = erase(normalize_pixels(images), erasings, config.remode)
+        images, targets, erasings, operations = batch
+        images = normalize_pixels(apply_operations(images, operations))
+        images = erase(images, erasings, config.remode)
         if mixup is not None:
             images, targets = mixup(images, targets)
         return {"loss": criterion(images, model(images), targets)}

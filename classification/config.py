@@ -132,6 +132,8 @@ class AugmentConfig(Config):
     """Strength of color jitter; used only if aa is none."""
     aa: str | None = "rand-m9-mstd0.5-inc1"
     """AutoAugment or RandAugment policy in timm's notation; none disables it."""
+    augment_on: Literal["cpu", "device"] = "cpu"
+    """Device of RandAugment's operations: the workers, or the device of the model."""
     train_interpolation: Literal["random", "bilinear", "bicubic"] = "bicubic"
     """Interpolation for resizing training images."""
     smoothing: float = Field(0.1, ge=0, lt=1)

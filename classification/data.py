@@ -18,7 +18,7 @@ from datasets import (
     collate_augmented,
     collate_pixels,
 )
-from engine import rank, shield_worker, world_size
+from engine import UsageError, rank, shield_worker, world_size
 
 __all__ = ["build_split", "train_loader", "eval_loader"]
 
@@ -35,19 +35,24 @@ def build_split(
 
     Raises:
         DataError: The data is missing, empty or damaged, or has a class that training lacks.
+        UsageError: timm does not have the augmentation, or the device does not have its operations.
     """
-    transform = build_byte_transform(
-        split == "train",
-        decoder=config.decoder,
-        input_size=config.image_size,
-        augment=config.augment,
-        color_jitter=config.color_jitter,
-        aa=config.aa,
-        train_interpolation=config.train_interpolation,
-        reprob=config.reprob,
-        remode=config.remode,
-        recount=config.recount,
-    )
+    try:
+        transform = build_byte_transform(
+            split == "train",
+            decoder=config.decoder,
+            augment_on=config.augment_on,
+            input_size=config.image_size,
+            augment=config.augment,
+            color_jitter=config.color_jitter,
+            aa=config.aa,
+            train_interpolation=config.train_interpolation,
+            reprob=config.reprob,
+            remode=config.remode,
+            recount=config.recount,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     split_options = None
     if config.train_val_split is not None:
         split_options = SplitOptions(config.train_val_split, config.split_seed)

@@ -7,8 +7,9 @@ This package imports no other package of the project. Classification:
     sampler = RepeatedAugSampler(len(train), rank=rank, world_size=world_size, seed=seed)
     data = SeededDataset(train)
     loader = DataLoader(data, sampler=sampler, batch_size=128, collate_fn=collate_augmented)
-    for images, targets, erasings in loader:
-        images = erase(normalize_pixels(images.to(device)), erasings, "pixel")
+    for images, targets, erasings, operations in loader:
+        images = normalize_pixels(apply_operations(images.to(device), operations))
+        images = erase(images, erasings, "pixel")
 
 Detection:
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from datasets.coco import CocoImages, build_coco
     from datasets.coco_batches import collate, normalize_batch
     from datasets.coco_transforms import build_coco_transforms
+    from datasets.device_augment import apply_operations
     from datasets.errors import CorruptImageError, DataError
     from datasets.imagenet import FolderImages, TarImages, build_imagenet
     from datasets.inaturalist import INaturalistImages
@@ -63,6 +65,7 @@ _MODULES = {
     "collate_pixels": "pixels",
     "collate_augmented": "pixels",
     "normalize_pixels": "pixels",
+    "apply_operations": "device_augment",
     "erase": "pixels",
     "FolderImages": "imagenet",
     "TarImages": "imagenet",

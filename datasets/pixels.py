@@ -168,9 +168,18 @@ def collate_pixels(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tenso
 
 
 def collate_augmented(
-    samples: Sequence[tuple[tuple[Tensor, list[Erasing]], int]],
-) -> tuple[Tensor, Tensor, list[Any]]:
-    """Build a training batch: that of `collate_pixels`, and the rectangles of each image."""
+    samples: Sequence[tuple[tuple[Tensor, list[Erasing], list[Any]], int]],
+) -> tuple[Tensor, Tensor, list[list[Erasing]], list[list[Any]]]:
+    """Build a training batch.
+
+    Args:
+        samples: B pairs of a result of `build_byte_transform` and a class number.
+
+    Returns:
+        Images and class numbers as from `collate_pixels`, and for each image the rectangles to
+        erase and the operations for `apply_operations`.
+    """
     augmented, targets = zip(*samples, strict=True)
-    pixels, erasings = zip(*augmented, strict=True)
-    return *collate_pixels(list(zip(pixels, targets, strict=True))), list(erasings)
+    pixels, erasings, operations = zip(*augmented, strict=True)
+    batch = collate_pixels(list(zip(pixels, targets, strict=True)))
+    return *batch, list(erasings), list(operations)

@@ -152,7 +152,7 @@ def _deit(size: str, batch_size: int, device: torch.device) -> tuple:
     optimizer = build.create_optimizer(config, model, batch_size)
     # One image in four is erased, as with the default probability.
     erasings = [[(8, 8, 64, 96, number)] if number % 4 == 0 else [] for number in range(batch_size)]
-    batch = _pixels(batch_size, 224, 224), torch.arange(batch_size), erasings
+    batch = _pixels(batch_size, 224, 224), torch.arange(batch_size), erasings, [[]] * batch_size
     step = build.create_step(config, 1000, device)
     return model, step, optimizer, config.clip_grad, batch
 

@@ -3,6 +3,7 @@
 All read the same generated JPEG files with one worker:
 
     ours         the loaders of the trainers, which decode with Pillow
+    device       the loaders of the trainers with --augment_on device: what is left for the workers
     simplejpeg   the loaders of the trainers with --decoder simplejpeg, if it is installed
     floats       the loaders of the trainers with the transforms to normalized floats
     timm         timm's `create_loader` with the recipe of DeiT
@@ -67,8 +68,8 @@ def imagenet_loaders(root: Path, images: Iterable[tuple[str, bytes]], size: int 
     flags += ["--decoder", "pillow"]
     config = classification_config.parse_args([*flags, "--batch_size", str(IMAGENET_BATCH)])
 
-    def ours(decoder: DecoderName = "pillow") -> DataLoader:
-        data = build_classes(config.model_copy(update={"decoder": decoder}), "train")
+    def ours(**options: str) -> DataLoader:
+        data = build_classes(config.model_copy(update=options), "train")
         loader = classification_loader(data, config, _CPU)
         return _one_epoch(loader, loader.collate_fn)
 
@@ -111,8 +112,14 @@ def imagenet_loaders(root: Path, images: Iterable[tuple[str, bytes]], size: int 
         data = tv_datasets.ImageFolder(str(root / "train"), transform)
         return DataLoader(data, IMAGENET_BATCH, shuffle=True, num_workers=1, drop_last=True)
 
-    loaders = {"ours": ours, "floats": floats, "timm": timms, "torchvision": torchvisions}
-    return _with_simplejpeg(loaders, partial(ours, "simplejpeg"))
+    loaders = {
+        "ours": ours,
+        "device": partial(ours, augment_on="device"),
+        "floats": floats,
+        "timm": timms,
+        "torchvision": torchvisions,
+    }
+    return _with_simplejpeg(loaders, partial(ours, decoder="simplejpeg"))
 
 
 def coco_loaders(root: Path, images: Iterable[tuple[str, bytes]]) -> Loaders:

@@ -39,6 +39,13 @@ def test_usage_mistake_names_the_option_its_value_and_what_is_allowed(argv, word
     assert all(word in line for word in words), line
 
 
+def test_a_policy_that_the_device_does_not_have_is_refused(flags, failure):
+    code, line = failure(*flags, "--aa", "original", "--augment_on", "device")
+    assert code == 2
+    assert "augment_on must be cpu" in line
+    assert "AutoAugment" in line
+
+
 def test_unknown_key_in_a_file_is_refused_with_file_and_key(tmp_path, failure):
     path = tmp_path / "run.yaml"
     path.write_text("model: deit_tiny_patch16_224\nbatchsize: 64\n")

@@ -58,6 +58,14 @@ def test_run_killed_in_mid_epoch_and_resumed_ends_with_the_same_weights(flags, t
     assert [line["epoch"] for line in lines(tmp_path)] == [0, 1]
 
 
+def test_a_run_that_augments_on_the_device_resumes_to_the_same_weights(flags, tmp_path):
+    run = [*flags, "--epochs", "1", "--augment_on", "device", "--output_dir"]
+    main([*run, str(tmp_path / "whole")])
+    main([*run, str(tmp_path / "parts"), "--max_steps", "7"])
+    main([*run, str(tmp_path / "parts"), "--auto_resume"])
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_a_resumed_run_computes_attention_as_before(flags, tmp_path, monkeypatch):
     resolve = functional.fused_implementation
     monkeypatch.setenv("IRPE_AUTOTUNE", "1")

@@ -66,7 +66,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
         output = folder / task / name
         config = CONFIGS / task / f"{name}.yaml"
         words = f"--config {config} {tiny} {SHORT} --output_dir {output}".split()
-        main([*words, *flags])
+        main([*words, "--overwrite", *flags])
         return torch.load(output / "checkpoint.pth", weights_only=True) | {"folder": output}
 
     return train

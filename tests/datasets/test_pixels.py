@@ -109,8 +109,8 @@ def test_classification_augments_bytes_as_floats(interpolation: str) -> None:
         seed_all(seed)
         expected = build_transform(True, **options)(image)
         seed_all(seed)
-        pixels, erasings = build_byte_transform(True, **options)(image)
-        assert erasings == []
+        pixels, *draws = build_byte_transform(True, **options)(image)
+        assert draws == [[], []]
         difference = ((normalize_pixels(pixels[None])[0] - expected) * STD * 255).abs()
         assert difference.max() <= 2.01
         assert difference.mean() < 0.1
@@ -123,7 +123,7 @@ def test_the_policies_draw_the_same_operations(options: dict[str, object]) -> No
         seed_all(seed)
         expected = build_transform(True, reprob=0, **options)(image)
         seed_all(seed)
-        pixels, _ = build_byte_transform(True, reprob=0, **options)(image)
+        pixels, *_ = build_byte_transform(True, reprob=0, **options)(image)
         difference = (normalize_pixels(pixels[None])[0] - expected) * STD * 255
         far += difference.abs().mean() > 1
     # Equalization and posterization may amplify a difference of one level.
@@ -171,11 +171,12 @@ def test_a_training_batch_has_the_rectangles_of_each_image() -> None:
     transform = build_byte_transform(True, input_size=40, reprob=0.5)
     seed_all(0)
     samples = [(transform(made_image(80, 60)), i) for i in range(8)]
-    images, targets, erasings = collate_augmented(samples)
+    images, targets, erasings, operations = collate_augmented(samples)
     assert (images.shape, images.dtype) == ((8, 3, 40, 40), torch.uint8)
     assert targets.tolist() == list(range(8))
     assert [len(rectangles) for rectangles in erasings] == [len(s[1]) for s, _ in samples]
     assert 0 < sum(map(len, erasings)) < 8
+    assert operations == [[]] * 8
 
 
 def test_bytes_and_images_convert_without_change() -> None:
