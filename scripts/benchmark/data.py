@@ -7,10 +7,11 @@
 
 `--part imagenet` and `--part coco` compare the loaders of the trainers with those of timm and
 torchvision, see `scripts.benchmark.loaders`. All read the same generated JPEG files of the usual
-size of ImageNet (500 x 375) or COCO (640 x 480) with one worker, and the loaders take turns. A time
-is the CPU time of the worker per image, the median over the rounds. A ratio is the median over the
-rounds of (time / time of `floats` in the same round), where `floats` are the loaders with
-transforms to normalized floats.
+size of ImageNet (500 x 375) or COCO (640 x 480), and the loaders take turns. A time is the CPU time
+of the workers per image, the median over the rounds. A ratio is the median over the rounds of
+(time / time of `floats` in the same round), where `floats` are the loaders with transforms to
+normalized floats. The last column has the images per second that all workers deliver, which counts
+only if the machine has a free core for each worker.
 
 `--part stages` times decoding, resizing and each operation of RandAugment in all versions, see
 `scripts.benchmark.stages`.
@@ -92,6 +93,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=9,
         metavar="N",
         help="Number of timed rounds, after one warm-up round (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="Number of workers of the loaders (default: %(default)s)",
     )
     parser.add_argument(
         "--scratch",
@@ -218,11 +226,11 @@ def measure_loaders(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     if args.part == "imagenet":
         batch = IMAGENET_BATCH
         count = -(-args.count // batch) * batch
-        loaders = imagenet_loaders(root, generated_images(count, 500, 375))
+        loaders = imagenet_loaders(root, generated_images(count, 500, 375), args.workers)
     else:
         batch = COCO_BATCH
         count = -(-args.count // batch) * batch
-        loaders = coco_loaders(root, generated_images(count))
+        loaders = coco_loaders(root, generated_images(count), args.workers)
     cpu: dict[str, list[float]] = {name: [] for name in loaders}
     wall: dict[str, list[float]] = {name: [] for name in loaders}
     for number in range(args.rounds + 1):
@@ -240,11 +248,12 @@ def measure_loaders(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         }
         for name in loaders
     }
-    print(f"{args.part:<12} {'ms/image':>10} {'images/s':>10} {'ratio':>10}")
+    columns = ("ms/image", "per core", "ratio", "images/s")
+    print(f"{args.part:<12} " + " ".join(f"{column:>10}" for column in columns))
     for name, row in results.items():
-        ms, speed, _, ratio = row.values()
-        print(f"{name:<12} {ms:>10.2f} {speed:>10.0f} {ratio:>10.2f}")
-    return {"images": count, "batch_size": batch, "results": results}
+        ms, speed, wall_ms, ratio = row.values()
+        print(f"{name:<12} {ms:>10.2f} {speed:>10.0f} {ratio:>10.2f} {1000 / wall_ms:>10.0f}")
+    return {"images": count, "batch_size": batch, "workers": args.workers, "results": results}
 
 
 def measure_parts(args: argparse.Namespace, root: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The loaders that `python -m scripts.benchmark data --part imagenet|coco` compares.
 
-All read the same generated JPEG files with one worker:
+All read the same generated JPEG files with the same number of workers:
 
     ours         the loaders of the trainers, which decode with Pillow
     device       the loaders of the trainers with --augment_on device: what is left for the workers
@@ -58,13 +58,15 @@ def seconds_to_read(loader: Iterable) -> tuple[float, float]:
     return (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime), wall
 
 
-def imagenet_loaders(root: Path, images: Iterable[tuple[str, bytes]], size: int = 224) -> Loaders:
+def imagenet_loaders(
+    root: Path, images: Iterable[tuple[str, bytes]], workers: int = 1, size: int = 224
+) -> Loaders:
     """Write images as a data set of two classes, and return functions that build the loaders."""
     for number, (name, content) in enumerate(images):
         path = root / "train" / "ab"[number % 2] / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    flags = ["--data_path", str(root), "--input_size", str(size), "--num_workers", "1"]
+    flags = ["--data_path", str(root), "--input_size", str(size), "--num_workers", str(workers)]
     flags += ["--decoder", "pillow"]
     config = classification_config.parse_args([*flags, "--batch_size", str(IMAGENET_BATCH)])
 
@@ -88,7 +90,7 @@ def imagenet_loaders(root: Path, images: Iterable[tuple[str, bytes]], size: int 
             interpolation="bicubic",
             re_prob=0.25,
             re_mode="pixel",
-            num_workers=1,
+            num_workers=workers,
             persistent_workers=False,
             pin_memory=False,
             device=_CPU,
@@ -110,7 +112,7 @@ def imagenet_loaders(root: Path, images: Iterable[tuple[str, bytes]], size: int 
             ]
         )
         data = tv_datasets.ImageFolder(str(root / "train"), transform)
-        return DataLoader(data, IMAGENET_BATCH, shuffle=True, num_workers=1, drop_last=True)
+        return DataLoader(data, IMAGENET_BATCH, shuffle=True, num_workers=workers, drop_last=True)
 
     loaders = {
         "ours": ours,
@@ -122,7 +124,7 @@ def imagenet_loaders(root: Path, images: Iterable[tuple[str, bytes]], size: int 
     return _with_simplejpeg(loaders, partial(ours, decoder="simplejpeg"))
 
 
-def coco_loaders(root: Path, images: Iterable[tuple[str, bytes]]) -> Loaders:
+def coco_loaders(root: Path, images: Iterable[tuple[str, bytes]], workers: int = 1) -> Loaders:
     """Write images as a data set of COCO's format, and return functions that build the loaders."""
     folder, names = root / "train2017", []
     folder.mkdir(parents=True)
@@ -132,8 +134,10 @@ def coco_loaders(root: Path, images: Iterable[tuple[str, bytes]]) -> Loaders:
     (root / "annotations").mkdir()
     path = root / "annotations" / "instances_train2017.json"
     path.write_text(json.dumps(_annotations(names)))
-    flags = ["--coco_path", str(root), "--num_workers", "1", "--batch_size", str(COCO_BATCH)]
-    config = detection_config.parse_args([*flags, "--decoder", "pillow"])
+    flags = ["--coco_path", str(root), "--num_workers", str(workers)]
+    config = detection_config.parse_args(
+        [*flags, "--decoder", "pillow", "--batch_size", str(COCO_BATCH)]
+    )
 
     def build(transform: Callable | None = None, decoder: DecoderName = "pillow") -> DataLoader:
         data = build_boxes(config.model_copy(update={"decoder": decoder}), "train")
@@ -155,9 +159,10 @@ def _with_simplejpeg(loaders: Loaders, loader: Callable[[], Iterable]) -> Loader
 
 
 def _one_epoch(loader: DataLoader, collate_fn: Callable) -> DataLoader:
-    """Return a similar loader whose worker ends after the epoch, so that its time is counted."""
-    options = {name: getattr(loader, name) for name in ("batch_size", "sampler", "drop_last")}
-    return DataLoader(loader.dataset, **options, collate_fn=collate_fn, num_workers=1)
+    """Return a similar loader whose workers end after the epoch, so that their time is counted."""
+    names = ("batch_size", "sampler", "drop_last", "num_workers")
+    options = {name: getattr(loader, name) for name in names}
+    return DataLoader(loader.dataset, **options, collate_fn=collate_fn)
 
 
 def _detr_transform(image: Image.Image, target: dict) -> tuple[torch.Tensor, dict]:
