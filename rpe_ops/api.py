@@ -22,7 +22,8 @@ def gather(
     Differentiable in `lookup` to any order; the backward is `bucket_sum`.
 
     Args:
-        lookup: `(..., L_q, K)` floating point, one value per query and bucket; any strides.
+        lookup: `(..., L_q, K)` float16, bfloat16, float32 or float64, one value per query and
+            bucket; any strides.
         bucket_ids: `(L_q, L_k)` int32 or int64, the bucket id of every pair.
         implementation: `"auto"` or a name in `rpe_ops.IMPLEMENTATIONS`.
         check_bounds: Check that the bucket ids are in `[0, K)`. The check waits for a GPU; switch
@@ -60,9 +61,10 @@ def bucket_sum(
     accumulated in float32.
 
     Args:
-        pairs: `(..., L_q, L_k)` floating point, one value per query and key; any strides.
+        pairs: `(..., L_q, L_k)` float16, bfloat16, float32 or float64, one value per query and
+            key; any strides.
         bucket_ids: `(L_q, L_k)` int32 or int64, the bucket id of every pair.
-        num_buckets: `K`, at least 1.
+        num_buckets: `K`, from 1 to 2²⁰.
         implementation: `"auto"` or a name in `rpe_ops.IMPLEMENTATIONS`.
         check_bounds: As in `gather`.
 
@@ -81,8 +83,7 @@ def bucket_sum(
             f"bucket_ids must have as many keys as pairs, {pairs.shape[-1]}, "
             f"got {bucket_ids.shape[-1]}"
         )
-    if num_buckets < 1:
-        raise ValueError(f"num_buckets must be at least 1, got {num_buckets}")
+    validation.check_num_buckets(num_buckets)
     if check_bounds and not torch.compiler.is_compiling():
         validation.check_bounds(bucket_ids, num_buckets)
     chosen = implementations.resolve(implementation, pairs.device, "bucket_sum")

@@ -5,18 +5,33 @@ from torch import Tensor
 
 from rpe_ops.grid import GridBuckets
 
-__all__ = ["check_bucket_ids", "check_floating", "check_bounds", "check_attention"]
+__all__ = [
+    "MAX_BUCKETS",
+    "check_bucket_ids",
+    "check_floating",
+    "check_num_buckets",
+    "check_bounds",
+    "check_attention",
+]
 
-_ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# As in csrc/checks.h: a mistaken number of buckets does not reserve all memory.
+MAX_BUCKETS = 2**20
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Raise ValueError unless `tensor` is floating point with at least two dimensions."""
-    if not tensor.is_floating_point() or tensor.ndim < 2:
+    """Raise ValueError unless `tensor` has a supported dtype and at least two dimensions."""
+    if tensor.dtype not in _DTYPES or tensor.ndim < 2:
         raise ValueError(
-            f"{name} must be a floating-point tensor of shape (..., L_q, N), "
-            f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            f"{name} must be a tensor of float16, bfloat16, float32 or float64 and shape "
+            f"(..., L_q, N), got {tensor.dtype} of shape {tuple(tensor.shape)}"
         )
+
+
+def check_num_buckets(num_buckets: int) -> None:
+    """Raise ValueError unless a number of buckets is in [1, `MAX_BUCKETS`]."""
+    if not 1 <= num_buckets <= MAX_BUCKETS:
+        raise ValueError(f"num_buckets must be in [1, {MAX_BUCKETS}], got {num_buckets}")
 
 
 def check_bucket_ids(bucket_ids: Tensor, num_queries: int, device: torch.device) -> None:
@@ -57,12 +72,7 @@ def check_attention(
 ) -> None:
     """Raise ValueError unless the arguments of `rpe_ops.attention` are valid."""
     shape, dtype, device = q.shape, q.dtype, q.device
-    if (
-        len(shape) != 4
-        or shape[2] != buckets.num_tokens
-        or shape[3] == 0
-        or dtype not in _ATTENTION_DTYPES
-    ):
+    if len(shape) != 4 or shape[2] != buckets.num_tokens or shape[3] == 0 or dtype not in _DTYPES:
         raise ValueError(
             "q must be a tensor of float16, bfloat16, float32 or float64 and shape (B, H, L, d), "
             f"L = {buckets.num_tokens} for this grid, got {dtype} of shape {tuple(shape)}"

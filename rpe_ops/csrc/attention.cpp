@@ -244,6 +244,13 @@ attention_backward(
                                 skip, num_buckets, key_padding, seed, scale, dropout_p);
   const auto wide = in.q.scalar_type();
   const auto options = in.q.options();
+  check_tensor("grad_out", grad_out, q.sizes(), in.narrow, q.device());
+  check_tensor("out", out, q.sizes(), in.narrow, q.device());
+  check_tensor("lse", lse, q.sizes().slice(0, 3), wide, q.device());
+  if (table_v) {
+    const int64_t lookups = in.grid.lookups();
+    check_tensor("sums", sums, {q.size(0), q.size(1), q.size(2), lookups}, in.narrow, q.device());
+  }
   Gradients g;
   g.grad_out = widen(grad_out, wide);
   g.out = widen(out, wide);

@@ -6,6 +6,7 @@
 #include <ATen/Functions.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <sstream>
@@ -64,6 +65,7 @@ struct Inputs {
   Grid grid;
   Dropout dropout;
   double scale;
+  at::ScalarType narrow;  // dtype of the arguments
 
   int64_t heads() const { return q.size(1); }
   int64_t slices() const { return q.size(0) * heads(); }
@@ -110,6 +112,7 @@ inline OptionalTable make_table(const char* name, const OptionalTensor& values, 
                         (bias || values->size(of_values ? 2 : 1) == dim),
                     name, " must have shape ", table_shapes(in, of_values), ", got ",
                     values->sizes());
+  check_tensor(name, *values, values->sizes(), in.narrow, in.q.device());
   return Table{values->to(in.q.scalar_type()).contiguous()};
 }
 
@@ -119,21 +122,29 @@ inline Inputs make_inputs(const Tensor& q, const Tensor& k, const Tensor& v,
                           const Tensor& local, int64_t height, int64_t width, int64_t skip,
                           int64_t num_buckets, const OptionalTensor& padding, const Tensor& seed,
                           double scale, double dropout_p) {
+  const auto dtype = q.scalar_type();
+  const auto device = q.device();
+  check_grid(row_base, local, height, width, skip, num_buckets, device);
+  TORCH_CHECK_VALUE(is_supported(dtype) && q.dim() == 4 && q.size(2) == skip + height * width &&
+                        q.size(3) >= 1,
+                    "q must be a tensor of float16, bfloat16, float32 or float64 and shape "
+                    "(B, H, L, d), L = ",
+                    skip + height * width, " for this grid, got ", dtype, " of shape ", q.sizes());
+  check_memory("q", q, device);
+  check_tensor("k", k, q.sizes(), dtype, device);
+  check_tensor("v", v, q.sizes(), dtype, device);
+  if (padding) check_tensor("key_padding", *padding, {q.size(0), q.size(2)}, at::kBool, device);
+  check_tensor("seed", seed, {1}, at::kLong, device);
+  TORCH_CHECK_VALUE(std::isfinite(scale), "scale must be finite, got ", scale);
+  TORCH_CHECK_VALUE(dropout_p >= 0 && dropout_p < 1, "dropout_p must be in [0, 1), got ",
+                    dropout_p);
   const Tensor bases = row_base.contiguous(), locals = local.contiguous();
   const Grid grid = make_grid(bases, locals, height, width, skip, num_buckets);
-  TORCH_CHECK_VALUE(q.dim() == 4 && q.size(2) == grid.tokens() && k.sizes() == q.sizes() &&
-                        v.sizes() == q.sizes(),
-                    "q, k and v must have shape (B, H, L, d) with L = ", grid.tokens(), ", got ",
-                    q.sizes(), ", ", k.sizes(), " and ", v.sizes());
-  TORCH_CHECK_VALUE(!padding || (padding->dim() == 2 && padding->size(0) == q.size(0) &&
-                                 padding->size(1) == q.size(2)),
-                    "key_padding must have shape (B, L) = (", q.size(0), ", ", q.size(2), "), got ",
-                    padding->sizes());
   const auto wide = wide_type(q);
   const Dropout dropout{static_cast<uint64_t>(seed.item<int64_t>()), dropout_p};
   Inputs in{q.to(wide), k.to(wide), v.to(wide), {}, {}, {},
             padding ? OptionalTensor(padding->contiguous()) : padding, bases, locals, grid, dropout,
-            scale};
+            scale, dtype};
   in.table_k = make_table("table_k", table_k, in, false);
   in.table_q = make_table("table_q", table_q, in, false);
   in.table_v = make_table("table_v", table_v, in, true);

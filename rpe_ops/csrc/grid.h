@@ -6,6 +6,8 @@
 
 #include <algorithm>
 
+#include "checks.h"
+
 namespace rpe_ops {
 
 struct Grid {
@@ -18,21 +20,30 @@ struct Grid {
   int64_t lookups() const { return terms * num_buckets; }
 };
 
-// Raises IndexError unless every bucket is in [0, num_buckets). The two tensors must be contiguous
-// and must outlive the grid.
+// Checks the sizes and the axis offsets of a grid, but not the values of the offsets.
+inline void check_grid(const at::Tensor& row_base, const at::Tensor& local, int64_t height,
+                       int64_t width, int64_t skip, int64_t num_buckets, at::Device device) {
+  // The sizes are bounded so that no product of them overflows.
+  constexpr int64_t most = int64_t{1} << 20;
+  TORCH_CHECK_VALUE(height >= 1 && height <= most && width >= 1 && width <= most && skip >= 0 &&
+                        skip <= most,
+                    "height and width must be in [1, ", most, "] and skip in [0, ", most, "], got ",
+                    height, ", ", width, " and ", skip);
+  check_num_buckets(num_buckets);
+  const int64_t rows = 2 * height - 1, columns = 2 * width - 1;
+  TORCH_CHECK_VALUE(row_base.dim() == 2 && (row_base.size(0) == 1 || row_base.size(0) == 2),
+                    "row_base must have shape (1 or 2, ", rows, "), got ", row_base.sizes());
+  check_tensor("row_base", row_base, {row_base.size(0), rows}, at::kInt, device);
+  const bool separable = local.dim() == 3 && local.size(1) == 1;
+  check_tensor("local", local, {row_base.size(0), separable ? 1 : rows, columns}, at::kInt, device);
+}
+
+// Raises IndexError unless every bucket is in [0, num_buckets). The two tensors must be checked and
+// contiguous and must outlive the grid.
 inline Grid make_grid(const at::Tensor& row_base, const at::Tensor& local, int64_t height,
                       int64_t width, int64_t skip, int64_t num_buckets) {
   const Grid grid{row_base.const_data_ptr<int>(), local.const_data_ptr<int>(), row_base.size(0),
                   local.size(1), height, width, skip, num_buckets};
-  TORCH_CHECK_VALUE(height >= 1 && width >= 1 && skip >= 0,
-                    "height and width must be at least 1 and skip at least 0, got ", height, ", ",
-                    width, " and ", skip);
-  TORCH_CHECK_VALUE(row_base.size(1) == 2 * height - 1 && local.size(0) == grid.terms &&
-                        (grid.local_rows == 1 || grid.local_rows == 2 * height - 1) &&
-                        local.size(2) == 2 * width - 1,
-                    "row_base and local must have shapes (terms, ", 2 * height - 1,
-                    ") and (terms, 1 or ", 2 * height - 1, ", ", 2 * width - 1, "), got ",
-                    row_base.sizes(), " and ", local.sizes());
   for (int64_t t = 0; t < grid.terms; ++t) {
     for (int64_t r = 0; r < 2 * height - 1; ++r) {
       const int64_t row = t * grid.local_rows + (grid.local_rows > 1 ? r : 0);

@@ -38,7 +38,9 @@ def test_an_unchecked_bucket_out_of_range_is_still_an_error_on_the_cpu(bucket):
 @pytest.mark.parametrize(
     ("lookup", "bucket_ids", "message"),
     [
-        (LOOKUP.long(), IDS, "lookup must be a floating-point tensor.*int64"),
+        (LOOKUP.long(), IDS, "lookup must be a tensor of float16, .*int64"),
+        (LOOKUP.to(torch.float8_e5m2), IDS, "lookup must be a tensor of float16, .*float8_e5m2"),
+        (LOOKUP.cfloat(), IDS, "lookup must be a tensor of float16, .*complex64"),
         (LOOKUP[0, 0, 0], IDS, r"lookup must be .*\(5,\)"),
         (LOOKUP, IDS.short(), "bucket_ids must be int32 or int64, got torch.int16"),
         (LOOKUP, IDS.float(), "bucket_ids must be int32 or int64, got torch.float32"),
@@ -46,7 +48,10 @@ def test_an_unchecked_bucket_out_of_range_is_still_an_error_on_the_cpu(bucket):
         (LOOKUP, IDS[None], r"bucket_ids must have shape .*, got \(1, 4, 6\)"),
         (LOOKUP.to("meta"), IDS, "bucket_ids must be on the device .* meta, got cpu"),
     ],
-    ids=["integers", "one-dimension", "int16", "float32", "queries", "three-dimensions", "device"],
+    ids=[
+        *("integers", "float8", "complex", "one-dimension", "int16", "float32", "queries"),
+        *("three-dimensions", "device"),
+    ],
 )
 def test_gather_names_the_argument_that_is_wrong(lookup, bucket_ids, message):
     with pytest.raises(ValueError, match=message):
@@ -56,12 +61,13 @@ def test_gather_names_the_argument_that_is_wrong(lookup, bucket_ids, message):
 @pytest.mark.parametrize(
     ("pairs", "bucket_ids", "num_buckets", "message"),
     [
-        (torch.ones(4, 6).int(), IDS, 5, "pairs must be a floating-point tensor.*int32"),
+        (torch.ones(4, 6).int(), IDS, 5, "pairs must be a tensor of float16, .*int32"),
         (torch.ones(4, 7), IDS, 5, "bucket_ids must have as many keys as pairs, 7, got 6"),
         (torch.ones(3, 6), IDS, 5, "L_q = 3"),
-        (torch.ones(4, 6), IDS, 0, "num_buckets must be at least 1, got 0"),
+        (torch.ones(4, 6), IDS, 0, r"num_buckets must be in \[1, 1048576\], got 0"),
+        (torch.ones(4, 6), IDS, 2**31, "num_buckets must be in .*, got 2147483648"),
     ],
-    ids=["integers", "keys", "queries", "no-buckets"],
+    ids=["integers", "keys", "queries", "no-buckets", "too-many-buckets"],
 )
 def test_bucket_sum_names_the_argument_that_is_wrong(pairs, bucket_ids, num_buckets, message):
     with pytest.raises(ValueError, match=message):
