@@ -7,6 +7,8 @@ import timm
 import torch
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -29,6 +31,7 @@ __all__ = [
     "create_evaluation",
     "create_model",
     "create_optimizer",
+    "create_schedule",
     "create_step",
     "scaled_lr",
 ]
@@ -135,11 +138,37 @@ def create_optimizer(
     """Create the optimizer of timm, with its parameter groups for `layer_decay`.
 
     Weight decay does not apply to biases, norms, position embedding and tokens.
+
+    Raises:
+        UsageError: The optimizer cannot run here, or not with these options.
     """
     options = optimizer_kwargs(config) | {"lr": scaled_lr(config, total_batch_size)}
     if config.opt in ("adam", "adamw"):
         options["fused"] = True
-    return create_optimizer_v2(model, **options)
+    try:
+        optimizer = create_optimizer_v2(model, **options)
+    except (ArithmeticError, AssertionError, ImportError, RuntimeError, TypeError, ValueError) as e:
+        raise UsageError(f"--opt {config.opt} cannot be used with these options: {e}") from e
+    if getattr(optimizer, "is_second_order", False):
+        raise UsageError(
+            f"--opt must be an optimizer without second derivatives, got {config.opt!r}"
+        )
+    return optimizer
+
+
+def create_schedule(config: ClassificationConfig, optimizer: torch.optim.Optimizer) -> Scheduler:
+    """Create the learning rate schedule of timm.
+
+    Raises:
+        UsageError: The schedule does not accept these options.
+    """
+    try:
+        scheduler, _ = create_scheduler(config, optimizer)
+    except (ArithmeticError, AssertionError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"--sched {config.sched} cannot be used with these options: {error}"
+        ) from error
+    return scheduler
 
 
 def create_evaluation(

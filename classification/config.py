@@ -37,7 +37,7 @@ class ModelConfig(Config):
     """Side of a patch in pixels; none uses that of the model."""
     embed_dim: int | None = Field(None, ge=1)
     """Number of channels of a token; none uses that of the model."""
-    depth: int | None = Field(None, ge=1)
+    depth: int | None = Field(None, ge=1, le=1000)
     """Number of blocks; none uses that of the model."""
     num_heads: int | None = Field(None, ge=1)
     """Number of attention heads; none uses that of the model."""
@@ -167,6 +167,14 @@ class AugmentConfig(Config):
             raise ValueError("must be false (there are no augmentation splits)")
         return resplit
 
+    @field_validator("cutmix_minmax")
+    @classmethod
+    def _check_cutmix(cls, sides: tuple[float, float] | None) -> tuple[float, float] | None:
+        """Refuse sides that are reversed or outside of the image."""
+        if sides is not None and not 0 <= sides[0] < sides[1] <= 1:
+            raise ValueError("must be a minimum and a larger maximum, both in [0, 1]")
+        return sides
+
     @property
     def mixes(self) -> bool:
         """True if mixup or cutmix is enabled."""
@@ -214,7 +222,7 @@ class OptimConfig(Config):
     """Number of epochs without improvement before a drop in the plateau schedule."""
     lr_noise: tuple[float, ...] | None = None
     """Start, or start and end, of learning rate noise, as fractions of epochs; none disables it."""
-    lr_noise_pct: float = Field(0.67, ge=0)
+    lr_noise_pct: float = Field(0.67, gt=0)
     """Maximum learning rate noise, relative to the learning rate."""
     lr_noise_std: float = Field(1.0, ge=0)
     """Standard deviation of the learning rate noise."""
@@ -227,6 +235,14 @@ class OptimConfig(Config):
     model_ema_force_cpu: bool = False
     """Keep the EMA on the CPU."""
 
+    @field_validator("opt_betas")
+    @classmethod
+    def _check_betas(cls, betas: tuple[float, float] | None) -> tuple[float, float] | None:
+        """Refuse betas that no optimizer accepts."""
+        if betas is not None and not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("must be two values in [0, 1)")
+        return betas
+
     @field_validator("opt")
     @classmethod
     def _check_optimizer(cls, name: str) -> str:
@@ -236,6 +252,16 @@ class OptimConfig(Config):
         if name not in list_optimizers():
             raise ValueError("must be an optimizer name of timm.optim.list_optimizers()")
         return name
+
+    @model_validator(mode="after")
+    def _check_noise(self) -> "OptimConfig":
+        """Refuse noise that timm would draw again without end: it draws until one is small."""
+        if self.lr_noise is not None and self.lr_noise_pct < self.lr_noise_std / 1000:
+            raise ValueError(
+                "--lr-noise-pct must be at least a thousandth of --lr-noise-std, "
+                f"got {self.lr_noise_pct} and {self.lr_noise_std}"
+            )
+        return self
 
 
 class DistillConfig(Config):
@@ -284,6 +310,19 @@ class ClassificationConfig(
                 raise ValueError(
                     "--distillation-type needs --distillation-token: its head learns from the "
                     "teacher"
+                )
+        if self.patch_size is not None and self.patch_size > min(self.image_size):
+            raise ValueError(
+                f"--patch-size must be at most the smaller side of the images, "
+                f"{min(self.image_size)}, got {self.patch_size}"
+            )
+        if self.cutmix_minmax is not None:
+            least, most = self.cutmix_minmax
+            side = min(self.image_size)
+            if int(side * least) == int(side * most):
+                raise ValueError(
+                    "--cutmix-minmax must have at least one pixel between its values for images "
+                    f"of {side} pixels, got {least} and {most}"
                 )
         if self.mixes and self.batch_size % 2 and not self.eval:
             raise ValueError(

@@ -1,7 +1,6 @@
 """The training and evaluation of `classification.main`, which imports this after its flags."""
 
 import timm
-from timm.scheduler import create_scheduler
 
 from classification.build import (
     autocast_dtype,
@@ -9,6 +8,7 @@ from classification.build import (
     create_evaluation,
     create_model,
     create_optimizer,
+    create_schedule,
     create_step,
 )
 from classification.config import ClassificationConfig
@@ -51,7 +51,7 @@ def train(config: ClassificationConfig, session: Session) -> None:
     step = create_step(config, num_classes, device)
     report = ClassReport(train_data.classes, config.log_images)
     optimizer = create_optimizer(config, model, total_batch_size(config))
-    scheduler, _ = create_scheduler(config, optimizer)
+    scheduler = create_schedule(config, optimizer)
 
     recipe = Recipe(
         model=model,

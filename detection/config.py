@@ -47,9 +47,9 @@ class TransformerConfig(Config):
     docs/equip.md)."""
     rpe_implementation: Literal["auto", "cuda", "triton", "cpp", "reference"] = "auto"
     """Implementation of iRPE's operators; auto is the fastest that runs (see python -m rpe_ops)."""
-    enc_layers: int = Field(6, ge=1)
+    enc_layers: int = Field(6, ge=1, le=1000)
     """Number of encoder layers."""
-    dec_layers: int = Field(6, ge=1)
+    dec_layers: int = Field(6, ge=1, le=1000)
     """Number of decoder layers."""
     dim_feedforward: int = Field(2048, ge=1)
     """Number of hidden channels of the feed-forward blocks."""
@@ -202,7 +202,7 @@ class DetectionConfig(
 
     batch_size: int = Field(2, ge=1)
     """Input batch size per process."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**64)
     """Random seed."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of automatic mixed precision; auto is float32, as in DETR."""

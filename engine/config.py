@@ -25,7 +25,10 @@ from engine.flags import NONE_WORDS, FlagParser, allowed_types, describe, flag_o
 __all__ = ["AnyConfig", "Config", "dump", "make_config", "parse_config"]
 
 _LARGEST_FILE = 100_000  # characters, and values
+_MOST_BITS = 64  # of an integer; PyYAML reads any number of digits, but Python does not print it
+_LONGEST_SHOWN = 200  # characters of a value in an error
 _WRONG_BOOL = "wrong_bool_type"
+_NUL = "nul_character"
 _BOOLEAN_NOTE = " (YAML reads on, off, yes and no as true and false: put the word in quotes)"
 
 
@@ -48,9 +51,33 @@ class Config(BaseModel):
         allowed = allowed_types(cls.model_fields[info.field_name].annotation)
         if isinstance(value, str) and value.lower() in NONE_WORDS and NoneType in allowed:
             return None
+        if isinstance(value, str) and "\0" in value:
+            raise PydanticCustomError(_NUL, "must not contain a NUL character")
         if isinstance(value, bool) and bool not in allowed:
             # pydantic would convert the true of `epochs: yes` to 1.
             raise PydanticCustomError(_WRONG_BOOL, "must not be a boolean")
+        return value
+
+
+class _Loader(yaml.SafeLoader):
+    """A loader whose errors about values are those of YAML, with the line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return the value of a node; PyYAML raises any exception for `!!int abc` or a month 13."""
+        try:
+            value = super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.MarkedYAMLError(
+                problem=f"a value must be a valid {kind}, got {_show(node.value)} (put text in "
+                "quotes)",
+                problem_mark=node.start_mark,
+            ) from error
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise yaml.MarkedYAMLError(
+                problem=f"an integer must have at most {_MOST_BITS} bits, got {_show(node.value)}",
+                problem_mark=node.start_mark,
+            )
         return value
 
 
@@ -122,13 +149,15 @@ def _validated(cls: type[AnyConfig], values: dict[str, Any], places: dict[str, s
 
 def _read_file(cls: type[Config], path: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the values of a YAML file and their places (`file, line 3: key`), both by option."""
+    if "\0" in path:
+        raise UsageError(f"--config must not contain a NUL character, got {path!r}")
     try:
         with Path(path).open(encoding="utf-8") as file:
             text = file.read(_LARGEST_FILE + 1)
         if len(text) > _LARGEST_FILE:
             raise UsageError(f"--config {path}: must have at most {_LARGEST_FILE:,} characters")
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
+        loader = _Loader(text)
+        node = _root(loader)
         if _count(node) > _LARGEST_FILE:
             raise UsageError(f"--config {path}: its aliases stand for too many values")
         if node is None:
@@ -160,6 +189,14 @@ def _read_file(cls: type[Config], path: str) -> tuple[dict[str, Any], dict[str, 
             raise UsageError(f"{place} is given twice")
         values[name], places[name] = value, place
     return values, places
+
+
+def _root(loader: yaml.SafeLoader) -> yaml.Node | None:
+    """Return the root of a YAML document; PyYAML raises ValueError for a wrong escape sequence."""
+    try:
+        return loader.get_single_node()
+    except ValueError as error:
+        raise yaml.MarkedYAMLError(problem=str(error), problem_mark=loader.get_mark()) from error
 
 
 def _count(node: yaml.Node | None, counts: dict[int, int] | None = None) -> int:
@@ -219,4 +256,5 @@ def _message(detail: ErrorDetails) -> str:
 def _show(value: Any) -> str:
     """Return a value as it is written in YAML."""
     plain = value is None or isinstance(value, bool)
-    return json.dumps(value) if plain else repr(value)
+    text = json.dumps(value) if plain else repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"

@@ -98,10 +98,15 @@ class FlagParser(argparse.ArgumentParser):
             SystemExit: After `--help`.
         """
         flags = self._option_string_actions
+        argv = _with_dashes(argv, flags)
+        for flag, _, value in (word.partition("=") for word in argv):
+            # Versions of argparse read this as no value, as an empty list or as text.
+            if flag in flags and value == "--":
+                raise UsageError(f"{flag} must have a value, got --")
         # Positional arguments may be before, between and after the flags.
         mixed = any(POSITIONAL in field.metadata for field in self._fields.values())
         parse = self.parse_known_intermixed_args if mixed else self.parse_known_args
-        given, extras = parse(_with_dashes(argv, flags))
+        given, extras = parse(argv)
         if not extras:
             return {name: self._unpack(name, words) for name, words in vars(given).items()}
         unknown = next((extra for extra in extras if extra.startswith("-")), None)

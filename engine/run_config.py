@@ -44,7 +44,7 @@ class RunConfig(Config):
     """Resume from the last checkpoint in output_dir if there is one."""
     overwrite: bool = False
     """Start a new run in an output_dir that has one, and replace its checkpoints."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**64)
     """Random seed."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of mixed precision; auto selects that of the published recipe."""

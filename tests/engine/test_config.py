@@ -312,6 +312,40 @@ def test_a_file_that_needs_unbounded_memory_is_refused(error_of, write, text, wo
     assert words in error_of("--config", str(write(text)))
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("!!int abc", "!!int ''", "!!int 0x", "!!float", "!!float abc", "!!float ''", "!!bool"),
+        *("!!bool maybe", "!!timestamp", "!!timestamp abc", "0000-01-01", "2020-13-45"),
+        *("2020-01-01 25:61:61", "2020-01-01T00:00:00+99:99", '"\\U00110000"', "!!binary é"),
+        *("!!set [a]", "!!omap [1]", "!!pairs 1", "!!map [a]", "!!str [a]", "!!foo x", "9" * 5000),
+        *("0x" + "f" * 5000, "[1, !!int abc]", "{<<: [1]}", "{{a: 1}: 2}", "{[a]: 1}"),
+    ],
+    ids=lambda value: value[:20],
+)
+@pytest.mark.parametrize("option", ["seed", "lr", "data_path", "model_ema", "scales"])
+def test_a_value_that_yaml_cannot_read_is_one_short_line_with_its_place(
+    error_of, write, option, value
+):
+    error = error_of("--config", write(f"dtype: float32\n{option}: {value}\n"))
+    assert "some.yaml, line 2" in error
+    assert len(error) < 1000
+
+
+def test_text_with_a_nul_character_is_refused(error_of, write):
+    error = error_of("--config", write('data_path: "a\\0b"'))
+    assert "data_path must not contain a NUL character, got 'a\\x00b'" in error
+    assert "--data-path must not contain a NUL" in error_of("--data-path", "a\0b")
+    assert "--config must not contain a NUL" in error_of("--config", "a\0b")
+
+
+@pytest.mark.parametrize(
+    "option", [*(name.replace("_", "-") for name in Run.model_fields), "config"]
+)
+def test_two_dashes_are_not_the_value_of_a_flag(error_of, option):
+    assert f"--{option} must have a value, got --" in error_of(f"--{option}=--")
+
+
 def test_a_device_is_not_read_to_its_end(error_of):
     assert "must have at most" in error_of("--config", "/dev/zero")
 
