@@ -9,7 +9,6 @@ The index works for every archive whose members are contiguous, such as tar and 
 import bisect
 import logging
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +91,10 @@ def open_index(path: Path, scan: Callable[[Path], Mapping[str, tuple[int, int]]]
             return index
 
     logger.info("indexing %s: this is done once, the index is stored", path)
-    index = ArchiveIndex.from_members(scan(path), signature)
+    try:
+        index = ArchiveIndex.from_members(scan(path), signature)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}") from error
     for index_path in index_paths:
         try:
             save_index(index, index_path)
@@ -127,14 +129,28 @@ def save_index(index: ArchiveIndex, index_path: Path) -> None:
 
 def _load(index_path: Path, signature: Signature) -> ArchiveIndex | None:
     """Read a stored index; None if it is missing, outdated or damaged."""
+    if not index_path.is_file():
+        return None
     try:
         with np.load(index_path) as stored:
             if int(stored["format"]) != _FORMAT or tuple(stored["signature"]) != signature:
                 return None
-            names = PackedStrings(stored["names"])
-            return ArchiveIndex(names, stored["offsets"], stored["sizes"], signature)
-    except FileNotFoundError:
-        return None
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            index = ArchiveIndex(
+                PackedStrings(stored["names"]), stored["offsets"], stored["sizes"], signature
+            )
+        _check(index)
+    except Exception as error:  # The file may have any content.
         logger.debug("the index at %s is ignored: %s", index_path, error)
         return None
+    return index
+
+
+def _check(index: ArchiveIndex) -> None:
+    """Raise ValueError if the arrays do not fit each other or the size of the archive."""
+    shape = (len(index.names),)
+    for array in (index.offsets, index.sizes):
+        if array.dtype != np.int64 or array.shape != shape:
+            raise ValueError(f"its arrays must be int64 of shape {shape}")
+    size, _ = index.signature
+    if ((index.offsets < 0) | (index.sizes < 0) | (index.offsets > size - index.sizes)).any():
+        raise ValueError("a member is outside the archive")

@@ -56,7 +56,8 @@ def scan_tar(path: Path) -> Members:
             file.seek(end)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise DataError(f"{path} is truncated or damaged at byte {end}")
-    except tarfile.TarError as error:
+    # tarfile converts the fields of extended headers without a check.
+    except (tarfile.TarError, ValueError) as error:
         raise DataError(f"{path} is truncated, damaged or not a tar archive: {error}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error

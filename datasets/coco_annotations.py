@@ -7,7 +7,6 @@ Errors in the file are reported here, with the annotation in question.
 
 import json
 import logging
-import math
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from datasets.coco_entries import area_of, find_problem
 from datasets.coco_json import category_names_of, describe, read_json, select_images, size_of
 from datasets.errors import CHECK_COMMAND, DataError
 from datasets.packed_strings import PackedStrings
 
 __all__ = [
     "CocoAnnotations",
-    "area_of",
-    "find_problem",
     "read_annotations",
     "report_flat",
     "report_unlisted",
@@ -104,7 +102,8 @@ def read_annotations(
         if with_masks:
             _check_sizes(path, data["images"])
         rows, objects, unlisted = _collect(path, data["annotations"], images, names, with_masks)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        file_names = PackedStrings.pack(images[key] for key in sorted(images))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{path} is not a COCO annotation file: {describe(error)}") from error
 
     order = np.argsort(rows, kind="stable")
@@ -116,7 +115,7 @@ def read_annotations(
         segmentations = PackedStrings.pack(json.dumps(entry["segmentation"]) for entry in objects)
     return CocoAnnotations(
         image_ids=np.array(sorted(images), dtype=np.int64),
-        file_names=PackedStrings.pack(images[key] for key in sorted(images)),
+        file_names=file_names,
         sizes=np.array([sizes[key] for key in sorted(images)], dtype=np.int64),
         starts=np.searchsorted(rows[order], np.arange(len(images) + 1)),
         boxes=boxes,
@@ -146,6 +145,12 @@ def _check_sizes(path: Path, images: Sequence[Mapping[str, Any]]) -> None:
     for entry in images:
         if "height" not in entry or "width" not in entry:
             raise DataError(f"{path}: image {entry['id']} lacks height or width, needed for masks")
+        size = [entry["height"], entry["width"]]
+        if not all(type(side) is int and side > 0 for side in size):
+            raise DataError(
+                f"{path}: image {entry['id']}: height and width must be positive integers, "
+                f"got {size}; {CHECK_COMMAND}"
+            )
 
 
 def _collect(
@@ -184,57 +189,6 @@ def _collect(
         )
     report_unlisted(path, without_image)
     return np.array(rows, dtype=np.int64), objects, without_image
-
-
-def find_problem(entry: Mapping[str, Any], names: Mapping[int, str], with_masks: bool) -> str:
-    """Describe the first problem of an annotation that stops a training.
-
-    Args:
-        entry: One of `annotations`.
-        names: Name of each category id.
-        with_masks: Check the segmentation, too.
-
-    Returns:
-        The description; an empty string if there is no problem.
-    """
-    box = entry.get("bbox")
-    if not (isinstance(box, list) and len(box) == 4 and _finite(box)):
-        return f"bbox must be four finite numbers (x, y, width, height), got {box}"
-    if entry.get("category_id") not in names:
-        category = entry.get("category_id")
-        return f"category_id must be a category that the file lists, got {category!r}"
-    if not with_masks or entry.get("iscrowd", 0):
-        return ""
-    segmentation = entry.get("segmentation")
-    if not segmentation:
-        return "segmentation is missing or empty, needed for masks"
-    if isinstance(segmentation, dict):
-        complete = {"counts", "size"} <= set(segmentation)
-        return "" if complete else "RLE segmentation lacks counts or size"
-    if isinstance(segmentation, list) and all(map(_is_polygon, segmentation)):
-        return ""
-    return "segmentation must be polygons of finite numbers or an RLE"
-
-
-def _is_polygon(part: Any) -> bool:
-    """Return whether a part of a segmentation is a list of finite numbers."""
-    return isinstance(part, list) and _finite(part)
-
-
-def _finite(numbers: list[Any]) -> bool:
-    """Return whether all entries are finite numbers."""
-    try:
-        return math.isfinite(math.fsum(numbers))
-    except (TypeError, ValueError, OverflowError):
-        return False
-
-
-def area_of(entry: Mapping[str, Any]) -> float:
-    """Return the area of an annotation; that of its box if it is missing or not finite."""
-    area = entry.get("area")
-    if isinstance(area, (int, float)) and math.isfinite(area):
-        return float(area)
-    return float(entry["bbox"][2] * entry["bbox"][3])
 
 
 def report_flat(path: Path, boxes: np.ndarray) -> None:

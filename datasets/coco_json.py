@@ -4,7 +4,8 @@ import contextlib
 import gc
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping
+import reprlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,20 @@ logger = logging.getLogger(__name__)
 # classes.
 _COCO_IDS = set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 
+# The lists of an annotation file, and the keys of their entries that must be integers if present.
+_IDS = {"images": ("id",), "annotations": ("id", "image_id"), "categories": ("id",)}
+_INT64 = 1 << 63
+
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file with an object at the top level.
+    """Read an annotation file: a JSON object with lists of images, annotations and categories.
 
     Args:
         path: Path of the file.
 
     Raises:
-        DataError: The file is missing or damaged, or its top level is not an object.
+        DataError: The file is missing or damaged, its top level is not an object, a list is not a
+            list of objects, or an id is not an integer.
     """
     try:
         with _without_gc():
@@ -43,6 +49,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DataError(f"there is no annotation file {path}") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise DataError(f"{path} is not a COCO annotation file: too deeply nested") from error
     except ValueError as error:
         raise DataError(f"{path} is truncated, damaged or not JSON: {error}") from error
     if not isinstance(data, dict):
@@ -50,7 +58,33 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} is not a COCO annotation file: its top level must be a JSON object, "
             f"got {type(data).__name__}"
         )
+    for name, keys in _IDS.items():
+        if name in data:
+            _check_list(path, name, data[name], keys)
     return data
+
+
+def _check_list(path: Path, name: str, entries: Any, keys: Sequence[str]) -> None:
+    """Raise DataError unless `entries` is a list of objects with integers as ids."""
+    if not isinstance(entries, list):
+        raise DataError(
+            f"{path} is not a COCO annotation file: {name} must be a list, "
+            f"got {reprlib.repr(entries)}"
+        )
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise DataError(
+                f"{path} is not a COCO annotation file: {name}[{number}] must be an object, "
+                f"got {reprlib.repr(entry)}"
+            )
+        for key in keys:
+            value = entry.get(key, 0)
+            # A Boolean is an int for `isinstance`.
+            if type(value) is not int or not -_INT64 <= value < _INT64:
+                raise DataError(
+                    f"{path} is not a COCO annotation file: {name}[{number}].{key} must be an "
+                    f"integer of 64 bits, got {reprlib.repr(value)}"
+                )
 
 
 @contextlib.contextmanager

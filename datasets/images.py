@@ -3,6 +3,7 @@
 import copy
 import io
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Callable, Sequence, Sized
@@ -121,9 +122,11 @@ def read_bytes(path: Path) -> bytes:
     """Read one image file.
 
     Raises:
-        CorruptImageError: The file cannot be read.
+        CorruptImageError: The file cannot be read, or is a pipe or a device, which may have no end.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CorruptImageError(f"cannot read image {path}: it is not a regular file")
         return path.read_bytes()
     except OSError as error:
         raise CorruptImageError(f"cannot read image {path}: {error.strerror}") from error

@@ -32,9 +32,17 @@ class PackedStrings(Sequence[str]):
 
     @classmethod
     def pack(cls, strings: Iterable[str]) -> "PackedStrings":
-        """Pack strings and keep their order."""
+        """Pack strings and keep their order.
+
+        Raises:
+            ValueError: A string has a NUL character or cannot be encoded.
+        """
+        strings = list(strings)
         joined = "".join(f"{string}\0" for string in strings)
-        return cls(np.frombuffer(joined.encode("utf-8", "surrogateescape"), dtype=np.uint8))
+        packed = cls(np.frombuffer(joined.encode("utf-8", "surrogateescape"), dtype=np.uint8))
+        if len(packed) != len(strings):
+            raise ValueError("names must not have NUL characters")
+        return packed
 
     def __len__(self) -> int:
         return len(self.ends)

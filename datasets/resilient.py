@@ -86,7 +86,10 @@ class ResilientDataset(Dataset[tuple[Any, Any]]):
                 return self.dataset[candidate]
             except CorruptImageError as error:
                 self._count_bad(candidate, error)
-        raise DataError(f"none of the {len(self)} images can be read")
+                last = error
+        raise DataError(
+            f"none of the {len(self)} images can be read; the last one: {last}; {CHECK_COMMAND}"
+        )
 
     def _count_bad(self, index: int, error: CorruptImageError) -> None:
         """Count and log a bad read; raise `DataError` above the maximum fraction."""

@@ -15,6 +15,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from datasets.coco_entries import area_of
 from datasets.coco_json import size_of
 from detection.coco_detections import CocoDetections
 from engine.optional import is_installed
@@ -86,12 +87,19 @@ def _complete(truth: COCO, with_masks: bool) -> list[dict[str, Any]]:
     for number, annotation in enumerate(truth.dataset["annotations"], start=1):
         if annotation["image_id"] not in truth.imgs or annotation["category_id"] not in truth.cats:
             continue
-        area = annotation["bbox"][2] * annotation["bbox"][3]
-        entry = {"iscrowd": 0, "area": area} | annotation | {"id": number}
+        entry = {"iscrowd": 0} | annotation | {"id": number, "area": area_of(annotation)}
         if with_masks:
-            entry["segmentation"] = truth.annToRLE(annotation)
+            # A crowd may have no segmentation: its region is its box.
+            region = annotation.get("segmentation") or [_corners(annotation["bbox"])]
+            entry["segmentation"] = truth.annToRLE(annotation | {"segmentation": region})
         completed.append(entry)
     return completed
+
+
+def _corners(box: Sequence[float]) -> list[float]:
+    """Return a box x, y, width, height as a polygon."""
+    x, y, width, height = box
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
 
 
 class _Pycocotools:
@@ -134,7 +142,10 @@ class _Hotcoco:
                 {"id": int(image["id"]), "width": size_of(image)[0], "height": size_of(image)[1]}
                 for image in dataset["images"]
             ],
-            [{"id": int(entry["id"]), "name": entry["name"]} for entry in dataset["categories"]],
+            [
+                {"id": int(entry["id"]), "name": str(entry["name"])}
+                for entry in dataset["categories"]
+            ],
             column("image_id", np.int64),
             column("category_id", np.int64),
             column("bbox", np.float64).reshape(-1, 4),

@@ -217,7 +217,8 @@ def test_a_failed_save_keeps_the_old_index(
 def test_an_indexed_archive_of_a_million_members_opens_in_seconds(tmp_path: Path) -> None:
     count = 1_000_000
     path = tmp_path / "train.tar"
-    path.write_bytes(b"never read")
+    path.touch()
+    os.truncate(path, 2 * count)  # Its content is never read.
     names = [f"n{i // 1000:08d}/n{i // 1000:08d}_{i:08d}.JPEG" for i in range(count)]
     offsets = np.arange(count, dtype=np.int64)
     signature = signature_of(path.stat())
@@ -311,6 +312,51 @@ def test_a_damaged_archive_is_reported_in_one_sentence(
         TarArchive(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sizes": np.array([10])},
+        {"sizes": np.array([10.0, 10.0])},
+        {"sizes": np.array([-1, 10])},
+        {"sizes": np.array([2**62, 10])},
+        {"offsets": np.array([2**62, 512])},
+        {"offsets": np.array([[512, 512]])},
+        {"format": np.array([1, 1])},
+        {"names": np.zeros((2, 2))},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_an_index_that_does_not_fit_its_archive_is_built_again(change, write_tar, tmp_path) -> None:
+    path = write_tar(tmp_path / "train.tar", {"a": b"first", "b": b"second"})
+    TarArchive(path)
+    index = tmp_path / "train.tar.index.npz"
+    with np.load(index) as stored:
+        arrays = dict(stored)
+    np.savez(index, **(arrays | change))
+    assert TarArchive(path).read("b") == b"second"
+    with np.load(index) as stored:
+        assert {name: stored[name].tolist() for name in arrays} == {
+            name: array.tolist() for name, array in arrays.items()
+        }
+
+
+def test_a_pipe_as_index_is_not_read(write_tar, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "train.tar", {"a": b"first"})
+    os.mkfifo(tmp_path / "train.tar.index.npz")
+    assert TarArchive(path).read("a") == b"first"
+
+
+def test_extended_headers_with_text_as_numbers_are_damage(tmp_path: Path) -> None:
+    path = tmp_path / "train.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("a")
+        member.pax_headers = {"GNU.sparse.major": "x", "GNU.sparse.minor": "0"}
+        member.pax_headers |= {"GNU.sparse.realsize": "x"}
+        tar.addfile(member)
+    with pytest.raises(DataError, match=r"train\.tar is truncated, damaged or not a tar"):
+        TarArchive(path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder"])

@@ -1,6 +1,7 @@
 """Images are found in files, folders, patterns, archives and at URLs, and turned upright."""
 
 import io
+import os
 import re
 import struct
 import tarfile
@@ -182,3 +183,14 @@ def test_arrays_and_pil_images_are_images():
 def test_other_objects_are_refused(wrong, words):
     with pytest.raises(ValueError, match=words):
         open_image(wrong)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_is_no_image(kind, tmp_path):
+    path = tmp_path / "photo.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(CorruptImageError, match=r"photo\.png: it is not a regular file"):
+        read_image(str(path))

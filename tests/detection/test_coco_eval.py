@@ -116,10 +116,13 @@ def test_missed_displaced_and_misclassified_objects_have_the_expected_metrics():
     assert (metrics["APl"], metrics["APm"]) == (0, pytest.approx(1))
 
 
-def test_a_crowd_counts_neither_as_missed_nor_its_detections_as_false():
+@pytest.mark.parametrize("has_segmentation", [True, False])
+def test_a_crowd_counts_neither_as_missed_nor_its_detections_as_false(has_segmentation):
     # The lower right quarter, as run lengths of columns.
     rle = {"size": [SIDE, SIDE], "counts": [20100, *[100, 100] * 99, 100]}
     many = annotation(9, 20, 3, [100.0, 100, 100, 100], iscrowd=1, segmentation=rle)
+    if not has_segmentation:
+        del many["segmentation"]
     inside = detections((3, 0.99, [110.0, 110, 20, 20]), (3, 0.98, [150.0, 150, 30, 30]))
     medium = detections((3, 0.7, MEDIUM))
     both = {name: torch.cat([inside[name], medium[name]]) for name in inside}
@@ -357,6 +360,12 @@ def test_labels_are_mapped_to_categories_and_unknown_ones_dropped():
     relabeled[30] = detections((4, 0.99, SMALL))
     metrics = evaluate(coco(OBJECTS), relabeled, "bbox", "segm", label_to_category={0: 3, 1: 7})
     assert metrics["bbox"]["AP"] == metrics["segm"]["AP"] == 1
+
+
+def test_areas_that_are_no_numbers_are_those_of_the_boxes_and_names_may_be_numbers():
+    truth = coco([entry | {"area": None} for entry in OBJECTS])
+    truth.dataset["categories"][0]["name"] = 3
+    assert evaluate(truth, RIGHT)["bbox"] == ALL_FOUND
 
 
 @pytest.mark.parametrize("missing", ["area", "iscrowd"])
