@@ -350,6 +350,7 @@ CHECKS: dict[tuple[str, ...], Callable[[Command], None]] = {
     ("python", "-m", "examples.equip_timm_vit"): _example("examples.equip_timm_vit"),
     ("python", "-m", "examples.draw_buckets"): _example("examples.draw_buckets"),
     ("python", "-m", "rpe_ops"): _report,
+    ("python", "-m", "tests.campaign"): _parser("tests.campaign.__main__"),
     ("python", "-m", "tests.rpe_ops.aot"): _module("tests.rpe_ops.aot"),
     ("python", "-m", "pytest"): _paths("-q", "-x", with_value=("-m", "-k")),
     ("python3", "-m", "venv", ".venv"): _nothing,
