@@ -29,7 +29,8 @@ _COCO_IDS = set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 
 # The lists of an annotation file, and the keys of their entries that must be integers if present.
 _IDS = {"images": ("id",), "annotations": ("id", "image_id"), "categories": ("id",)}
-_INT64 = 1 << 63
+# COCO's evaluators hold ids in columns of float64; hotcoco refuses negative ids.
+_LARGEST_ID = 1 << 53
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _check_list(path: Path, name: str, entries: Any, keys: Sequence[str]) -> None:
     """Raise DataError unless `entries` is a list of objects with integers as ids."""
+    smallest = -_LARGEST_ID if name == "annotations" else 0
     if not isinstance(entries, list):
         raise DataError(
             f"{path} is not a COCO annotation file: {name} must be a list, "
@@ -80,10 +82,10 @@ def _check_list(path: Path, name: str, entries: Any, keys: Sequence[str]) -> Non
         for key in keys:
             value = entry.get(key, 0)
             # A Boolean is an int for `isinstance`.
-            if type(value) is not int or not -_INT64 <= value < _INT64:
+            if type(value) is not int or not smallest <= value <= _LARGEST_ID:
                 raise DataError(
                     f"{path} is not a COCO annotation file: {name}[{number}].{key} must be an "
-                    f"integer of 64 bits, got {reprlib.repr(value)}"
+                    f"integer from {smallest} to {_LARGEST_ID}, got {reprlib.repr(value)}"
                 )
 
 
