@@ -18,6 +18,7 @@ With several processes, each process that fails prints its own line, which begin
 in `error [rank 3]:`. torchrun shows the sentence in its report, too.
 """
 
+import errno
 import json
 import logging
 import os
@@ -147,7 +148,9 @@ def _stdout_is_closed() -> bool:
 
 
 def _explained(error: Exception) -> UserError | None:
-    """Return the sentence for an error of torch whose cause is another process; None for others."""
+    """Return the sentence for an error of a long path or of another process; None for others."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UserError(f"a path must be short enough for the system, got {error.filename:.100}…")
     distributed = _distributed()
     if not isinstance(error, RuntimeError) or isinstance(error, UserError):
         return None

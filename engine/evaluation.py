@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.report import Report, ReportWriter, write_pictures
 from engine.session import Session
 
-__all__ = ["Evaluate", "evaluate_models", "run_evaluation"]
+__all__ = ["Evaluate", "check_finite", "evaluate_models", "run_evaluation"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +58,7 @@ def run_evaluation(
         model.compile()
     start = time.perf_counter()
     metrics = evaluate_models(evaluate, model, ema, session.device)
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise UserError(
-                f"{name} must be finite, got {value}: the model gives outputs that are not finite, "
-                "for example since the range of --dtype float16 is too small for it"
-            )
+    check_finite(metrics)
     images_per_s = num_images / (time.perf_counter() - start)
     logger.info("%d images, %.4g images/s\n%s", num_images, images_per_s, describe(metrics))
     if session.output_dir is not None and is_main():
@@ -87,3 +82,13 @@ def evaluate_models(
     if ema is not None and ema.device is not None:
         ema.module.to(ema.device)
     return metrics
+
+
+def check_finite(metrics: Mapping[str, float]) -> None:
+    """Raise UserError if a metric is not finite."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} must be finite, got {value}: the model gives outputs that are not finite, "
+                "for example since --lr is too large, or the range of --dtype float16 too small"
+            )

@@ -23,7 +23,7 @@ from engine.checkpoint import CheckpointDir
 from engine.config import dump
 from engine.distributed import distribute, is_main, world_size
 from engine.errors import UsageError
-from engine.evaluation import Evaluate, evaluate_models
+from engine.evaluation import Evaluate, check_finite, evaluate_models
 from engine.logging import RunLog
 from engine.loop import LoopOptions, TrainState, train_epoch
 from engine.meters import TimeLeft
@@ -114,7 +114,7 @@ def run_training(session: Session, recipe: Recipe) -> dict[str, Any]:
         The content of the last checkpoint.
 
     Raises:
-        UserError: The checkpoint does not fit this recipe.
+        UserError: The checkpoint does not fit this recipe, or a last metric is not finite.
         Stopped: A signal asked the run to stop; its checkpoint is saved.
         NonFiniteLossError: The loss is not finite in some process.
     """
@@ -305,6 +305,9 @@ class _Training:
             text = short_metrics(tested, recipe.console_metrics)
             logger.info("epoch %d: %s  (best %s %.4g)", epoch, text, recipe.best_by, state.best)
             self.write_details(log, epoch, is_over or self.stops_early())
+        if is_over:
+            # Earlier epochs may recover; the state of this one is saved.
+            check_finite(tested)
 
     def write_details(self, log: RunLog, epoch: int, is_last: bool) -> None:
         """Write the metrics of each class and the pictures of the last evaluation."""

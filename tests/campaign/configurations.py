@@ -74,6 +74,8 @@ def flags_case(rng: random.Random, base: Base, folder: Path) -> Verdict:
     if rng.random() < 0.2:
         argv[rng.randrange(len(argv))] = rng.choice(_WORDS)
     culprits = [word for name in chosen for word in _culprits(name)]
+    # A long value names itself.
+    culprits += [word[:100] for word in _WORDS if len(word) > 100]
     return trial(folder, main, argv, culprits=[*culprits, *_PLACES, "--"], kept=base.folders)
 
 
