@@ -42,7 +42,8 @@ def train(**changes) -> str:
         return str(error)
     for epoch in range(2):
         images = torch.randint(256, (4, 3, *config.image_size), dtype=torch.uint8)
-        step(model, (images, torch.arange(4), [[]] * 4))["loss"].backward()
+        nothing = [[]] * 4
+        step(model, (images, torch.arange(4), nothing, nothing))["loss"].backward()
         optimizer.step()
         scheduler.step(epoch, 0.5)
     return ""
