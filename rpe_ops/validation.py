@@ -29,8 +29,9 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_num_buckets(num_buckets: int) -> None:
-    """Raise ValueError unless a number of buckets is in [1, `MAX_BUCKETS`]."""
-    if not 1 <= num_buckets <= MAX_BUCKETS:
+    """Raise ValueError unless a number of buckets is an integer in [1, `MAX_BUCKETS`]."""
+    whole = isinstance(num_buckets, (int, torch.SymInt))
+    if not whole or not 1 <= num_buckets <= MAX_BUCKETS:
         raise ValueError(f"num_buckets must be in [1, {MAX_BUCKETS}], got {num_buckets}")
 
 

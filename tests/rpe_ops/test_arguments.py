@@ -65,9 +65,10 @@ def test_gather_names_the_argument_that_is_wrong(lookup, bucket_ids, message):
         (torch.ones(4, 7), IDS, 5, "bucket_ids must have as many keys as pairs, 7, got 6"),
         (torch.ones(3, 6), IDS, 5, "L_q = 3"),
         (torch.ones(4, 6), IDS, 0, r"num_buckets must be in \[1, 1048576\], got 0"),
+        (torch.ones(4, 6), IDS, None, "num_buckets must be in .*, got None"),
         (torch.ones(4, 6), IDS, 2**31, "num_buckets must be in .*, got 2147483648"),
     ],
-    ids=["integers", "keys", "queries", "no-buckets", "too-many-buckets"],
+    ids=["integers", "keys", "queries", "no-buckets", "none", "too-many-buckets"],
 )
 def test_bucket_sum_names_the_argument_that_is_wrong(pairs, bucket_ids, num_buckets, message):
     with pytest.raises(ValueError, match=message):
