@@ -28,7 +28,7 @@ class Operation(NamedTuple):
 
     Attributes:
         kind: Key of `_KINDS`.
-        numbers: Its numbers: the 256 values of a lookup table, the strength of a blend, or for an
+        numbers: Its numbers, if it has any: the 256 values of a lookup table, a strength, or for an
             affine transform the six numbers of Pillow's matrix, 1 for bicubic or 0 for bilinear
             interpolation, and the fill color.
     """
@@ -65,8 +65,8 @@ def record_operations(policy: Any) -> None:
         function = auto_augment.NAME_TO_OP[op.name]
         if function in _MATRICES:
             op.aug_fn = partial(_record_affine, _MATRICES[function])
-        elif function in _BLENDS:
-            op.aug_fn = partial(_record_plain, _BLENDS[function])
+        elif function in _PLAIN:
+            op.aug_fn = partial(_record_plain, _PLAIN[function])
         elif function in _ON_VALUES:
             op.aug_fn = partial(_record_table, op.aug_fn)
         else:
@@ -154,7 +154,7 @@ _MATRICES: dict[Callable, Callable[[float, int, int], tuple[float, ...]]] = {
     auto_augment.translate_y_abs: lambda level, width, height: (1, 0, 0, 0, 1, level),
     auto_augment.rotate: _rotation,
 }
-_BLENDS = {
+_PLAIN = {
     auto_augment.color: "color",
     auto_augment.contrast: "contrast",
     auto_augment.sharpness: "sharpness",

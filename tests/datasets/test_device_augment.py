@@ -13,6 +13,7 @@ from datasets.device_augment import apply_operations, draw_operations, record_op
 from datasets.pixels import collate_augmented, to_uint8
 from datasets.transforms import allow_zero_bits, build_transform
 from engine import seed_all
+from scripts.benchmark.host_syncs import OperatorCounter
 
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 AFFINE = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
@@ -84,7 +85,9 @@ def test_a_batch_has_the_augmentation_of_the_workers(interpolation):
     assert {len(drawn) for drawn in operations} == {0, 1, 2}
     assert not torch.equal(images, expected)
     alone = [apply_operations(images[i : i + 1].clone(), operations[i : i + 1]) for i in range(24)]
-    result = apply_operations(images, operations)
+    with OperatorCounter() as counter:
+        result = apply_operations(images, operations)
+    assert counter.done().syncs == 0
     assert result is images
     assert torch.equal(torch.cat(alone), result)
     difference = (result.int() - expected.int()).abs().float().mean((1, 2, 3))
