@@ -2,8 +2,8 @@
 
 A worker calls the policy of timm on a recorder instead of an image, so operations and strengths are
 those that it would apply, from the same random numbers. The device applies each kind of operation
-to all images that drew it. Pixels are those of Pillow: equal for operations on single values, and
-up to one of 255 levels away in few pixels for the others.
+to all images that drew it. Pixels are those of Pillow, but for affine transforms, where few values
+are one of 255 levels away.
 """
 
 import math
