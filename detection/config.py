@@ -233,10 +233,10 @@ class DetectionConfig(
             raise ValueError(
                 "--train-val-split must be none with --val-images and --val-annotations"
             )
-        if self.coco_path and any(self.own_data):
-            raise ValueError(
-                "--coco-path must be none with --train-images, --val-images or their annotations"
-            )
+        options = ("--train-images", "--train-annotations", "--val-images", "--val-annotations")
+        given = [option for option, path in zip(options, self.own_data, strict=True) if path]
+        if self.coco_path and given:
+            raise ValueError(f"--coco-path must be none with {' and '.join(given)}")
         return self
 
 

@@ -29,8 +29,8 @@ _WORDS = (
     *("", "0", "-1", "1", "0.5", "nan", "inf", "-inf", "1e400", "none", "true", "--", "-", "1 2"),
     *("[1, 2]", "{}", "x" * 300, "a/b/c", str(2**63), str(2**64), str(-(10**30)), "é", "\n", ","),
 )
-# Words of errors about a path that an option gives, or a word that belongs to none.
-_PLACES = ("folder", "checkpoint", "argument")
+# Words of errors about a path that an option gives, or a word that belongs to no option.
+_PLACES = ("folder", "checkpoint", "argument", "unknown flag")
 # A valid value of these starts a compiler or a download, or writes outside of the case.
 _LEFT_OUT = {"compile", "pretrained", "backbone_weights", "output_dir", "config"}
 

@@ -36,7 +36,7 @@ def test_malformed_spec_is_refused_with_its_part_and_what_is_allowed(spec, words
         (["--nheads", "7"], ["nheads", "7", "256"]),
         (["--frozen_weights", "a.pth"], ["--frozen-weights needs --masks"]),
         (["--finetune", "a.pth", "--resume", "b.pth"], ["exclude each other"]),
-        (["--coco_path", "a", "--val_images", "b"], ["--coco-path must be none", "--val-images"]),
+        (["--coco_path", "a", "--val_images", "b"], ["--coco-path must be none with --val-images"]),
         (["--backbone_stride", "8"], ["--backbone-stride", "8", "16 or 32"]),
         (["--remove_difficult"], ["--remove-difficult", "true", "false"]),
         (["--lr_dorp", "100"], ["--lr_dorp", "--lr-drop"]),
