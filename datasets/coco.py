@@ -8,6 +8,7 @@ view; otherwise its pixels are used as stored.
 
 import contextlib
 import io
+import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from pycocotools.coco import COCO
 
 __all__ = ["Target", "CocoTransform", "CocoImages", "build_coco"]
+
+logger = logging.getLogger(__name__)
 
 Target = dict[str, Tensor]
 CocoTransform = Callable[[Image.Image, Target], tuple[Any, Target]]
@@ -93,6 +96,8 @@ class CocoImages(Dataset[tuple[Any, Target]]):
         categories = [self.label_to_category.get(label) for label in range(self.num_classes)]
         self.classes = [names.get(category, "N/A") for category in categories]
         self._labels = self._labels_of(self._annotations.categories)
+        # In shared memory, so that a process and its workers mark the same images.
+        self._other_size = torch.zeros(len(self), dtype=torch.bool).share_memory_()
 
     @property
     def num_classes(self) -> int:
@@ -128,8 +133,37 @@ class CocoImages(Dataset[tuple[Any, Target]]):
         annotated = tuple(self._annotations.sizes[index].tolist())
         decode = getattr(self.transforms, "decode", decode_rgb)
         image = decode(self._images.read(index), name, annotated)
-        target = self._target(index, *F.get_size(image))
+        height, width = F.get_size(image)
+        if all(annotated) and annotated != (width, height) and not self._other_size[index]:
+            self._report_size(index, name, (width, height))
+        target = self._target(index, height, width)
         return self.transforms(image, target) if self.transforms else (image, target)
+
+    def warn_if_other_size(self) -> None:
+        """Log how many of the images read so far differ from their annotated size, if any do."""
+        count = int(self._other_size.sum())
+        if count:
+            logger.warning(
+                "%s: %d images have another size than annotated; %s",
+                self.annotation_file,
+                count,
+                CHECK_COMMAND,
+            )
+
+    def _report_size(self, index: int, name: str, size: tuple[int, int]) -> None:
+        """Mark an image whose width and height are not the annotated ones; log the first one."""
+        first = not self._other_size.any()
+        self._other_size[index] = True
+        if first:
+            width, height = self._annotations.sizes[index].tolist()
+            logger.warning(
+                "%s: the image has %d x %d pixels and its annotations are for %d x %d, so its "
+                "boxes are in the wrong place; other such images are only counted",
+                name,
+                *size,
+                width,
+                height,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # Spawned workers only read samples; they do not need the object of pycocotools.

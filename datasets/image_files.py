@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from datasets.archives import Archive, TarArchive, ZipArchive
 from datasets.errors import CorruptImageError, DataError
-from datasets.images import decode_rgb, is_image_name, read_bytes
+from datasets.images import decode_rgb, is_image_name, read_bytes, to_rgb
 
 __all__ = [
     "ImageFile",
@@ -158,7 +158,7 @@ def _upright(image: Image.Image) -> Image.Image:
     # Damaged EXIF data has no orientation.
     with contextlib.suppress(SyntaxError, ValueError, TypeError, OSError, LookupError):
         image = ImageOps.exif_transpose(image)
-    return image.convert("RGB")
+    return to_rgb(image)
 
 
 def _is_url(name: str) -> bool:

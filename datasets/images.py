@@ -27,6 +27,7 @@ __all__ = [
     "fits_upright",
     "decode_rgb",
     "read_bytes",
+    "to_rgb",
 ]
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -108,14 +109,33 @@ def decode_rgb(data: bytes, name: str, annotated: tuple[int, int] | None = None)
     try:
         with Image.open(io.BytesIO(data)) as image:
             if fits_upright(image, annotated):
-                return ImageOps.exif_transpose(image).convert("RGB")
-            return image.convert("RGB")
+                return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(image)
     except DECODING_ERRORS as error:
         # Pillow's own message would name the buffer: "<_io.BytesIO object at 0x...>".
         reason = (
             "unknown image format" if isinstance(error, Image.UnidentifiedImageError) else error
         )
         raise CorruptImageError(f"corrupt image {name}: {reason}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB with 8 bits per channel.
+
+    16-bit gray values are divided by 256, as Pillow does with 16-bit colors. Pillow itself would
+    clip them to 255, which makes such images white.
+
+    Raises:
+        ValueError: The gray values are 32-bit integers or floating-point numbers, which have no
+            range that could be scaled to 8 bits.
+    """
+    # Pillow before 11 opens 16-bit gray PNG files as 32-bit integers.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(f"its gray values are {kind}, save it with 8 or 16 bits")
+    return image.convert("RGB")
 
 
 def read_bytes(path: Path) -> bytes:

@@ -91,6 +91,7 @@ def train(config: DetectionConfig, session: Session) -> None:
     run_training(session, recipe)
     for data in (train_data, val_data):
         data.warn_if_bad()
+        data.dataset.warn_if_other_size()
 
 
 def evaluate(config: DetectionConfig, session: Session) -> None:
@@ -114,3 +115,4 @@ def evaluate(config: DetectionConfig, session: Session) -> None:
         report=report.result,
     )
     val_data.warn_if_bad()
+    val_data.dataset.warn_if_other_size()

@@ -14,6 +14,7 @@ from torch import Tensor
 from datasets import DataError, FolderImages, build_byte_transform, build_coco_transforms
 from datasets.decoders import decode_pixels, find_decoder
 from datasets.errors import CorruptImageError
+from datasets.image_files import open_image
 from datasets.images import decode_rgb
 from tests.datasets.test_transforms import seed_all
 
@@ -148,3 +149,26 @@ def test_a_training_sample_does_not_depend_on_the_decoder(tmp_path: Path, suffix
         expected, *same = transform(image)
         assert torch.equal(pixels, expected)
         assert (draws, target) == (same, 0)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_16_bit_gray_values_are_scaled_to_8_bits(form: str) -> None:
+    values = np.array([[0, 255, 256, 25_700, 65_535]], dtype=np.uint16)
+    image = decode_rgb(encoded(Image.fromarray(values), form), "x")
+    assert np.asarray(image)[0].tolist() == [[v, v, v] for v in (0, 0, 1, 100, 255)]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (np.array([[0, 0.5, 1]], dtype=np.float32), "floating-point numbers"),
+        (np.array([[0, 1, 70_000]], dtype=np.int32), "32-bit integers"),
+    ],
+    ids=["float", "int32"],
+)
+def test_gray_values_without_a_range_are_refused(values: np.ndarray, kind: str) -> None:
+    content = encoded(Image.fromarray(values), "TIFF")
+    with pytest.raises(CorruptImageError, match=f"x.tif: its gray values are {kind}, save it with"):
+        decode_rgb(content, "x.tif")
+    with pytest.raises(ValueError, match=kind):
+        open_image(Image.fromarray(values))

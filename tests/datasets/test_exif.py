@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
+from torch.utils.data import DataLoader
 
 from datasets import CocoImages, FolderImages
 from tests.datasets.coco_files import square
@@ -117,3 +118,36 @@ def test_a_classifier_reads_the_pixels_as_stored(tmp_path: Path) -> None:
     (tmp_path / "cat" / "a.jpg").write_bytes(stored(6))
     image, _ = FolderImages(tmp_path)[0]
     assert image.size == (40, 60)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_of_another_size_than_annotated_are_counted(
+    num_workers: int,
+    tmp_path: Path,
+    write_annotations: Write,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An image resized on disk would lose its boxes without a word."""
+    (tmp_path / "photos").mkdir()
+    sizes = {1: (60, 40), 2: (30, 20), 3: (60, 40), 4: (40, 60)}
+    for number, size in sizes.items():
+        Image.new("RGB", size).save(tmp_path / "photos" / f"{number}.png")
+    annotated = {"width": 60, "height": 40}
+    content = {
+        "images": [{"id": key, "file_name": f"{key}.png", **annotated} for key in sizes],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": BOX}],
+    }
+    dataset = CocoImages(tmp_path / "photos", write_annotations(content))
+    dataset.warn_if_other_size()
+    assert caplog.messages == []
+
+    for _ in range(2):
+        list(DataLoader(dataset, batch_size=None, num_workers=num_workers, collate_fn=len))
+    dataset.warn_if_other_size()
+    assert "2 images have another size than annotated" in caplog.messages[-1]
+    if num_workers == 0:
+        assert len(caplog.messages) == 2
+        assert "2.png: the image has 30 x 20 pixels and its annotations are for 60 x 40" in (
+            caplog.messages[0]
+        )
