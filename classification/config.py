@@ -192,11 +192,11 @@ class OptimConfig(Config):
     """Betas of the optimizer; none uses its default."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of the optimizer, if it has one."""
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float = Field(0.05, ge=0, le=1000)
     """Weight decay, except for biases, norms, position embedding and tokens."""
     clip_grad: float | None = Field(None, gt=0)
     """Maximum norm of the gradient; none disables clipping."""
-    lr: float = Field(5e-4, gt=0)
+    lr: float = Field(5e-4, gt=0, le=1000)
     """Learning rate for a total batch size of 512, or for any with --no-scale-lr."""
     scale_lr: bool = True
     """Scale lr in proportion to the total batch size; warmup_lr and min_lr are not scaled."""
@@ -205,9 +205,9 @@ class OptimConfig(Config):
     trains all blocks with the same."""
     sched: Literal["cosine", "tanh", "step", "multistep", "poly", "plateau"] = "cosine"
     """Learning rate schedule, one of timm's."""
-    warmup_lr: float = Field(1e-6, ge=0)
+    warmup_lr: float = Field(1e-6, ge=0, le=1000)
     """Learning rate at the start of the warm-up."""
-    min_lr: float = Field(1e-5, ge=0)
+    min_lr: float = Field(1e-5, ge=0, le=1000)
     """Minimum learning rate of the cosine, tanh, poly and plateau schedules."""
     warmup_epochs: int = Field(5, ge=0)
     """Number of epochs of linear warm-up."""
@@ -286,7 +286,7 @@ class ClassificationConfig(
 
     batch_size: int = Field(64, ge=1)
     """Input batch size per process."""
-    num_workers: int = Field(10, ge=0)
+    num_workers: int = Field(10, ge=0, le=1024)
     """Number of data loading processes per training process."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of automatic mixed precision; auto is float16 on a GPU as in DeiT, else float32."""

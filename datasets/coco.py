@@ -178,7 +178,7 @@ class CocoImages(Dataset[tuple[Any, Target]]):
             name = self._annotations.category_names[unknown[0]]
             raise DataError(
                 f"{self.annotation_file} has objects of category {unknown[0]} ({name}), which the "
-                f"label map (from the training split) lacks; {CHECK_COMMAND}"
+                f"label map (of the training split, or the checkpoint) lacks; {CHECK_COMMAND}"
             )
         labels = np.array([label_of[category] for category in present.tolist()], dtype=np.int64)
         return labels[positions]

@@ -209,7 +209,8 @@ def _number_classes(
     if unknown:
         shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise DataError(
-            f"{source} has {len(unknown)} class(es) that train lacks: {shown}; {CHECK_COMMAND}"
+            f"{source} has {len(unknown)} class(es) that train, or the checkpoint, lacks: "
+            f"{shown}; {CHECK_COMMAND}"
         )
     number = {name: i for i, name in enumerate(numbered)}
     return np.array([number[parent] for parent in parents], dtype=np.int64), numbered

@@ -94,23 +94,23 @@ class LossConfig(Config):
 
     aux_loss: bool = True
     """Apply the losses to every decoder layer, not only to the last."""
-    set_cost_class: float = Field(1, ge=0)
+    set_cost_class: float = Field(1, ge=0, le=1e6)
     """Weight of the class probability in the matching cost."""
-    set_cost_bbox: float = Field(5, ge=0)
+    set_cost_bbox: float = Field(5, ge=0, le=1e6)
     """Weight of the L1 distance of the boxes in the matching cost."""
-    set_cost_giou: float = Field(2, ge=0)
+    set_cost_giou: float = Field(2, ge=0, le=1e6)
     """Weight of the generalized IoU of the boxes in the matching cost."""
-    cls_loss_coef: float = Field(1, ge=0)
+    cls_loss_coef: float = Field(1, ge=0, le=1e6)
     """Weight of the classification loss."""
-    mask_loss_coef: float = Field(1, ge=0)
+    mask_loss_coef: float = Field(1, ge=0, le=1e6)
     """Weight of the focal loss of the masks."""
-    dice_loss_coef: float = Field(1, ge=0)
+    dice_loss_coef: float = Field(1, ge=0, le=1e6)
     """Weight of the Dice loss of the masks."""
-    bbox_loss_coef: float = Field(5, ge=0)
+    bbox_loss_coef: float = Field(5, ge=0, le=1e6)
     """Weight of the L1 loss of the boxes."""
-    giou_loss_coef: float = Field(2, ge=0)
+    giou_loss_coef: float = Field(2, ge=0, le=1e6)
     """Weight of the generalized IoU loss of the boxes."""
-    eos_coef: float = Field(0.1, ge=0)
+    eos_coef: float = Field(0.1, ge=0, le=1e6)
     """Weight of the no-object class in the classification loss."""
 
 
@@ -173,11 +173,11 @@ class DataConfig(Config):
 class OptimConfig(Config):
     """Optimizer and schedule."""
 
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, le=1000)
     """Learning rate, except for the backbone."""
-    lr_backbone: float = Field(1e-5, ge=0)
+    lr_backbone: float = Field(1e-5, ge=0, le=1000)
     """Learning rate of the backbone; 0 freezes it."""
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, le=1000)
     """Weight decay of all parameters."""
     clip_max_norm: float = Field(0.1, ge=0)
     """Maximum norm of the gradient; 0 disables clipping."""

@@ -29,7 +29,7 @@ class RunConfig(Config):
     """Input batch size for training, per process."""
     device: Annotated[str, COMMON] = "auto"
     """Device to run on: auto, cuda, cuda:N or cpu."""
-    num_workers: int = Field(4, ge=0)
+    num_workers: int = Field(4, ge=0, le=1024)
     """Number of data loading processes per training process."""
     accumulate_steps: int = Field(1, ge=1)
     """Number of batches to accumulate gradients over, per optimizer step."""

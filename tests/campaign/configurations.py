@@ -58,7 +58,8 @@ def yaml_case(rng: random.Random, base: Base, folder: Path) -> Verdict:
     argv = ["--config", str(path), "--max_steps=1", "--output_dir", str(folder / "output")]
     argv += ["--backbone_weights=none"] if cls is DetectionConfig else []
     name = place.partition(".")[0]
-    culprits = _culprits(name, path.name, *_PLACES)
+    # Damaged bytes change any option, and an error names one as a flag.
+    culprits = _culprits(name, path.name, *_PLACES, *(["--"] if kind == "bytes" else []))
     return trial(folder, main, argv, culprits=culprits, kept=[path, *base.folders])
 
 

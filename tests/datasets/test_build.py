@@ -210,7 +210,7 @@ def test_imagenet_validation_uses_the_class_numbers_of_train(
     assert train.classes == ["a", "b", "c-d"]
     assert val[0][1] == 1
     write_folder(tmp_path / "val", {"z/1.png": tree["b/2.png"]})
-    with pytest.raises(DataError, match=r"1 class\(es\) that train lacks: z"):
+    with pytest.raises(DataError, match=r"1 class\(es\) that train, or the checkpoint, lacks: z"):
         build_dataset("IMNET", tmp_path, "val", classes=train.classes)
 
 

@@ -148,6 +148,7 @@ def test_images_of_another_size_than_annotated_are_counted(
     assert "2 images have another size than annotated" in caplog.messages[-1]
     if num_workers == 0:
         assert len(caplog.messages) == 2
-        assert "2.png: the image has 30 x 20 pixels and its annotations are for 60 x 40" in (
-            caplog.messages[0]
+        assert (
+            "2.png: the image has 30 x 20 pixels and its annotations are for 60 x 40"
+            in (caplog.messages[0])
         )

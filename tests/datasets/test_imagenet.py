@@ -91,7 +91,8 @@ def test_a_class_that_train_lacks_is_named(
     open_images: Callable[..., FolderImages], tree: dict[str, bytes]
 ) -> None:
     with pytest.raises(
-        DataError, match=r"1 class\(es\) that train lacks: b; `python -m datasets.check`"
+        DataError,
+        match=r"1 class\(es\) that train, or the checkpoint, lacks: b; `python -m",
     ):
         open_images(tree, classes=["a", "c-d"])
 
@@ -100,7 +101,9 @@ def test_many_classes_that_train_lacks_are_counted(
     open_images: Callable[..., FolderImages], png: Callable[[int], bytes]
 ) -> None:
     files = {f"{name}/1.png": png(0) for name in "abcdef"}
-    with pytest.raises(DataError, match=r"5 class\(es\) that train lacks: a, b, c, \.\.\.; "):
+    with pytest.raises(
+        DataError, match=r"5 class\(es\) that train, or .*, lacks: a, b, c, \.\.\.; "
+    ):
         open_images(files, classes=["f"])
 
 
