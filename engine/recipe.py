@@ -177,6 +177,17 @@ class _Training:
         self.state.load_state_dict(checkpoint)
         self.trained = dict(checkpoint.get("trained", {}))
         recipe.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        before = checkpoint.get("images_per_step", self.total_batch_size)
+        if before != self.total_batch_size:
+            logger.warning(
+                "the total batch size changes from %d to %d images, and the learning rate stays "
+                "that of the schedule in the checkpoint",
+                before,
+                self.total_batch_size,
+            )
+            if recipe.schedule_per_step:
+                # The same epoch is another number of steps now.
+                recipe.scheduler.last_epoch = self.steps_done
 
     @property
     def steps_done(self) -> int:

@@ -4,6 +4,7 @@
     python -m scripts.benchmark ops       attention of every implementation, time and memory
     python -m scripts.benchmark data      reading images, and the loaders of training
     python -m scripts.benchmark coco      start of a detection training and COCO metrics
+    python -m scripts.benchmark checkpoint  checkpoints and the start of a training
     python -m scripts.benchmark memory    memory of a recipe, a lower bound computed without a GPU
     python -m scripts.benchmark host      host time of a layer, with the launches left out
     python -m scripts.benchmark gpu       everything that needs a GPU: correctness, speed, training
@@ -17,7 +18,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-BENCHMARKS = ("train", "ops", "data", "coco", "memory", "host", "gpu", "static")
+BENCHMARKS = ("train", "ops", "data", "coco", "checkpoint", "memory", "host", "gpu", "static")
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:

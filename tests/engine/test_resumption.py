@@ -1,6 +1,7 @@
 """Resuming from a checkpoint whose entries are wrong: one sentence, before anything is changed."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,3 +214,18 @@ def test_labels_that_mean_something_else_are_refused(saved, own, message):
     check_classes(own, own)
     check_classes({}, own)
     check_classes(saved, {})
+
+
+@pytest.mark.parametrize("batch_size", [4, 2, 11])
+def test_the_schedule_continues_at_its_epoch_with_another_batch_size(
+    batch_size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(ToyConfig(output_dir=str(tmp_path), epochs=1))
+    caplog.clear()
+    options = {"output_dir": str(tmp_path), "epochs": 2, "batch_size": batch_size}
+    content = train(ToyConfig(**options), resume=True)
+    steps = 2 * (44 // batch_size)
+    assert content["lr_scheduler"]["last_epoch"] == steps
+    assert content["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.05 / (1 + steps))
+    warned = f"the total batch size changes from 4 to {batch_size} images" in caplog.text
+    assert warned == (batch_size != 4)

@@ -1,0 +1,108 @@
+"""Measure checkpoints and the start of a training.
+
+    python -m scripts.benchmark checkpoint [--model NAME] [--rounds N] [--output FILE]
+
+Writing and reading are compared with plain `torch.save` and `torch.load(weights_only=True)`, which
+neither sync the file to the disk nor check it. The rounds alternate, and medians are printed.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import classification.models  # noqa: F401  (registers the published models)
+from engine.checkpoint import CheckpointDir
+from irpe_core import load_checkpoint
+from scripts.benchmark.timing import positive_int
+
+__all__ = ["main", "measure"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the medians, and write them to `--output` as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.benchmark checkpoint", description=__doc__
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    model = "deit_small_patch16_224_ctx_product_50_shared_k"
+    parser.add_argument("--model", default=model, help="name of a model of timm (default: DeiT-S)")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="rounds (default: 5)")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args(argv)
+    result = measure(args.model, args.rounds)
+    for name, seconds in result["seconds"].items():
+        print(f"{name:<40} {seconds:7.3f} s")
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(model: str, rounds: int) -> dict[str, Any]:
+    """Return the size of a checkpoint in MB and the median seconds of each part.
+
+    Args:
+        model: Name of a model of timm. Its checkpoint has the state of AdamW too.
+        rounds: Number of measurements of each part.
+    """
+    state = _state(model)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plain, data = folder / "plain.pth", folder / "digits"
+        checkpoints = CheckpointDir(folder)
+        path = checkpoints.save(state)
+        parts: dict[str, Callable[[], object]] = {
+            "torch.save": lambda: torch.save(state, plain),
+            "write a checkpoint": lambda: checkpoints.save(state),
+            "torch.load": lambda: torch.load(plain, weights_only=True),
+            "read and check a checkpoint": lambda: load_checkpoint(path),
+            "classification.main --help": lambda: _run("--help"),
+            "classification.main, one step of digits": lambda: _run(*_one_step(data)),
+        }
+        for part in parts.values():
+            part()
+        times: dict[str, list[float]] = {part: [] for part in parts}
+        for _ in range(rounds):
+            for part, work in parts.items():
+                start = time.perf_counter()
+                work()
+                times[part].append(time.perf_counter() - start)
+        size = path.stat().st_size
+    return {
+        "model": model,
+        "rounds": rounds,
+        "torch": torch.__version__,
+        "checkpoint_mb": round(size / 1e6, 1),
+        "seconds": {part: round(statistics.median(of), 4) for part, of in times.items()},
+    }
+
+
+def _state(name: str) -> dict[str, Any]:
+    """Return weights and the state of AdamW after one step."""
+    model = timm.create_model(name)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def _one_step(data: Path) -> list[str]:
+    """Return the flags of a training of one step, with an evaluation, that saves nothing."""
+    config = "configs/classification/digits.yaml"
+    flags = ["--config", config, "--data_path", str(data), "--device", "cpu", "--logger", "none"]
+    return [*flags, "--epochs", "1", "--max_steps", "1"]
+
+
+def _run(*flags: str) -> None:
+    """Run the classification trainer in a process of its own."""
+    command = [sys.executable, "-m", "classification.main", *flags]
+    subprocess.run(command, check=True, capture_output=True)
