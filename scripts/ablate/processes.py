@@ -47,8 +47,12 @@ class Launcher:
             self.words = shlex.split(words) or [sys.executable]
         except ValueError as error:
             raise UsageError(f"--launcher must be a command, got {words!r}: {error}") from error
-        if shutil.which(self.words[0]) is None:
+        # torchrun is in the folder of this Python, also if its environment is not activated.
+        own = str(Path(sys.executable).parent)
+        found = shutil.which(self.words[0]) or shutil.which(self.words[0], path=own)
+        if found is None:
             raise UsageError(f"--launcher must be a command, got {self.words[0]!r}: not found")
+        self.words[0] = found
         self._is_torchrun = any(
             Path(word).name in ("torchrun", "torch.distributed.run") for word in self.words
         )

@@ -20,7 +20,8 @@ from scripts.zoo.tables import markdown
 __all__ = ["Collected", "collect", "write_report"]
 
 _CAPTION = """\
-{metric}: mean ± sample standard deviation over n = {count} seeds ({seeds}), unless another n is given.
+{metric}: mean ± sample standard deviation over n = {count} seeds ({seeds}), unless another n is
+given.
 Difference: mean difference to *{reference}*, paired by seed, with the 95 % interval of the paired t
 test. "not shown": the interval contains zero, or there is none. Intervals are per comparison, not
 corrected for the number of comparisons.{better}
