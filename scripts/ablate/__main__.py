@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from scripts.ablate.cells import check_models, check_recorded, load_ablation
     from scripts.ablate.processes import Launcher
+    from scripts.ablate.report import write_report  # noqa: F401  (an error shows before the cells)
     from scripts.ablate.results import check_folder
     from scripts.ablate.run import RunOptions
 
@@ -140,6 +141,7 @@ def _try_report(ablation: "Ablation", options: "RunOptions", config: AblateConfi
 
 def _report(ablation: "Ablation", options: "RunOptions", config: AblateConfig) -> None:
     """Write the report and print its table."""
+    # `main` has imported it before the cells ran.
     from scripts.ablate.report import write_report
 
     print(write_report(ablation, options.output_dir, shlex.join(_shown_command(config))))
@@ -168,8 +170,7 @@ def _command(config: AblateConfig, cell: "Cell") -> list[str]:
 
 def _shown_command(config: AblateConfig) -> list[str]:
     """Return the command of the whole ablation, for the report."""
-    jobs = ["--jobs", str(config.jobs)] if config.jobs > 1 else []
-    return ["python", "-m", "scripts.ablate", config.file, *_flags(config), *jobs]
+    return ["python", "-m", "scripts.ablate", config.file, *_flags(config)]
 
 
 def _flags(config: AblateConfig) -> list[str]:

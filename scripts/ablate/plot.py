@@ -101,11 +101,10 @@ def _draw_curves(axes: "Axes", file: AblationFile, values: Values) -> None:
     axes.set_xticks(places, file.points, parse_math=False)
     axes.set_xlabel(file.axis, parse_math=False)
     axes.set_title("mean over seeds with 95 % interval", fontsize=9)
-    axes.legend(
-        fontsize=8,
-        loc="best" if len(file.variants) <= 6 else "center left",
-        bbox_to_anchor=None if len(file.variants) <= 6 else (1.0, 0.5),
-    )
+    if len(file.variants) <= 6:
+        axes.legend(fontsize=8)
+    else:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _places(points: list[str]) -> tuple[list[float], bool]:

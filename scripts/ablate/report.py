@@ -14,14 +14,14 @@ from scripts.ablate.cells import Ablation, Cell
 from scripts.ablate.plot import draw
 from scripts.ablate.results import metric_at, read_result, write_json
 from scripts.ablate.statistics import Difference, Summary, difference, summary
-from scripts.ablate.trainers import lower_is_better
+from scripts.ablate.trainers import lower_is_better, without_weights
 from scripts.zoo.tables import markdown
 
 __all__ = ["Collected", "collect", "write_report"]
 
 _CAPTION = """\
-{metric}: mean ± sample standard deviation over n = {count} seeds ({seeds}), unless another n is
-given.
+{metric}: mean ± sample standard deviation over the seeds {seeds}
+(n = {count}, unless another n is given).
 Difference: mean difference to *{reference}*, paired by seed, with the 95 % interval of the paired t
 test. "not shown": the interval contains zero, or there is none. Intervals are per comparison, not
 corrected for the number of comparisons.{better}
@@ -113,12 +113,14 @@ def write_report(ablation: Ablation, output_dir: Path, command: str) -> str:
     Args:
         ablation: The ablation.
         output_dir: Its folder.
-        command: Command line that runs the ablation.
+        command: Command line that runs the ablation, without the number of jobs.
 
     Raises:
         UserError: No cell has a result, or a file cannot be written.
     """
     collected = collect(ablation, output_dir)
+    counts = _job_counts(collected)
+    command += f" --jobs {counts[0]}" if len(counts) == 1 and counts[0] > 1 else ""
     costs = {variant: _cost(collected, variant) for variant in ablation.file.variants}
     text = _markdown(collected, costs, command)
     _write(output_dir / "table.md", text)
@@ -143,17 +145,26 @@ def _cost(collected: Collected, variant: str) -> dict[str, float | None]:
     found = collected.of(variant)
     if not found:
         return {"parameters": None, "macs": None, "step_s": None}
-    from scripts.zoo.macs import cost_of_model
-
     cell, result = found[0]
-    classes = {"num_classes": result["classes"]} if result["classes"] else {}
-    config = cell.config.model_copy(update={"pretrained": False, "finetune": ""})
     steps = [result["step_s"] for _, result in found if result["step_s"]]
     return {
         "parameters": result["metrics"]["n_parameters"],
-        "macs": cost_of_model(config, **classes).macs_run,
+        "macs": _macs(cell, result["classes"]),
         "step_s": median(steps) if steps else None,
     }
+
+
+def _macs(cell: Cell, num_classes: int | None) -> int | None:
+    """Return the MACs of the model of a cell; None, with a line, if they cannot be counted."""
+    from scripts.zoo.macs import cost_of_model
+
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    try:
+        return cost_of_model(without_weights(cell.config), **classes).macs_run
+    except (UserError, ValueError, RuntimeError) as error:
+        # The results of hours must not depend on the count of some operator.
+        print(f"the MACs of {cell.variant} are not counted: {error}", flush=True)
+        return None
 
 
 def _csv(collected: Collected) -> str:
@@ -334,9 +345,14 @@ def _cost_rows(
     return rows
 
 
+def _job_counts(collected: Collected) -> list[int]:
+    """Return the different numbers of cells that ran at once."""
+    return sorted({result["jobs"] for result in collected.results.values()})
+
+
 def _jobs(collected: Collected) -> str:
     """Return how many cells ran at once, in words."""
-    counts = sorted({result["jobs"] for result in collected.results.values()})
+    counts = _job_counts(collected)
     if counts == [1]:
         return "one cell ran at a time"
     return f"{' or '.join(map(str, counts))} cells ran at once"

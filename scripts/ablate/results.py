@@ -8,7 +8,7 @@ from typing import Any
 
 from engine import UsageError, replacing
 from scripts.ablate.cells import Ablation, Cell
-from scripts.ablate.trainers import seconds_factor
+from scripts.ablate.trainers import images_per_step
 from scripts.plot import read_log
 
 __all__ = [
@@ -72,7 +72,7 @@ def training_record(cell: Cell, folder: Path) -> dict[str, Any]:
         "metrics": log[-1],
         "evaluations": {},
         # The first epoch has the start of workers and caches.
-        "step_s": seconds_factor(cell.config) / median(speeds[1:] or speeds) if speeds else None,
+        "step_s": images_per_step(cell.config) / median(speeds[1:] or speeds) if speeds else None,
         "classes": _classes(folder),
     }
 

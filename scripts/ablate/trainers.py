@@ -5,7 +5,15 @@ from classification.config import ModelConfig as ClassifierOptions
 from detection.config import BackboneConfig, DetectionConfig, TransformerConfig
 from engine import RunConfig
 
-__all__ = ["TRAINERS", "build", "lower_is_better", "metrics_of", "model_options", "seconds_factor"]
+__all__ = [
+    "TRAINERS",
+    "build",
+    "images_per_step",
+    "lower_is_better",
+    "metrics_of",
+    "model_options",
+    "without_weights",
+]
 
 TRAINERS: dict[str, type[RunConfig]] = {
     "classification": ClassificationConfig,
@@ -47,6 +55,14 @@ def model_options(config: RunConfig) -> tuple:
     return tuple(getattr(config, name) for name in names)
 
 
+def without_weights(config: RunConfig) -> RunConfig:
+    """Return the options of the same model with random weights."""
+    own = {"pretrained": False, "finetune": ""}
+    return config.model_copy(
+        update={name: value for name, value in own.items() if name in type(config).model_fields}
+    )
+
+
 def build(config: RunConfig) -> None:
     """Build the model without its initial weights, to find options that do not fit it.
 
@@ -57,13 +73,13 @@ def build(config: RunConfig) -> None:
     if isinstance(config, ClassificationConfig):
         from classification.build import create_model
 
-        create_model(config.model_copy(update={"pretrained": False, "finetune": ""}), _CLASSES)
+        create_model(without_weights(config), _CLASSES)
     else:
         from detection.build import build_network
 
         build_network(config, load=False)
 
 
-def seconds_factor(config: RunConfig) -> int:
+def images_per_step(config: RunConfig) -> int:
     """Return the number of images per optimizer step and process."""
     return config.batch_size * config.accumulate_steps
