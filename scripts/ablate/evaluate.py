@@ -24,8 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.ablate.evaluate")
     parser.add_argument("trainer", choices=["classification", "detection"])
     parser.add_argument("options", nargs="+", type=Path, metavar="OPTIONS.yaml")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="")
     args = parser.parse_args(argv)
+    device = ["--device", args.device] if args.device else []
     trainer = import_module(f"{args.trainer}.main")
     with ExitStack() as stack:
         # A second command for the same cell waits for this process.
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if lock is not None:
             stack.enter_context(lock)
         for options in args.options:
-            trainer.main(["--config", str(options), "--device", args.device])
+            trainer.main(["--config", str(options), *device])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ Options = dict[str, Any]
 
 def folder_name(label: str) -> str:
     """Return a label as the name of a folder: `iRPE k` gives `iRPE_k`."""
-    return re.sub(r"[^A-Za-z0-9.+-]+", "_", label).strip("._")
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", label).strip("._-")
 
 
 class AblationFile(Config):

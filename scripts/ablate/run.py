@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm import tqdm
 
 from engine import UserError, provenance, replacing
-from engine.progress import duration
 from engine.provenance import machine
 from scripts.ablate.cells import Ablation, Cell
 from scripts.ablate.file import folder_name
 from scripts.ablate.processes import CellError, Launcher, Processes, StoppedError
+from scripts.ablate.progress import CellProgress
 from scripts.ablate.results import (
     finished,
     metric_at,
@@ -89,10 +88,13 @@ def run_cells(ablation: Ablation, cells: list[Cell], options: RunOptions) -> Non
     waiting = [cell for cell in cells if not finished(cell, options.output_dir)]
     processes = Processes(options.launcher)
     failed: list[str] = []
+    output_dir, jobs = options.output_dir, options.jobs
     with (
         _signals(processes),
-        ThreadPoolExecutor(options.jobs) as pool,
-        _Progress(ablation, len(cells), len(waiting), options) as progress,
+        ThreadPoolExecutor(jobs) as pool,
+        CellProgress(
+            ablation, len(cells), len(waiting), options.output_dir, options.jobs
+        ) as progress,
     ):
         futures: dict[Future[float], Cell] = {
             pool.submit(_run_cell, ablation, cell, options, processes): cell for cell in waiting
@@ -233,50 +235,3 @@ def _signals(processes: Processes) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Progress:
-    """Lines of finished cells and, on a terminal, a bar."""
-
-    def __init__(self, ablation: Ablation, total: int, waiting: int, options: RunOptions) -> None:
-        self._ablation, self._options = ablation, options
-        self._total, self._waiting, self._ended = total, waiting, 0
-        self._seconds: list[float] = []
-        is_terminal = sys.stdout.isatty()
-        self._bar = tqdm(
-            total=total, initial=total - waiting, file=sys.stdout, disable=not is_terminal
-        )
-        if waiting < total:
-            tqdm.write(f"{total - waiting} of {total} cells are done")
-
-    def done(self, cell: Cell, seconds: float) -> None:
-        """Print the line of a finished cell."""
-        self._seconds.append(seconds)
-        result = read_result(cell, self._options.output_dir) or {}
-        label = next(iter(cell.evaluations), "")
-        metric = self._ablation.file.metric
-        value = (metric_at(cell, result, label) or {}).get(metric) if result else None
-        at = f" at {label}" if label else ""
-        shown = "no result" if value is None else f"{metric} {value:.4g}{at}"
-        self._end(f"{cell.name}: {shown}, {duration(seconds)}")
-
-    def failed(self, line: str) -> None:
-        """Print the line of a failed cell."""
-        self._end(line)
-
-    def _end(self, line: str) -> None:
-        """Count one cell and print its line with the time left."""
-        self._ended += 1
-        left = self._waiting - self._ended
-        count = f"[{self._total - left}/{self._total}] "
-        seconds = sum(self._seconds) / max(len(self._seconds), 1) * left / self._options.jobs
-        tail = f"  (left about {duration(seconds)})" if left and self._seconds else ""
-        tqdm.write(count + line + tail)
-        sys.stdout.flush()
-        self._bar.update()
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()

@@ -20,8 +20,8 @@ from engine import UserError
 from engine.folder_lock import lock_folder
 from scripts.ablate.__main__ import main
 from scripts.ablate.cells import load_ablation
+from scripts.ablate.collected import collect
 from scripts.ablate.processes import Launcher
-from scripts.ablate.report import collect
 from tests.commands import failure_of
 
 ROOT = Path(__file__).parents[2]
@@ -298,6 +298,18 @@ def test_a_failed_cell_leaves_the_others_and_is_tried_again(file, out, capsys):
     # It resumes from its last checkpoint and fails again; the others are done.
     assert after["none/seed_0"] == ["0", "2"]
     assert after["iRPE_k/seed_0"] == ["0"]
+
+
+def test_a_failed_evaluation_keeps_the_training(file, out, capsys):
+    text = TINY.replace("seeds: [0, 1, 2]", "seeds: [0]")
+    points = "evaluate_at: {label: size, points: {%s: {input_size: %s}}}\n"
+    with pytest.raises(UserError, match="3 of 3 cells failed"):
+        main(file(text + points % (40, 40)))
+    assert "the evaluation failed" in capsys.readouterr().out
+    assert "Missing: 3 of 3 metrics (none, seed 0 at 40;" in (out / "table.md").read_text()
+    main(file(text + points % (32, 32)))
+    assert set(map(tuple, starts(out).values())) == {("0",)}
+    assert numbers(out)["none"]["32"]["summary"]["n"] == 1
 
 
 def test_a_report_from_some_cells_uses_the_seeds_of_both(file, out, capsys):
