@@ -101,6 +101,8 @@ def _draw_curves(axes: "Axes", file: AblationFile, values: Values) -> None:
     axes.set_xticks(places, file.points, parse_math=False)
     axes.set_xlabel(file.axis, parse_math=False)
     axes.set_title("mean over seeds with 95 % interval", fontsize=9)
+    if not axes.lines:
+        return
     if len(file.variants) <= 6:
         axes.legend(fontsize=8)
     else:

@@ -88,13 +88,11 @@ def run_cells(ablation: Ablation, cells: list[Cell], options: RunOptions) -> Non
     waiting = [cell for cell in cells if not finished(cell, options.output_dir)]
     processes = Processes(options.launcher)
     failed: list[str] = []
-    output_dir, jobs = options.output_dir, options.jobs
+    jobs, output_dir = options.jobs, options.output_dir
     with (
         _signals(processes),
         ThreadPoolExecutor(jobs) as pool,
-        CellProgress(
-            ablation, len(cells), len(waiting), options.output_dir, options.jobs
-        ) as progress,
+        CellProgress(ablation, len(cells), len(waiting), output_dir, jobs) as progress,
     ):
         futures: dict[Future[float], Cell] = {
             pool.submit(_run_cell, ablation, cell, options, processes): cell for cell in waiting
