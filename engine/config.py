@@ -22,7 +22,7 @@ from engine import cli
 from engine.errors import UsageError
 from engine.flags import NONE_WORDS, FlagParser, allowed_types, describe, flag_of, suggest
 
-__all__ = ["AnyConfig", "Config", "dump", "make_config", "parse_config"]
+__all__ = ["AnyConfig", "Config", "dump", "make_config", "parse_config", "read_config"]
 
 _LARGEST_FILE = 100_000  # characters, and values
 _MOST_BITS = 64  # of an integer; PyYAML reads any number of digits, but Python does not print it
@@ -80,6 +80,17 @@ class _Loader(yaml.SafeLoader):
             )
         return value
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping; PyYAML would silently keep the last of several equal keys."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
@@ -117,6 +128,15 @@ def make_config(cls: type[AnyConfig], values: dict[str, Any]) -> AnyConfig:
     return _validated(cls, values, {name: name for name in values})
 
 
+def read_config(cls: type[AnyConfig], path: str) -> AnyConfig:
+    """Create a configuration from a YAML file alone.
+
+    Raises:
+        UsageError: The file cannot be read, or an option is unknown or has a wrong value.
+    """
+    return _validated(cls, *_read_file(cls, path))
+
+
 def dump(config: Config) -> dict[str, Any]:
     """Return all options as plain types (tuples as lists), for checkpoints and YAML."""
     return config.model_dump(mode="json")
@@ -129,7 +149,7 @@ def _parse(cls: type[AnyConfig], argv: Sequence[str], prog: str, description: st
     files, print_config = flags.pop("config", []), flags.pop("print_config", False)
     if len(files) > 1:
         raise UsageError(f"--config must be given once, got {len(files)} files")
-    values, places = _read_file(cls, files[0]) if files else ({}, {})
+    values, places = _read_file(cls, files[0], "--config") if files else ({}, {})
     values.update(flags)
     places.update((name, flag_of(name)) for name in flags)
     config = _validated(cls, values, places)
@@ -147,19 +167,25 @@ def _validated(cls: type[AnyConfig], values: dict[str, Any], places: dict[str, s
         raise UsageError(_explain(cls, error, values, places)) from error
 
 
-def _read_file(cls: type[Config], path: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the values of a YAML file and their places (`file, line 3: key`), both by option."""
+def _read_file(
+    cls: type[Config], path: str, flag: str = ""
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values of a YAML file and their places (`file, line 3: key`), both by option.
+
+    Errors about the whole file begin with the flag that names it, if there is one.
+    """
+    named = f"{flag} {path}".strip()
     if "\0" in path:
-        raise UsageError(f"--config must not contain a NUL character, got {path!r}")
+        raise UsageError(f"{flag or 'the file'} must not contain a NUL character, got {path!r}")
     try:
         with Path(path).open(encoding="utf-8") as file:
             text = file.read(_LARGEST_FILE + 1)
         if len(text) > _LARGEST_FILE:
-            raise UsageError(f"--config {path}: must have at most {_LARGEST_FILE:,} characters")
+            raise UsageError(f"{named}: must have at most {_LARGEST_FILE:,} characters")
         loader = _Loader(text)
         node = _root(loader)
         if _count(node) > _LARGEST_FILE:
-            raise UsageError(f"--config {path}: its aliases stand for too many values")
+            raise UsageError(f"{named}: its aliases stand for too many values")
         if node is None:
             return {}, {}
         if not isinstance(node, yaml.MappingNode):
@@ -167,11 +193,11 @@ def _read_file(cls: type[Config], path: str) -> tuple[dict[str, Any], dict[str, 
         # A dict would not have the line numbers, nor the keys that are given twice.
         pairs = [(key, loader.construct_object(value, deep=True)) for key, value in node.value]
     except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
+        raise UsageError(f"{named}: {error.strerror}") from error
     except RecursionError as error:
-        raise UsageError(f"--config {path}: too deeply nested") from error
+        raise UsageError(f"{named}: too deeply nested") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"--config {path}: not a text file") from error
+        raise UsageError(f"{named}: not a text file") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

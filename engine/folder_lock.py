@@ -11,11 +11,15 @@ from typing import TextIO
 
 from engine.errors import UserError
 
-__all__ = ["lock_folder"]
+__all__ = ["FolderInUseError", "lock_folder"]
 
 logger = logging.getLogger(__name__)
 
 _NAME = ".run.lock"
+
+
+class FolderInUseError(UserError):
+    """Another process has the lock of the folder."""
 
 
 def lock_folder(folder: Path) -> TextIO | None:
@@ -31,7 +35,8 @@ def lock_folder(folder: Path) -> TextIO | None:
         The open file of the lock; None if the file system has no locks.
 
     Raises:
-        UserError: Another process has the lock, or its file cannot be written.
+        FolderInUseError: Another process has the lock.
+        UserError: The file of the lock cannot be written.
     """
     path = folder / _NAME
     try:
@@ -46,7 +51,7 @@ def lock_folder(folder: Path) -> TextIO | None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             logger.warning("%s cannot be locked (%s): start no second run in it", folder, error)
             return None
-        raise UserError(
+        raise FolderInUseError(
             f"--output_dir {folder} is in use by another run ({owner}): wait for its end, or give "
             "another folder"
         ) from None

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from engine.distributed import is_main
 
-__all__ = ["Progress", "short_metrics", "step_line"]
+__all__ = ["Progress", "duration", "short_metrics", "step_line"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def step_line(
     own = {name: value for name, value in metrics.items() if name not in _RUN_METRICS}
     images_per_s = metrics["images_per_s"]
     waiting = metrics["data_s"] * images_per_s / total_batch_size
-    left = [_duration(seconds) for seconds in seconds_left]
+    left = [duration(seconds) for seconds in seconds_left]
     parts = [
         short_metrics(own, names),
         f"lr {metrics['lr']:.3g}",
@@ -104,7 +104,7 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if 1000 <= value < 1e9 else f"{value:.4g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Format seconds as `2:05`, `3:02:05` or `4d 03h`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("classification.main", "detection.main", "classification.predict", "detection.predict"),
-    *("scripts.plot", "scripts.inspect", "datasets.check"),
+    *("scripts.plot", "scripts.inspect", "scripts.ablate", "datasets.check"),
 )
 # Start a module as `python -m` does, and print the imported packages that are slow.
 SLOW_IMPORTS = """

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from classification.build import create_model
+from classification.config import ClassificationConfig
 from detection.build import build_network
+from detection.config import DetectionConfig
 from detection.detr import DETR
 from irpe_core import RPEAttention, ValueRPE
 from scripts.zoo.rows import Row
 
-__all__ = ["DETECTION_SIZE", "Cost", "cost_of"]
+__all__ = ["DETECTION_SIZE", "Cost", "cost_of", "cost_of_model"]
 
 IMAGENET_CLASSES = 1000
 # Size after the validation transform of a 480 x 640 image, a frequent size in COCO.
@@ -51,14 +53,29 @@ class Cost(NamedTuple):
 
 def cost_of(row: Row) -> Cost:
     """Count the parameters and MACs of a row's model."""
-    config = row.config
+    return cost_of_model(row.config)
+
+
+def cost_of_model(
+    config: ClassificationConfig | DetectionConfig, num_classes: int = IMAGENET_CLASSES
+) -> Cost:
+    """Count the parameters and MACs of the model that the options of a trainer describe.
+
+    Args:
+        config: Options of the trainer.
+        num_classes: Number of classes of a classifier. A detector has those of its options.
+    """
+    is_classifier = isinstance(config, ClassificationConfig)
     with torch.device("meta"):
-        if row.task == "classification":
-            model = create_model(config, IMAGENET_CLASSES)
+        if is_classifier:
+            model = create_model(config, num_classes)
             image = torch.empty(1, 3, *config.image_size)
         else:
             model = build_network(config, load=False)
-            image = torch.empty(1, 3, *DETECTION_SIZE)
+            height, width = DETECTION_SIZE
+            if config.image_size is not None:
+                height, width = config.image_size, config.image_size * width // height
+            image = torch.empty(1, 3, height, width)
     # FlopCounterMode would otherwise trace gradients, which inference does not need.
     model.eval().requires_grad_(False)
     params = sum(parameter.numel() for parameter in model.parameters())
@@ -72,7 +89,7 @@ def cost_of(row: Row) -> Cost:
         else:
             model(image)
     products = counter.get_total_flops() // 2
-    if row.task == "detection":
+    if not is_classifier:
         return Cost(params, None, products)
     run = products + elements.count
     return Cost(params, run + elements.dense_value_macs, run)

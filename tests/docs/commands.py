@@ -276,6 +276,14 @@ def _inspect(command: Command) -> None:
     importlib.import_module("engine").parse_config(options, command.words, prog="scripts.inspect")
 
 
+def _ablate(command: Command) -> None:
+    """Parse the flags of an ablation, and check its file."""
+    options = importlib.import_module("scripts.ablate.__main__").AblateConfig
+    parse = importlib.import_module("engine").parse_config
+    config = parse(options, command.words, prog="scripts.ablate")
+    importlib.import_module("scripts.ablate.cells").load_ablation(str(command.folder / config.file))
+
+
 def _example(module: str) -> Callable[[Command], None]:
     """Return the check of a command that parses its arguments first: run it up to there."""
 
@@ -346,6 +354,7 @@ CHECKS: dict[tuple[str, ...], Callable[[Command], None]] = {
     ("python", "-m", "scripts.benchmark"): _benchmark,
     ("python", "-m", "scripts.export"): _export,
     ("python", "-m", "scripts.inspect"): _inspect,
+    ("python", "-m", "scripts.ablate"): _ablate,
     ("python", "-m", "scripts.plot"): _plot,
     ("python", "-m", "examples.equip_timm_vit"): _example("examples.equip_timm_vit"),
     ("python", "-m", "examples.draw_buckets"): _example("examples.draw_buckets"),

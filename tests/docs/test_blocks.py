@@ -17,6 +17,7 @@ from detection import saved
 from detection.build import build_network
 from detection.config import DetectionConfig
 from engine import dump
+from scripts.ablate.cells import load_ablation
 from tests.detection.models import SMALL, config
 from tests.docs.commands import Command, CommandError, check, commands_of
 
@@ -115,9 +116,13 @@ def test_commands_are_accepted(document, monkeypatch):
 
 
 @pytest.mark.parametrize("document", those_with("yaml"))
-def test_yaml_blocks_are_configurations(document):
+def test_yaml_blocks_are_configurations(document, tmp_path):
     for block in blocks(document, "yaml"):
         options = yaml.safe_load(block)
+        if "variants" in options:
+            (tmp_path / "ablation.yaml").write_text(block)
+            load_ablation(str(tmp_path / "ablation.yaml"))
+            continue
         detects = not options.keys() <= ClassificationConfig.model_fields.keys()
         (DetectionConfig if detects else ClassificationConfig).model_validate(options)
 
@@ -203,3 +208,8 @@ def test_a_command_that_would_fail_is_seen(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(CommandError):
         check_all(line)
+
+
+def test_the_ablation_of_the_documents_is_the_file_of_the_examples():
+    block = blocks("docs/ablate.md", "yaml")[0]
+    assert (ROOT / "examples/ablation.yaml").read_text().endswith(f"\n\n{block}")

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
-from engine import Config, dump, parse_config
+from engine import Config, UsageError, dump, parse_config
+from engine.config import read_config
 from engine.flags import COMMON, HIDDEN, POSITIONAL
 
 
@@ -402,3 +403,30 @@ def test_mistakes_among_arguments_are_named(argv, words, capsys):
     with pytest.raises(SystemExit):
         parse_config(Positional, argv.split(), prog="x")
     assert words in capsys.readouterr().err
+
+
+class Nested(Config):
+    """Nested."""
+
+    groups: dict[str, dict[str, int]]
+    """Groups."""
+
+
+def test_a_file_is_read_without_flags(tmp_path):
+    path = tmp_path / "nested.yaml"
+    path.write_text("groups:\n  a: {x: 1}\n  b: {x: 1}\n")
+    assert read_config(Nested, str(path)).groups == {"a": {"x": 1}, "b": {"x": 1}}
+    with pytest.raises(UsageError, match=r"^.*missing\.yaml: No such file or directory$") as caught:
+        read_config(Nested, str(tmp_path / "missing.yaml"))
+    assert "--config" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("groups:\n  a: {x: 1}\n  a: {x: 2}\n", 3), ("groups:\n  a: {x: 1, x: 2}\n", 2)],
+)
+def test_a_nested_key_that_is_given_twice_is_an_error(text, line, tmp_path):
+    path = tmp_path / "nested.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=rf", line {line}: not valid YAML: [ax] is given twice$"):
+        read_config(Nested, str(path))

@@ -1,0 +1,1 @@
+"""Ablations: variants x seeds of a training, run by the trainers, with statistics and a plot."""
