@@ -52,8 +52,7 @@ def build_dataset(
         data_path: Folder of the data.
         split: `train` or `val`.
         transform: Function applied to the PIL RGB image.
-        load_tar: Read `<split>.tar` without unpacking it; not for `CIFAR` and
-            iNaturalist.
+        load_tar: Read `<split>.tar` without unpacking it; not for CIFAR and iNaturalist.
         classes: Class names of the training split; they give the classes of another split of
             a data set in class folders the same numbers.
         inat_category: Taxonomic rank that iNaturalist images are classified by.

@@ -1,8 +1,8 @@
-"""Two digits in an image, labeled with the direction from the smaller to the larger one.
+"""Two digits in an image, labeled with the direction from the red one to the green one.
 
-An image has 6 x 6 cells of 8 x 8 pixels. Two cells have one of scikit-learn's digits each, of
-different value; all others are black. The label is where the larger digit is, seen from the
-smaller one: one of the four sides if they share a row or a column, else one of the four diagonals.
+An image has 4 x 4 cells of 8 x 8 pixels. One cell has a red digit of scikit-learn, another one a
+green digit; all others are black. The label is where the green digit is, seen from the red one: one
+of the four sides if they share a row or a column, else one of the four diagonals.
 
 With patches of 8 x 8 pixels, each digit is exactly one token, so no token shows a direction. A
 model without positions can only guess among the 8 classes (12.5 %). A model that has only distances
@@ -24,7 +24,7 @@ from datasets.write_once import write_once
 __all__ = ["CELL", "DIRECTIONS", "GRID", "write_directions"]
 
 CELL = 8  # pixels per side, as scikit-learn's digits have
-GRID = 6  # cells per side
+GRID = 4  # cells per side
 
 DIRECTIONS = {
     (-1, -1): "above_left",
@@ -36,7 +36,7 @@ DIRECTIONS = {
     (1, 0): "below",
     (1, 1): "below_right",
 }
-"""Signs of the row and column of the larger digit minus those of the smaller one → class."""
+"""Signs of the row and column of the green digit minus those of the red one → class."""
 
 _NOTE_NAME = "directions.txt"
 
@@ -65,7 +65,7 @@ def write_directions(
     """
     counts = {"train": train, "val": val}
     note = (
-        "Directions between two of scikit-learn's digits, 48 x 48 pixels;\n"
+        "Directions between two of scikit-learn's digits, 32 x 32 pixels;\n"
         f"{train} images to train and {val} to validate, seed {seed}.\n"
     )
     fill = partial(_write_splits, counts=counts, seed=seed)
@@ -86,25 +86,21 @@ def _write_splits(tree: Path, counts: dict[str, int], seed: int) -> None:
 
 
 def _cell_pairs() -> dict[str, np.ndarray]:
-    """Return all pairs of cells by class, each (K, 2, 2): smaller and larger digit, row, column."""
+    """Return all pairs of cells by class, each (K, 2, 2): red and green digit, row, column."""
     cells = np.stack(np.divmod(np.arange(GRID * GRID), GRID), axis=-1)
-    smaller, larger = (cells[i] for i in np.divmod(np.arange(len(cells) ** 2), len(cells)))
-    signs = np.sign(larger - smaller)
-    pairs = np.stack((smaller, larger), axis=1)
+    red, green = (cells[i] for i in np.divmod(np.arange(len(cells) ** 2), len(cells)))
+    signs = np.sign(green - red)
+    pairs = np.stack((red, green), axis=1)
     return {name: pairs[(signs == sign).all(-1)] for sign, name in DIRECTIONS.items()}
 
 
 def _draw_image(
     digits: list[tuple[int, int, np.ndarray]], pairs: np.ndarray, draw: np.random.Generator
 ) -> np.ndarray:
-    """Draw an image (48, 48) uint8 with two digits of different value in one of the cell pairs."""
-    while True:
-        chosen = [digits[i] for i in draw.integers(len(digits), size=2)]
-        if chosen[0][1] != chosen[1][1]:
-            break
-    chosen.sort(key=lambda digit: digit[1])
-    image = np.zeros((GRID * CELL, GRID * CELL), dtype=np.uint8)
+    """Draw an image (32, 32, 3) uint8 with two digits in one of the cell pairs."""
+    image = np.zeros((GRID * CELL, GRID * CELL, 3), dtype=np.uint8)
     cells = pairs[draw.integers(len(pairs))]
-    for (row, column), (_, _, ink) in zip(cells.tolist(), chosen, strict=True):
-        image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = ink
+    for channel, (row, column) in enumerate(cells.tolist()):
+        _, _, ink = digits[draw.integers(len(digits))]
+        image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL, channel] = ink
     return image

@@ -92,7 +92,8 @@ def write_split(tree: Path, split: str, images: Mapping[str, np.ndarray]) -> Non
     Args:
         tree: Folder of the splits.
         split: `train` or `val`.
-        images: Gray images (H, W) uint8 by name, `class/name` without an extension.
+        images: Images uint8, (H, W) gray or (H, W, 3) RGB, by name: `class/name` without an
+            extension.
     """
     files = {f"{name}.png": _png(image) for name, image in images.items()}
     for name, content in files.items():
@@ -103,7 +104,7 @@ def write_split(tree: Path, split: str, images: Mapping[str, np.ndarray]) -> Non
 
 
 def _png(image: np.ndarray) -> bytes:
-    """Encode an image (H, W) uint8 as an 8-bit gray PNG."""
+    """Encode an image uint8, (H, W) gray or (H, W, 3) RGB, as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -18,9 +18,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_directions(tmp_path_factory.mktemp("data") / "directions", train=400, val=83)
 
 
-def filled_cells(path: Path) -> dict[tuple[int, int], bytes]:
-    """Return the cells of an image that are not black, by row and column."""
-    image = np.asarray(Image.open(path))
+def filled_cells(image: np.ndarray) -> dict[tuple[int, int], bytes]:
+    """Return the cells of an image (H, W) that are not black, by row and column."""
     assert image.shape == (GRID * CELL, GRID * CELL)
     cells = image.reshape(GRID, CELL, GRID, CELL).swapaxes(1, 2)
     return {
@@ -32,20 +31,22 @@ def filled_cells(path: Path) -> dict[tuple[int, int], bytes]:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_the_label_is_where_the_larger_digit_is(root: Path, split: str) -> None:
-    values = {ink.tobytes(): digit for _, digit, ink in split_digits()[split]}
-    paths = sorted((root / split).rglob("*.png"))
-    for path in paths:
+def test_the_label_is_where_the_green_digit_is(root: Path, split: str) -> None:
+    inks = {ink.tobytes() for _, _, ink in split_digits()[split]}
+    for path in sorted((root / split).rglob("*.png")):
+        channels = [
+            filled_cells(channel) for channel in np.moveaxis(np.array(Image.open(path)), 2, 0)
+        ]
         # Each digit is in one cell, and is one of the digits of this split.
-        cells = filled_cells(path)
-        assert len(cells) == 2
-        (low, smaller), (high, larger) = sorted((values[ink], cell) for cell, ink in cells.items())
-        assert low < high
+        ((red, red_ink),), ((green, green_ink),) = (each.items() for each in channels[:2])
+        assert channels[2] == {}
+        assert red != green
+        assert {red_ink, green_ink} <= inks
         words = []
-        if larger[0] != smaller[0]:
-            words.append("above" if larger[0] < smaller[0] else "below")
-        if larger[1] != smaller[1]:
-            words.append("left" if larger[1] < smaller[1] else "right")
+        if green[0] != red[0]:
+            words.append("above" if green[0] < red[0] else "below")
+        if green[1] != red[1]:
+            words.append("left" if green[1] < red[1] else "right")
         assert path.parent.name == "_".join(words)
 
 
