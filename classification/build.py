@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from classification.config import ClassificationConfig
 from classification.data import eval_loader
 from classification.evaluation import evaluate
-from classification.finetune import adapt_weights, recorded_image_size
+from classification.finetune import adapt_positions, adapt_weights, recorded_image_size
 from classification.losses import DistillationLoss, base_criterion
 from classification.models import build_model
 from classification.report import ClassReport
@@ -45,8 +45,8 @@ def create_model(
     """Build the model with its initial weights.
 
     Training resumes only from a checkpoint that fits exactly. Fine-tuning and evaluation also
-    accept weights of the same model without iRPE: the tables then keep their initial value, zero,
-    which is logged.
+    accept weights of another image size, whose learned position embedding is resampled, and weights
+    of the same model without iRPE: the tables then keep their initial value, zero. Both are logged.
 
     Args:
         config: The configuration.
@@ -85,7 +85,8 @@ def create_model(
             f"model {config.model!r} cannot be built with these options: {error}"
         ) from error
     if checkpoint is not None:
-        load_weights(model, checkpoint["model"], may_lack_tables=config.eval)
+        weights = _fitting(config, model, checkpoint["model"], checkpoint)
+        load_weights(model, weights, may_lack_tables=config.eval)
     elif config.finetune:
         source = load_checkpoint(config.finetune)
         weights = adapt_weights(
@@ -117,8 +118,21 @@ def create_ema(
         device=device,
     )
     if weights is not None:
+        weights = _fitting(config, model, weights, checkpoint)
         load_weights(ema.module, weights, may_lack_tables=config.eval)
     return ema
+
+
+def _fitting(
+    config: ClassificationConfig,
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    checkpoint: Mapping,
+) -> dict[str, Tensor]:
+    """Return weights of a checkpoint, for an evaluation with positions of the model's grid."""
+    if not config.eval:
+        return weights
+    return adapt_positions(weights, model, recorded_image_size(checkpoint, config.resume))
 
 
 def autocast_dtype(config: ClassificationConfig, device: torch.device) -> torch.dtype:

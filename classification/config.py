@@ -23,12 +23,13 @@ class ModelConfig(Config):
     model: str = "deit_base_patch16_224"
     """Model name in timm's registry, which includes the DeiT-iRPE models."""
     rpe: str = ""
-    """iRPE to add to every block, such as rpe-1.9-product-ctx-1-k; empty adds none (see
-    docs/equip.md)."""
+    """iRPE to add to every block, such as rpe-1.9-product-ctx-1-k, or rope, timm's rotary position
+    embedding; empty adds none (see docs/equip.md)."""
     rpe_implementation: Literal["auto", "cuda", "triton", "cpp", "reference"] = "auto"
     """Implementation of iRPE's operators; auto is the fastest that runs (see python -m rpe_ops)."""
-    abs_pos_embed: bool = True
-    """Keep the learned absolute position embedding."""
+    abs_pos_embed: bool | Literal["sine"] = True
+    """Absolute position embedding: learned (true), none (false), or fixed sines and cosines
+    (sine)."""
     distillation_token: bool = False
     """Add the distillation token and head of DeiT."""
     input_size: int | tuple[int, int] = 224
@@ -62,7 +63,8 @@ class ModelConfig(Config):
         """Refuse a malformed spec."""
         from irpe_core import parse_rpe_spec
 
-        parse_rpe_spec(spec)
+        if spec != "rope":
+            parse_rpe_spec(spec)
         return spec
 
     @field_validator("input_size")
@@ -100,7 +102,8 @@ class DataConfig(Config):
     data_path: Annotated[str, COMMON] = ""
     """Folder of the data, with train/ and val/ or valid/, or with train.tar and val.tar."""
     data_set: DataSetName = "IMNET"
-    """Data set: ImageNet's layout, CIFAR-100, iNaturalist 2018 or 2019, or built-in digits."""
+    """Data set: ImageNet's layout, CIFAR-100, iNaturalist 2018 or 2019, or built-in digits or
+    directions between digits."""
     inat_category: InatCategory = "name"
     """Taxonomic rank of the classes of iNaturalist."""
     load_tar: bool = False
@@ -109,7 +112,10 @@ class DataConfig(Config):
     """Fraction of the training images to use for validation if the data has no validation split;
     the chosen images are saved with the data."""
     split_seed: int = Field(0, ge=0)
-    """Random seed of train_val_split."""
+    """Random seed of train_val_split and train_images."""
+    train_images: int | None = Field(None, ge=1)
+    """Number of training images to use, the same number of each class; a smaller number is a subset
+    of a larger one. None uses all."""
     pin_mem: bool = True
     """Pin the memory of loaded batches for faster transfer to a GPU."""
     repeated_aug: bool = True

@@ -66,6 +66,8 @@ def build_split(
         inat_category=config.inat_category,
         max_bad_fraction=config.max_bad_fraction,
         train_val_split=split_options,
+        train_images=config.train_images,
+        split_seed=config.split_seed,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from irpe_core import CheckpointError
 
-__all__ = ["KERNEL", "adapt_weights", "recorded_image_size"]
+__all__ = ["KERNEL", "adapt_positions", "adapt_weights", "recorded_image_size"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +66,21 @@ def adapt_weights(
         if key in own and key in weights and weights[key].shape != own[key].shape:
             logger.info("%s has new random weights for %d classes", key, len(own[key]))
             weights[key] = own[key]
+    return adapt_positions(weights, model, image_size)
+
+
+def adapt_positions(
+    weights: dict[str, Tensor], model: nn.Module, image_size: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
+    """Return a state dict with the position embedding resampled to the grid of the model.
+
+    The other weights stay the same, and so does the embedding if both grids are equal. Arguments
+    and errors are those of `adapt_weights`.
+    """
     patch_embed = getattr(model, "patch_embed", None)
+    own = model.state_dict()
     if hasattr(patch_embed, "dynamic_feat_size") and _differ_only_in_grid(weights, own):
-        weights["pos_embed"] = _resample(weights["pos_embed"], model, image_size)
+        return {**weights, "pos_embed": _resample(weights["pos_embed"], model, image_size)}
     return weights
 
 

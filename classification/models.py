@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Literal
 
 import timm
 import torch
@@ -29,6 +30,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from classification.pretrained import adapt_pretrained, read_source
+from classification.rope import ROPE, add_rope
+from classification.sine import use_sine_embedding
 from irpe_core import CheckpointError, add_irpe
 
 # timm adds the names of the published models when they are registered below.
@@ -172,11 +175,11 @@ def build_model(
     input_size: tuple[int, int],
     pretrained: bool = False,
     rpe: str = "",
-    abs_pos_embed: bool = True,
+    abs_pos_embed: bool | Literal["sine"] = True,
     distillation_token: bool = False,
     **kwargs,
 ) -> nn.Module:
-    """Create a classifier from timm's registry, with iRPE by name or by spec.
+    """Create a classifier from timm's registry, with a position encoding by name or by options.
 
     Args:
         name: Name of a published model, or of a vision transformer in timm's registry.
@@ -184,8 +187,9 @@ def build_model(
         input_size: Height and width of the images in pixels.
         pretrained: Load the published weights; those of timm for a model of timm.
         rpe: Spec of the iRPE to add, such as `rpe-1.9-product-ctx-1-k`; its tables start at zero.
-            Empty adds none.
-        abs_pos_embed: Keep the learned absolute position embedding.
+            `rope` adds the rotary position embedding. Empty adds none.
+        abs_pos_embed: Keep the learned absolute position embedding, or replace it by fixed sines
+            and cosines with `sine`.
         distillation_token: Add DeiT's distillation token and its head (DeiT models only).
         **kwargs: Arguments for timm, such as `drop_path_rate`, `patch_size`, `embed_dim`, `depth`.
 
@@ -196,6 +200,11 @@ def build_model(
     if rpe and name in PUBLISHED:
         raise ValueError(
             f"rpe must be empty for model {name!r}, which already has iRPE, got {rpe!r}"
+        )
+    if abs_pos_embed == "sine" and pretrained:
+        raise ValueError(
+            "abs_pos_embed must be true with pretrained weights, which have a learned position "
+            "embedding, got 'sine'"
         )
     if distillation_token:
         name, kwargs = _with_distillation_token(name, kwargs)
@@ -219,6 +228,10 @@ def build_model(
         # timm's distilled DeiT cannot leave out the position embedding, so zero takes its place.
         del model.pos_embed
         model.register_buffer("pos_embed", torch.zeros(1, 1, 1), persistent=False)
+    if abs_pos_embed == "sine":
+        use_sine_embedding(model)
+    if rpe == ROPE:
+        return add_rope(model)
     if pretrained and rpe:
         logger.info("the weights of %s have no iRPE: its tables start at zero", name)
     return add_irpe(model, rpe)

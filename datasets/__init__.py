@@ -25,8 +25,9 @@ In a seeded data set, the randomness of a sample depends only on (seed, epoch, p
 epoch). `SeededDataset` and the samplers provide this together. `ResilientDataset` replaces corrupt
 images.
 
-Two small data sets need no download. `datasets.embedded.write_digits(root)` writes handwritten
-digits to classify, `datasets.scenes.write_scenes(root)` writes scenes of digits to detect.
+Three small data sets need no download. `datasets.embedded.write_digits(root)` writes handwritten
+digits and `datasets.directions.write_directions(root)` pairs of digits to classify,
+`datasets.scenes.write_scenes(root)` writes scenes of digits to detect.
 
 `python -m datasets.check` finds the problems of a data set, and `python -m datasets.convert`
 converts annotations of other formats to COCO's.

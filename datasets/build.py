@@ -1,21 +1,29 @@
 """The classification data sets, opened by the names that DeiT uses for `--data-set`."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR100
 
 from datasets.errors import DataError
 from datasets.imagenet import Split, build_imagenet
+from datasets.images import LabeledImages
 from datasets.inaturalist import INaturalistImages
 from datasets.names import DataSetName, InatCategory
-from datasets.resilient import ImageDataset, ResilientDataset
+from datasets.resilient import ResilientDataset
 from datasets.saved_split import SplitOptions
+from datasets.subset import choose_images
 
 __all__ = ["build_dataset"]
+
+logger = logging.getLogger(__name__)
+
+_WITH_FOLDERS = ("IMNET", "DIGITS", "DIRECTIONS")
 
 
 def build_dataset(
@@ -30,6 +38,8 @@ def build_dataset(
     download: bool = False,
     max_bad_fraction: float = 0.01,
     train_val_split: SplitOptions | None = None,
+    train_images: int | None = None,
+    split_seed: int = 0,
 ) -> ResilientDataset:
     """Open one split of a data set; `len(dataset.classes)` is its number of classes.
 
@@ -37,23 +47,26 @@ def build_dataset(
 
     Args:
         data_set: `CIFAR` (CIFAR-100), `IMNET` (class folders or tars, see `imagenet`), `INAT`
-            (iNaturalist 2018), `INAT19`, or `DIGITS` (handwritten digits, see `embedded`; they are
-            written at the first use).
+            (iNaturalist 2018), `INAT19`, `DIGITS` (handwritten digits, see `embedded`) or
+            `DIRECTIONS` (two digits, see `directions`). The last two are written at the first use.
         data_path: Folder of the data.
         split: `train` or `val`.
         transform: Function applied to the PIL RGB image.
-        load_tar: Read `<split>.tar` without unpacking it; only for `IMNET` and `DIGITS`.
+        load_tar: Read `<split>.tar` without unpacking it; not for CIFAR and iNaturalist.
         classes: Class names of the training split; they give the classes of another split of
-            `IMNET` or `DIGITS` the same numbers.
+            a data set in class folders the same numbers.
         inat_category: Taxonomic rank that iNaturalist images are classified by.
         download: Let torchvision download CIFAR-100 or iNaturalist if it is missing. In a
             distributed run, download with one process first.
         max_bad_fraction: Maximum fraction of corrupt images among the images read.
         train_val_split: Use a part of the training images for validation; only for `IMNET`.
+        train_images: Number of training images to use, the same number of each class (see
+            `subset`); None uses all. It has no effect on the validation split.
+        split_seed: Seed of the choice of `train_images`.
 
     Raises:
         DataError: The data is missing, empty or damaged, or `load_tar` or `train_val_split` is set
-            for a data set that does not support it.
+            for a data set that does not support it, or there are fewer than `train_images`.
         ValueError: The data set or the split is unknown.
     """
     allowed = get_args(DataSetName)
@@ -63,17 +76,21 @@ def build_dataset(
         raise ValueError(f"split must be train or val, got {split!r}")
     if train_val_split is not None and data_set != "IMNET":
         raise DataError(f"--train_val_split is for IMNET: {data_set} has a validation split")
-    if load_tar and data_set not in ("IMNET", "DIGITS"):
-        raise DataError(f"--load-tar is for IMNET and DIGITS: {data_set} has no tars")
+    if load_tar and data_set not in _WITH_FOLDERS:
+        raise DataError(f"--load-tar is for IMNET, DIGITS and DIRECTIONS: {data_set} has no tars")
 
-    dataset: ImageDataset
-    if data_set in ("IMNET", "DIGITS"):
+    dataset: LabeledImages | CIFAR100
+    if data_set in _WITH_FOLDERS:
+        # `python -m datasets.embedded` imports this module first. An import of datasets.embedded at
+        # the top would then load that module twice.
         if data_set == "DIGITS":
-            # `python -m datasets.embedded` imports this module first. An import of
-            # datasets.embedded at the top would then load that module twice.
             from datasets.embedded import write_digits
 
             write_digits(data_path)
+        if data_set == "DIRECTIONS":
+            from datasets.directions import write_directions
+
+            write_directions(data_path)
         dataset = build_imagenet(
             data_path,
             split,
@@ -93,7 +110,22 @@ def build_dataset(
             transform=transform,
             download=download,
         )
+    if train_images is not None and split == "train":
+        dataset = _choose(dataset, train_images, split_seed)
     return ResilientDataset(dataset, max_bad_fraction=max_bad_fraction)
+
+
+def _choose(dataset: LabeledImages | CIFAR100, count: int, seed: int) -> LabeledImages | CIFAR100:
+    """Return a part of the images of a data set, with the same classes."""
+    total = len(dataset)
+    positions = choose_images(np.asarray(dataset.targets), count, seed)
+    if isinstance(dataset, CIFAR100):
+        dataset.data = dataset.data[positions]
+        dataset.targets = [dataset.targets[i] for i in positions.tolist()]
+    else:
+        dataset = dataset.select(positions)
+    logger.info("%d of %d training images, chosen with seed %d", count, total, seed)
+    return dataset
 
 
 def _open_cifar(

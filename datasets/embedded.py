@@ -13,6 +13,7 @@ import io
 import os
 import sys
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from PIL import Image
 from datasets.errors import DataError
 from datasets.write_once import write_once
 
-__all__ = ["write_digits", "split_digits", "main"]
+__all__ = ["write_digits", "split_digits", "write_split", "main"]
 
 _VALIDATION_SIZE = 359
 _NOTE_NAME = "digits.txt"
@@ -82,18 +83,30 @@ def split_digits() -> dict[str, list[tuple[int, int, np.ndarray]]]:
 def _write_splits(tree: Path) -> None:
     """Write folders and tars of both splits to the folder `tree`."""
     for split, digits in split_digits().items():
-        files = {f"{digit}/{number:04d}.png": _png(ink) for number, digit, ink in digits}
-        for name, content in files.items():
-            path = tree / split / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        _write_tar(tree / f"{split}.tar", files)
+        write_split(tree, split, {f"{digit}/{number:04d}": ink for number, digit, ink in digits})
 
 
-def _png(ink: np.ndarray) -> bytes:
-    """Encode ink (8, 8) as an 8-bit gray PNG."""
+def write_split(tree: Path, split: str, images: Mapping[str, np.ndarray]) -> None:
+    """Write the images of a split as PNG files, in class folders and in a tar.
+
+    Args:
+        tree: Folder of the splits.
+        split: `train` or `val`.
+        images: Images uint8, (H, W) gray or (H, W, 3) RGB, by name: `class/name` without an
+            extension.
+    """
+    files = {f"{name}.png": _png(image) for name, image in images.items()}
+    for name, content in files.items():
+        path = tree / split / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    _write_tar(tree / f"{split}.tar", files)
+
+
+def _png(image: np.ndarray) -> bytes:
+    """Encode an image uint8, (H, W) gray or (H, W, 3) RGB, as PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(ink).save(buffer, format="PNG")
+    Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 __all__ = ["DataSetName", "InatCategory"]
 
-DataSetName = Literal["IMNET", "CIFAR", "INAT", "INAT19", "DIGITS"]
+DataSetName = Literal["IMNET", "CIFAR", "INAT", "INAT19", "DIGITS", "DIRECTIONS"]
 
 InatCategory = Literal[
     "kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"

@@ -27,8 +27,8 @@ class BackboneConfig(Config):
     """Stride of the backbone in pixels: 32, or 16 without the last stage."""
     dilation: bool = False
     """Replace stride by dilation in the last stage (DC5)."""
-    position_embedding: Literal["sine", "learned"] = "sine"
-    """Type of absolute position encoding of the feature map."""
+    position_embedding: Literal["sine", "learned", "none"] = "sine"
+    """Type of absolute position encoding of the feature map, in the encoder and the decoder."""
 
     @field_validator("backbone_stride")
     @classmethod

@@ -3,6 +3,7 @@
     sine:     sin(y / τ^(2i/F)), cos(y / τ^(2i/F)), …, then the same for x; y and x count the tokens
               that are not padding, scaled to at most 2π; τ is the temperature, F the channels
     learned:  one vector per column, concatenated with one per row
+    none:     zero
 
 Source: DETR (Carion et al., ECCV 2020), section A.4.
 """
@@ -12,7 +13,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["SinePositionEncoding", "LearnedPositionEncoding", "build_position_encoding"]
+__all__ = [
+    "SinePositionEncoding",
+    "LearnedPositionEncoding",
+    "NoPositionEncoding",
+    "build_position_encoding",
+]
 
 _MAX_LEARNED = 50  # rows and columns
 
@@ -91,23 +97,46 @@ class LearnedPositionEncoding(nn.Module):
         return torch.cat((columns, rows)).expand(batch, -1, -1, -1)
 
 
+class NoPositionEncoding(nn.Module):
+    """Zeros, for a detector without absolute positions.
+
+    Args:
+        num_features: Number of channels per axis.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, mask: Tensor) -> Tensor:
+        """Return zeros `(B, 2 * num_features, h, w)` float32 for a mask `(B, h, w)`."""
+        batch, height, width = mask.shape
+        return torch.zeros(batch, 2 * self.num_features, height, width, device=mask.device)
+
+
 def build_position_encoding(kind: str, hidden_dim: int) -> nn.Module:
     """Build a position encoding.
 
     Args:
-        kind: `sine` or `learned`.
+        kind: `sine`, `learned` or `none`.
         hidden_dim: Number of channels.
 
     Raises:
         ValueError: The kind is unknown, or does not allow this number of channels.
     """
-    if kind not in ("sine", "learned"):
-        raise ValueError(f"position_embedding must be sine or learned, got {kind!r}")
+    if kind not in _KINDS:
+        raise ValueError(f"position_embedding must be sine, learned or none, got {kind!r}")
     parts = 4 if kind == "sine" else 2
     if hidden_dim % parts:
         raise ValueError(
             f"hidden_dim must be a multiple of {parts} for position_embedding {kind!r}, "
             f"got {hidden_dim}"
         )
-    encoding = SinePositionEncoding if kind == "sine" else LearnedPositionEncoding
-    return encoding(hidden_dim // 2)
+    return _KINDS[kind](hidden_dim // 2)
+
+
+_KINDS = {
+    "sine": SinePositionEncoding,
+    "learned": LearnedPositionEncoding,
+    "none": NoPositionEncoding,
+}

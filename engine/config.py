@@ -269,6 +269,8 @@ def _reason(details: list[ErrorDetails], annotation: Any) -> str:
     """
     for detail in details:
         kind = detail["type"]
+        if kind == "literal_error" and len(details) > 1:
+            continue
         if not kind.endswith(("_type", "_parsing")) and kind not in ("missing", "too_long"):
             return _message(detail)
     return f"must be {describe(annotation)}"

@@ -98,7 +98,7 @@ class FlagParser(argparse.ArgumentParser):
             SystemExit: After `--help`.
         """
         flags = self._option_string_actions
-        argv = _with_dashes(argv, flags)
+        argv = self._with_values(_with_dashes(argv, flags))
         for flag, _, value in (word.partition("=") for word in argv):
             # Versions of argparse read this as no value, as an empty list or as text.
             if flag in flags and value == "--":
@@ -114,6 +114,18 @@ class FlagParser(argparse.ArgumentParser):
             raise UsageError(f"unexpected argument {extras[0]!r}: every option starts with --")
         unknown = unknown.partition("=")[0]
         raise UsageError(f"unknown flag {unknown}{suggest(unknown.replace('_', '-'), flags)}")
+
+    def _with_values(self, argv: list[str]) -> list[str]:
+        """Add the value true to each flag of a boolean with other words that is given alone."""
+        words = []
+        for i, word in enumerate(argv):
+            field = self._fields.get(word.removeprefix("--").replace("-", "_"))
+            if word.startswith("--") and field is not None and _words_of_boolean(field):
+                following = argv[i + 1] if i + 1 < len(argv) else ""
+                if following not in _words_of_boolean(field):
+                    word = f"{word}=true"
+            words.append(word)
+        return words
 
     def _unpack(self, name: str, words: Any) -> Any:
         """Return a single word instead of a list of one, if the field allows a single value."""
@@ -198,7 +210,12 @@ def _add_flag(group: Any, name: str, field: FieldInfo, *, hidden: bool) -> None:
         return
     text = argparse.SUPPRESS if hidden else _help(field)
     options: dict[str, Any] = {"dest": name, "help": text}
-    if bool in allowed:
+    if words := _words_of_boolean(field):
+        group.add_argument(
+            flag_of(f"no_{name}"), dest=name, action="store_false", help=argparse.SUPPRESS
+        )
+        options["metavar"] = "{" + ",".join(words) + "}"
+    elif bool in allowed:
         options["action"] = argparse.BooleanOptionalAction
     else:
         kinds = dict.fromkeys(_metavar(kind) for kind in _described(allowed))
@@ -206,6 +223,13 @@ def _add_flag(group: Any, name: str, field: FieldInfo, *, hidden: bool) -> None:
         if tuple in allowed:
             options["nargs"] = "+"
     group.add_argument(flag_of(name), **options)
+
+
+def _words_of_boolean(field: FieldInfo) -> list[str]:
+    """Return the values of a boolean that also has other words; no values for all other fields."""
+    allowed = allowed_types(field.annotation)
+    words = [word for kind in allowed if get_origin(kind) is Literal for word in get_args(kind)]
+    return ["true", "false", *words] if bool in allowed and words else []
 
 
 def _described(allowed: tuple[Any, ...]) -> list[Any]:

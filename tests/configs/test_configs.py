@@ -17,13 +17,13 @@ DETECTION = sorted((CONFIGS / "detection").glob("*.yaml"))
 def test_every_published_model_and_its_baselines_have_a_file():
     names = {path.stem for path in FILES}
     baselines = {f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")}
-    assert names == {*PUBLISHED, *baselines, "digits", "deit_recipe", *SMALL}
+    assert names == {*PUBLISHED, *baselines, "digits", "directions", "deit_recipe", *SMALL}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_file_is_read_and_documents_itself(path):
     config = parse_args(["--config", str(path)])
-    if path.stem not in ("digits", "deit_recipe", *SMALL):
+    if path.stem not in ("digits", "directions", "deit_recipe", *SMALL):
         assert config.model == path.stem
         assert config.batch_size == 128
     assert_documented(path)

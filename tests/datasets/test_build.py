@@ -232,5 +232,12 @@ def test_an_invalid_argument_is_named(
 
 
 def test_load_tar_is_refused_for_data_sets_without_tars(cifar: Path) -> None:
-    with pytest.raises(DataError, match="--load-tar is for IMNET and DIGITS: CIFAR has no tars"):
+    with pytest.raises(DataError, match=r"--load-tar is for .* and DIRECTIONS: CIFAR has"):
         build_dataset("CIFAR", cifar, "train", load_tar=True)
+
+
+def test_a_part_of_cifar_and_inaturalist_is_opened(cifar: Path, inat: Path) -> None:
+    train = build_dataset("CIFAR", cifar, "train", train_images=2)
+    assert len(train) == 2
+    assert len({train[i][1] for i in range(2)}) == 2
+    assert len(build_dataset("INAT", inat, "train", train_images=3)) == 3

@@ -16,7 +16,9 @@ def flat(outputs: dict) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("options", ["", "--pre_norm", "--position_embedding learned"])
+@pytest.mark.parametrize(
+    "options", ["", "--pre_norm", "--position_embedding learned", "--position_embedding none"]
+)
 def test_outputs_have_the_right_shape_and_depend_on_irpe(options, spec):
     images, mask = images_of((64, 80), (48, 96))
     with torch.no_grad():

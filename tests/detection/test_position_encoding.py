@@ -20,7 +20,7 @@ def test_sine_is_the_equation_with_the_row_first():
             assert encoding[0, axis + i, row, column].item() == pytest.approx(wave(angle), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["sine", "learned"])
+@pytest.mark.parametrize("kind", ["sine", "learned", "none"])
 def test_padding_does_not_change_the_encoding_of_an_image(kind):
     encode = fill(build_position_encoding(kind, 16))
     mask = torch.ones(2, 7, 9, dtype=torch.bool)
@@ -41,8 +41,13 @@ def test_learned_is_a_vector_per_column_then_one_per_row():
     assert 0 <= encode.row_embed.weight.min() < encode.row_embed.weight.max() <= 1
 
 
+def test_none_is_zero():
+    encoding = build_position_encoding("none", 6)(torch.zeros(2, 3, 5, dtype=torch.bool))
+    assert torch.equal(encoding, torch.zeros(2, 6, 3, 5))
+
+
 def test_invalid_kinds_and_sizes_are_refused():
-    with pytest.raises(ValueError, match="must be sine or learned, got 'cosine'"):
+    with pytest.raises(ValueError, match="must be sine, learned or none, got 'cosine'"):
         build_position_encoding("cosine", 12)
     with pytest.raises(ValueError, match=r"hidden_dim must be a multiple of 4 .* got 30"):
         build_position_encoding("sine", 30)
