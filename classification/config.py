@@ -112,8 +112,8 @@ class DataConfig(Config):
     """Fraction of the training images to use for validation if the data has no validation split;
     the chosen images are saved with the data."""
     split_seed: int = Field(0, ge=0)
-    """Random seed of train_val_split and train_images."""
-    train_images: int | None = Field(None, ge=1)
+    """Random seed of train_val_split and max_train_samples."""
+    max_train_samples: int | None = Field(None, ge=1)
     """Number of training images to use, the same number of each class; a smaller number is a subset
     of a larger one. None uses all."""
     pin_mem: bool = True

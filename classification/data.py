@@ -66,7 +66,7 @@ def build_split(
         inat_category=config.inat_category,
         max_bad_fraction=config.max_bad_fraction,
         train_val_split=split_options,
-        train_images=config.train_images,
+        max_train_samples=config.max_train_samples,
         split_seed=config.split_seed,
     )
 

@@ -38,7 +38,7 @@ def build_dataset(
     download: bool = False,
     max_bad_fraction: float = 0.01,
     train_val_split: SplitOptions | None = None,
-    train_images: int | None = None,
+    max_train_samples: int | None = None,
     split_seed: int = 0,
 ) -> ResilientDataset:
     """Open one split of a data set; `len(dataset.classes)` is its number of classes.
@@ -60,13 +60,13 @@ def build_dataset(
             distributed run, download with one process first.
         max_bad_fraction: Maximum fraction of corrupt images among the images read.
         train_val_split: Use a part of the training images for validation; only for `IMNET`.
-        train_images: Number of training images to use, the same number of each class (see
+        max_train_samples: Number of training images to use, the same number of each class (see
             `subset`); None uses all. It has no effect on the validation split.
-        split_seed: Seed of the choice of `train_images`.
+        split_seed: Seed of the choice of `max_train_samples`.
 
     Raises:
         DataError: The data is missing, empty or damaged, or `load_tar` or `train_val_split` is set
-            for a data set that does not support it, or there are fewer than `train_images`.
+            for a data set that does not support it, or there are fewer than `max_train_samples`.
         ValueError: The data set or the split is unknown.
     """
     allowed = get_args(DataSetName)
@@ -110,8 +110,8 @@ def build_dataset(
             transform=transform,
             download=download,
         )
-    if train_images is not None and split == "train":
-        dataset = _choose(dataset, train_images, split_seed)
+    if max_train_samples is not None and split == "train":
+        dataset = _choose(dataset, max_train_samples, split_seed)
     return ResilientDataset(dataset, max_bad_fraction=max_bad_fraction)
 
 

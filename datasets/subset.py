@@ -24,7 +24,7 @@ def choose_images(targets: np.ndarray, count: int, seed: int) -> np.ndarray:
     """
     if count > len(targets):
         raise DataError(
-            f"train_images must be at most {len(targets)}, the number of training images, "
+            f"max_train_samples must be at most {len(targets)}, the number of training images, "
             f"got {count}"
         )
     generator = np.random.default_rng(seed)

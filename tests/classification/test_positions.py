@@ -240,7 +240,7 @@ def test_a_checkpoint_is_evaluated_at_its_own_and_at_another_image_size(
     name, flags, tmp_path, caplog
 ):
     trained = tmp_path / "trained"
-    short = ["--train_images", "128", "--epochs", "1", "--output_dir", str(trained)]
+    short = ["--max_train_samples", "128", "--epochs", "1", "--output_dir", str(trained)]
     main([*flags, *ENCODINGS[name], *short])
     checkpoint = str(trained / "checkpoint.pth")
 

@@ -237,7 +237,7 @@ def test_load_tar_is_refused_for_data_sets_without_tars(cifar: Path) -> None:
 
 
 def test_a_part_of_cifar_and_inaturalist_is_opened(cifar: Path, inat: Path) -> None:
-    train = build_dataset("CIFAR", cifar, "train", train_images=2)
+    train = build_dataset("CIFAR", cifar, "train", max_train_samples=2)
     assert len(train) == 2
     assert len({train[i][1] for i in range(2)}) == 2
-    assert len(build_dataset("INAT", inat, "train", train_images=3)) == 3
+    assert len(build_dataset("INAT", inat, "train", max_train_samples=3)) == 3

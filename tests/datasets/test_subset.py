@@ -1,4 +1,4 @@
-"""Tests of `train_images`: the same number of each class, nested, and chosen by a seed."""
+"""Tests of `max_train_samples`: the same number of each class, nested, and chosen by a seed."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_more_images_than_there_are_is_refused(targets: np.ndarray) -> None:
 def test_a_part_of_the_digits_is_opened(tmp_path: Path, load_tar: bool, caplog) -> None:
     root = write_digits(tmp_path / "digits")
     caplog.set_level("INFO")
-    options = {"load_tar": load_tar, "train_images": 50, "split_seed": 2}
+    options = {"load_tar": load_tar, "max_train_samples": 50, "split_seed": 2}
     train = build_dataset("DIGITS", root, "train", **options)
     val = build_dataset("DIGITS", root, "val", **options)
     assert (len(train), len(val)) == (50, 359)
@@ -58,4 +58,4 @@ def test_a_part_of_the_digits_is_opened(tmp_path: Path, load_tar: bool, caplog) 
     assert np.bincount([train[i][1] for i in range(50)]).tolist() == [5] * 10
     assert "50 of 1438 training images, chosen with seed 2" in caplog.text
     with pytest.raises(DataError, match=r"at most 1438, .*, got 1439"):
-        build_dataset("DIGITS", root, "train", train_images=1439)
+        build_dataset("DIGITS", root, "train", max_train_samples=1439)
