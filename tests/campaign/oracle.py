@@ -39,6 +39,8 @@ _ERROR = re.compile(r"^error(?: \[rank \d+\])?: (.*)$", re.MULTILINE)
 _OWN_FRAME = re.compile(
     r'File ".*?((?:engine|datasets|classification|detection|irpe_core|rpe_ops)/\S+)", line (\d+)'
 )
+# A line of faulthandler, which prints the innermost frame first.
+_PLACE = re.compile(r'^  File "(.*?", line \d+ in \S+)$', re.MULTILINE)
 # Files that a command may write again next to the data.
 _CACHES = re.compile(r"\.npz$")
 
@@ -124,7 +126,7 @@ def run_forked(
     sys.stderr.flush()
     process = os.fork()
     if process == 0:
-        _child(command, list(argv), folder, expected)
+        _child(command, list(argv), folder, expected, timeout)
     descriptor = os.pidfd_open(process)
     limit = timeout if kill_after is None else kill_after
     ended = bool(select.select([descriptor], [], [], limit)[0])
@@ -159,7 +161,8 @@ def judge(end: End, folder: Path, before: dict[Path, str], culprits: Sequence[st
     if (folder / "ran").exists():
         return Verdict("code run", "a payload created a file")
     if end.timed_out:
-        return Verdict("hang", last)
+        places = _PLACE.findall(end.output)
+        return Verdict("hang", f"{last} at {places[0]}" if places else last)
     if end.code < 0:
         return Verdict("crash", f"{signal.Signals(-end.code).name}: {last}")
     if lost:
@@ -213,6 +216,7 @@ def _child(
     argv: list[str],
     folder: Path,
     expected: tuple[type[Exception], ...],
+    timeout: float,
 ) -> NoReturn:
     """Run the command in the forked process, and exit as its own process would."""
     code: object = 1
@@ -225,6 +229,8 @@ def _child(
             os.dup2(os.open(name, flags, 0o644), number)
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        # The place of a hang: the innermost frame is in the last lines of stderr.
+        faulthandler.dump_traceback_later(0.9 * timeout, file=sys.stderr)
         os.environ |= {
             "HOME": str(folder),
             "XDG_CACHE_HOME": "",

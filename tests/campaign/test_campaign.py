@@ -56,7 +56,9 @@ def test_the_oracle_finds_a_planted_fault(command, kind, tmp_path):
 
 def test_the_oracle_finds_a_hang_and_ends_it(tmp_path):
     start = time.monotonic()
-    assert judged(tmp_path, lambda: time.sleep(60), timeout=0.5).kind == "hang"
+    verdict = judged(tmp_path, lambda: time.sleep(60), timeout=0.5)
+    assert verdict.kind == "hang"
+    assert "test_campaign.py" in verdict.note
     assert time.monotonic() - start < 20
 
 
