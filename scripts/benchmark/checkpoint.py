@@ -1,6 +1,6 @@
 """Measure checkpoints and the start of a training.
 
-    python -m scripts.benchmark checkpoint [--model NAME] [--rounds N] [--output FILE]
+    python -m scripts.benchmark checkpoint --output benchmarks/checkpoint.json
 
 Writing and reading are compared with plain `torch.save` and `torch.load(weights_only=True)`, which
 neither sync the file to the disk nor check it. The rounds alternate, and medians are printed.
@@ -22,6 +22,7 @@ import torch
 
 import classification.models  # noqa: F401  (registers the published models)
 from engine.checkpoint import CheckpointDir
+from engine.provenance import machine
 from irpe_core import load_checkpoint
 from scripts.benchmark.timing import positive_int
 
@@ -39,15 +40,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=positive_int, default=5, help="rounds (default: 5)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)
-    result = measure(args.model, args.rounds)
-    for name, seconds in result["seconds"].items():
+    results, size = measure(args.model, args.rounds)
+    print(f"checkpoint of {size:.0f} MB")
+    for name, seconds in results.items():
         print(f"{name:<40} {seconds:7.3f} s")
     if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        report = {"machine": machine(), "rounds": args.rounds, "model": args.model}
+        report |= {"checkpoint_mb": round(size, 1), "results": results}
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def measure(model: str, rounds: int) -> dict[str, Any]:
-    """Return the size of a checkpoint in MB and the median seconds of each part.
+def measure(model: str, rounds: int) -> tuple[dict[str, float], float]:
+    """Return the median seconds of each part, and the size of the checkpoint in MB.
 
     Args:
         model: Name of a model of timm. Its checkpoint has the state of AdamW too.
@@ -76,13 +81,7 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
                 work()
                 times[part].append(time.perf_counter() - start)
         size = path.stat().st_size
-    return {
-        "model": model,
-        "rounds": rounds,
-        "torch": torch.__version__,
-        "checkpoint_mb": round(size / 1e6, 1),
-        "seconds": {part: round(statistics.median(of), 4) for part, of in times.items()},
-    }
+    return {part: round(statistics.median(of), 4) for part, of in times.items()}, size / 1e6
 
 
 def _state(name: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "train": ["--size", "tiny", "--batch-size", "1", "--rounds", "1", "--device", "cpu"],
     "data": ["--count", "2", "--rounds", "1"],
+    "checkpoint": ["--model", "deit_tiny_patch16_224", "--rounds", "1"],
 }
 
 
@@ -162,7 +163,7 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones(argv, capsys):
     with pytest.raises(SystemExit) as leaving:
         main(argv)
     assert leaving.value.code == 2
-    assert "{train,ops,data,coco,memory,host,gpu,static}" in capsys.readouterr().err
+    assert "{train,ops,data,coco,checkpoint,memory,host,gpu,static}" in capsys.readouterr().err
 
 
 def test_the_host_time_of_a_layer_is_measured_without_a_gpu(tmp_path):
