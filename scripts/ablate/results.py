@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from engine import UsageError, replacing
@@ -71,8 +70,8 @@ def training_record(cell: Cell, folder: Path) -> dict[str, Any]:
         "options": dict(cell.options),
         "metrics": log[-1],
         "evaluations": {},
-        # The first epoch has the start of workers and caches.
-        "step_s": images_per_step(cell.config) / median(speeds[1:] or speeds) if speeds else None,
+        # Of the fastest epoch, because other programs on the machine can only slow it down.
+        "step_s": images_per_step(cell.config) / max(speeds) if speeds else None,
         "classes": _classes(folder),
     }
 

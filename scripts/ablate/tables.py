@@ -18,7 +18,7 @@ corrected for the number of comparisons.{better}
 """
 _COSTS = """\
 Parameters that are trained; MACs of one image, counted. Time per training step: relative to
-*{reference}*, from the logs of the trainings, with the loading of data; {jobs}.
+*{reference}*, of the fastest epoch of all seeds, with the loading of data; {jobs}.
 """
 _COST_NAMES = ("parameters", "MACs", "time per step")
 
