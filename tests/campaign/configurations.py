@@ -1,6 +1,7 @@
 """Cases of options: YAML files and flags with wrong values, kinds, tags and syntax."""
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -54,13 +55,27 @@ def yaml_case(rng: random.Random, base: Base, folder: Path) -> Verdict:
     content = text.encode("utf-8", "surrogatepass")
     path = folder / "input" / "run.yaml"
     path.parent.mkdir(parents=True)
-    path.write_bytes(mutate_bytes(rng, content) if kind == "bytes" else content)
+    if kind == "bytes":
+        content = mutate_bytes(rng, content)
+    path.write_bytes(content)
     argv = ["--config", str(path), "--max_steps=1", "--output_dir", str(folder / "output")]
     argv += ["--backbone_weights=none"] if cls is DetectionConfig else []
+    argv += _lost(flags, content)
     name = place.partition(".")[0]
     # Damaged bytes change any option, and an error names one as a flag.
     culprits = _culprits(name, path.name, *_PLACES, *(["--"] if kind == "bytes" else []))
     return trial(folder, main, argv, culprits=culprits, kept=[path, *base.folders])
+
+
+def _lost(flags: list[str], content: bytes) -> list[str]:
+    """Return the flags whose options a YAML file has lost; the default model is a large one."""
+    pairs = [pair for pair in pairwise(flags) if pair[0].startswith("--")]
+    return [
+        word
+        for name, value in pairs
+        if not value.startswith("--") and f"{name[2:]}:".encode() not in content
+        for word in (name, value)
+    ]
 
 
 def flags_case(rng: random.Random, base: Base, folder: Path) -> Verdict:
