@@ -26,20 +26,12 @@ from engine.provenance import machine
 from irpe_core import load_checkpoint
 from scripts.benchmark.timing import positive_int
 
-__all__ = ["main", "measure"]
+__all__ = ["main", "measure", "parse_args"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the medians, and write them to `--output` as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.benchmark checkpoint", description=__doc__
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    model = "deit_small_patch16_224_ctx_product_50_shared_k"
-    parser.add_argument("--model", default=model, help="name of a model of timm (default: DeiT-S)")
-    parser.add_argument("--rounds", type=positive_int, default=5, help="rounds (default: 5)")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     results, size = measure(args.model, args.rounds)
     print(f"checkpoint of {size:.0f} MB")
     for name, seconds in results.items():
@@ -49,6 +41,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         report = {"machine": machine(), "rounds": args.rounds, "model": args.model}
         report |= {"checkpoint_mb": round(size, 1), "results": results}
         args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the flags of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.benchmark checkpoint", description=__doc__
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    model = "deit_small_patch16_224_ctx_product_50_shared_k"
+    parser.add_argument("--model", default=model, help="name of a model of timm (default: DeiT-S)")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="rounds (default: 5)")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    return parser.parse_args(argv)
 
 
 def measure(model: str, rounds: int) -> tuple[dict[str, float], float]:
