@@ -180,8 +180,7 @@ class _Training:
         before = checkpoint.get("images_per_step", self.total_batch_size)
         if before != self.total_batch_size:
             logger.warning(
-                "the total batch size changes from %d to %d images, and the learning rate stays "
-                "that of the schedule in the checkpoint",
+                "total batch size changed from %d to %d images; the learning rate is not scaled",
                 before,
                 self.total_batch_size,
             )

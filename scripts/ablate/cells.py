@@ -3,7 +3,7 @@
 All mistakes in the file are found here, before anything runs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ def _check_metric(file: AblationFile, config: RunConfig, place: str) -> None:
         raise UsageError(f"{place}: metric must be one of {', '.join(names)}, got {file.metric!r}")
 
 
-def _check_different(path: str, cells: list[Cell]) -> None:
+def _check_different(path: str, cells: Sequence[Cell]) -> None:
     """Refuse variants and points that give the same configuration twice."""
     found: dict[str, Cell] = {}
     for cell in cells:
@@ -201,7 +201,7 @@ def _check_different(path: str, cells: list[Cell]) -> None:
                 )
 
 
-def check_models(path: str, cells: list[Cell] | tuple[Cell, ...]) -> None:
+def check_models(path: str, cells: Sequence[Cell]) -> None:
     """Build each different model of the cells once, for training and for its evaluations.
 
     Raises:
@@ -219,7 +219,7 @@ def check_models(path: str, cells: list[Cell] | tuple[Cell, ...]) -> None:
             raise UsageError(f"{path}: {place}: {error}") from error
 
 
-def _configurations(cells: list[Cell] | tuple[Cell, ...]) -> Iterator[tuple[str, RunConfig]]:
+def _configurations(cells: Sequence[Cell]) -> Iterator[tuple[str, RunConfig]]:
     """Yield the options of each training and evaluation, with their place in the file."""
     for cell in cells:
         place = ", point ".join(filter(None, (f"variant {cell.variant!r}", cell.point)))
@@ -228,7 +228,7 @@ def _configurations(cells: list[Cell] | tuple[Cell, ...]) -> Iterator[tuple[str,
             yield f"{place}, point {label!r}", cell.evaluated(label)
 
 
-def check_recorded(cells: list[Cell] | tuple[Cell, ...], output_dir: Path) -> None:
+def check_recorded(cells: Sequence[Cell], output_dir: Path) -> None:
     """Check that cells that ran before, wholly or in part, ran with the same options.
 
     A cell without a checkpoint can have new options: nothing of it would be mixed.

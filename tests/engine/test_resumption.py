@@ -227,5 +227,5 @@ def test_the_schedule_continues_at_its_epoch_with_another_batch_size(
     steps = 2 * (44 // batch_size)
     assert content["lr_scheduler"]["last_epoch"] == steps
     assert content["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.05 / (1 + steps))
-    warned = f"the total batch size changes from 4 to {batch_size} images" in caplog.text
+    warned = f"total batch size changed from 4 to {batch_size} images" in caplog.text
     assert warned == (batch_size != 4)
