@@ -50,6 +50,8 @@ class AblateConfig(Config):
     """Print one command for each cell, for an array job."""
     report: bool = False
     """Write the report again from the finished cells, without running any."""
+    reference: str = ""
+    """Variant that the others are compared with; empty is the first."""
     cell: str = ""
     """Name of the folder of the only cell to run, as --print_commands writes it."""
 
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from scripts.ablate.results import check_folder
     from scripts.ablate.run import RunOptions
 
-    ablation = load_ablation(config.file)
+    ablation = load_ablation(config.file, config.reference)
     folder = Path(config.output_dir or Path("outputs", "ablations", ablation.name))
     options = RunOptions(folder, Launcher(config.launcher, config.jobs), config.jobs, config.device)
     cells = [cell for cell in ablation.cells if config.cell in ("", cell.folder)]
@@ -175,7 +177,7 @@ def _shown_command(config: AblateConfig) -> list[str]:
 
 def _flags(config: AblateConfig) -> list[str]:
     """Return the flags that the commands of cells share."""
-    names = ("output_dir", "launcher", "device")
+    names = ("output_dir", "launcher", "device", "reference")
     given = {name: getattr(config, name) for name in names}
     return [word for name, value in given.items() if value for word in (f"--{name}", value)]
 

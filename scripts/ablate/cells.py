@@ -75,30 +75,37 @@ class Ablation:
         path: Path of the file.
         file: Its content.
         cells: All cells, seed by seed, so that an interrupted ablation has all variants.
+        reference: Label of the variant that the others are compared with.
     """
 
     path: Path
     file: AblationFile
     cells: tuple[Cell, ...]
+    reference: str
 
     @property
     def name(self) -> str:
         """Name of the file without its ending."""
         return self.path.stem
 
-    @property
-    def reference(self) -> str:
-        """Label of the variant that the others are compared with."""
-        return next(iter(self.file.variants))
 
-
-def load_ablation(path: str) -> Ablation:
+def load_ablation(path: str, reference: str = "") -> Ablation:
     """Read the file of an ablation and check all of its configurations.
 
+    Args:
+        path: YAML file.
+        reference: Label of the variant that the others are compared with; empty is the first.
+
     Raises:
-        UsageError: The file is invalid, or the trainer refuses the options of a cell.
+        UsageError: The file is invalid, the trainer refuses the options of a cell, or no variant
+            has the label of the reference.
     """
     file = read_file(path)
+    reference = reference or next(iter(file.variants))
+    if reference not in file.variants:
+        raise UsageError(
+            f"--reference must be one of {', '.join(file.variants)}, got {reference!r}"
+        )
     cls = TRAINERS[file.trainer]
     base: Options = {}
     if file.config:
@@ -122,7 +129,7 @@ def load_ablation(path: str) -> Ablation:
         for variant in file.variants
     ]
     _check_different(path, [cell for cell in cells if cell.seed == file.seeds[0]])
-    return Ablation(Path(path), file, tuple(cells))
+    return Ablation(Path(path), file, tuple(cells), reference)
 
 
 def _check_names(path: str, place: str, options: Options, cls: type[RunConfig]) -> None:

@@ -36,7 +36,7 @@ class AblationFile(Config):
     options: Options = Field(default_factory=dict)
     """Differences of all cells to the base configuration."""
     variants: dict[str, Options]
-    """Differences of each variant, by its label; the others are compared with the first."""
+    """Differences of each variant, by its label."""
     train_at: dict[str, Any] | None = None
     """Label of an axis, and points at which each variant is trained."""
     evaluate_at: dict[str, Any] | None = None

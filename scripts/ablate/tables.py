@@ -124,7 +124,9 @@ def _mean_rows(collected: Collected, decimals: int) -> list[list[str]]:
 def _difference_rows(collected: Collected, decimals: int) -> list[list[str]]:
     """Return the differences of all variants but the reference at all points."""
     rows = []
-    for variant in list(collected.ablation.file.variants)[1:]:
+    for variant in collected.ablation.file.variants:
+        if variant == collected.ablation.reference:
+            continue
         row = [variant]
         for point in collected.ablation.file.points:
             found = collected.difference(variant, point)

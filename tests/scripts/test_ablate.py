@@ -144,6 +144,7 @@ def test_mistakes_in_points_are_one_sentence(text, expected, file, capsys):
         (["--report", "--dry_run"], "--dry_run and --report exclude each other"),
         (["--cell", "none/seed_7"], "--cell must be a folder such as none/seed_0, got 'none/s"),
         (["--job", "2"], "unknown flag --job: did you mean --jobs?"),
+        (["--reference", "q"], "--reference must be one of none, iRPE k, iRPE q, got 'q'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -206,6 +207,22 @@ def test_a_loss_is_better_if_it_is_lower(file, out):
     assert found["difference"]["mean"] < 0
     assert found["difference"]["verdict"] == "better"
     assert "Lower is better." in (out / "table.md").read_text()
+
+
+def test_a_report_compares_with_any_variant(file, out, capsys):
+    main(file(EVALUATED))
+    first = numbers(out)
+    main([*file(EVALUATED), "--report", "--reference", "iRPE k"])
+    second = numbers(out)
+    for point in ("24", "32"):
+        gain = first["iRPE k"][point]["difference"]
+        assert second["iRPE k"][point]["difference"] is None
+        loss = second["none"][point]["difference"]
+        assert loss["mean"] == pytest.approx(-gain["mean"])
+        assert (gain["verdict"], loss["verdict"]) == ("better", "worse")
+    table = (out / "table.md").read_text()
+    assert "Difference to *iRPE k*" in table
+    assert "--reference 'iRPE k'" in table
 
 
 def test_trained_models_are_evaluated_at_points(file, out, capsys):
