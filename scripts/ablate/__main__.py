@@ -172,12 +172,13 @@ def _command(config: AblateConfig, cell: "Cell") -> list[str]:
 
 def _shown_command(config: AblateConfig) -> list[str]:
     """Return the command of the whole ablation, for the report."""
-    return ["python", "-m", "scripts.ablate", config.file, *_flags(config)]
+    reference = ["--reference", config.reference] if config.reference else []
+    return ["python", "-m", "scripts.ablate", config.file, *_flags(config), *reference]
 
 
 def _flags(config: AblateConfig) -> list[str]:
-    """Return the flags that the commands of cells share."""
-    names = ("output_dir", "launcher", "device", "reference")
+    """Return the flags that the printed commands share."""
+    names = ("output_dir", "launcher", "device")
     given = {name: getattr(config, name) for name in names}
     return [word for name, value in given.items() if value for word in (f"--{name}", value)]
 

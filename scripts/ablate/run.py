@@ -126,9 +126,9 @@ def _run_cell(ablation: Ablation, cell: Cell, options: RunOptions, processes: Pr
         StoppedError: The ablation was asked to stop.
     """
     processes.check()
-    start = time.perf_counter()
     folder = options.output_dir / cell.folder
     processes.wait_for_others([folder, folder / "evaluate"], cell.name)
+    start = time.perf_counter()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         result = read_result(cell, options.output_dir)

@@ -171,4 +171,7 @@ def _machines(collected: Collected) -> str:
         machines[text] = machines.get(text, 0) + 1
     seconds = sum(result["seconds"] for result in collected.results.values())
     names = "; ".join(f"{text} ({count} cells)" for text, count in machines.items())
-    return f"Machine: {names}. Sum of the times of all cells: {seconds / 60:.1f} minutes.\n"
+    return (
+        f"Machine: {names}. Sum of the times of all cells, without interrupted starts: "
+        f"{seconds / 60:.1f} minutes.\n"
+    )

@@ -11,6 +11,10 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 
 
+def test_there_are_files():
+    assert FILES
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_trainer_accepts_every_cell_and_builds_its_model(path, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -76,7 +76,7 @@ def test_planted_gains_are_found_and_absent_ones_are_claimed_in_five_percent():
     for gain in claims:
         for _ in range(draws):
             reference, values = generator.normal(0, 1, (2, 5))
-            # The seeds change both variants in the same way, as far as they are correlated.
+            # Both are independent, so their difference has a standard deviation of √2.
             found = difference(by_seed(values + gain), by_seed(reference), lower_is_better=False)
             claims[gain] += found.verdict != "not shown"
             if gain and found.verdict != "not shown":
