@@ -28,10 +28,16 @@ QUOTED = [
     ("digits_table4", "absolute and qkv", "absolute and k", [""]),
     ("digits_table4", "absolute and qkv", "absolute and qk", [""]),
     ("digits_table4", "qkv", "k", [""]),
+    ("digits_shared", "contextual unshared", "bias unshared", [""]),
+    ("digits_shared", "contextual shared", "bias shared", [""]),
+    ("digits_shared", "contextual shared", "contextual unshared", [""]),
+    ("digits_shared", "bias shared", "bias unshared", [""]),
     ("extrapolation", "RoPE", "iRPE qkv", ["24"]),
     ("extrapolation", "sine", "iRPE qkv", ["24"]),
     ("extrapolation", "iRPE qkv", "RoPE", ["16", "32", "48"]),
     ("extrapolation", "absolute", "iRPE qkv", ["16", "32", "48"]),
+    ("data", "RoPE", "iRPE k", ["100", "800"]),
+    ("data", "absolute", "iRPE k", ["100", "200"]),
 ]
 
 
