@@ -7,9 +7,11 @@ Between the updates of two parameters, the state of the training could not be sa
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 from engine.errors import UserError
@@ -108,6 +110,8 @@ def shield_worker(worker_id: int) -> None:
     A worker that cannot send a batch exits, for example without shared memory. Without this, the
     main process would wait for the batch forever.
 
+    A worker prints nothing if the main process ends while it takes a batch.
+
     Args:
         worker_id: Number of the worker; not used.
     """
@@ -115,6 +119,16 @@ def shield_worker(worker_id: int) -> None:
 
     os.setpgid(0, 0)
     Queue._on_queue_feeder_error = staticmethod(_exit_without_sending)
+    # multiprocessing serves the memory of batches in a thread that calls this hook.
+    sys.excepthook = _print_unless_closed
+
+
+def _print_unless_closed(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print an exception, unless the other end has closed the connection."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _exit_without_sending(error: Exception, batch: object) -> None:

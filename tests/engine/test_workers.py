@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from engine import UserError, shield_worker
 from engine.meters import TimedBatches
 from engine.workers import awaited_batch, worker_error
-from tests.engine.launch import start
+from tests.engine.launch import ROOT, start
 from tests.engine.toy import ToyConfig, equal, train
 
 SHORT = "shared memory is too small (df -h /dev/shm): give the container more"
@@ -95,6 +97,21 @@ def test_a_worker_that_dies_while_it_sends_is_an_error_of_a_worker(error):
 
 def test_other_errors_are_not_about_workers():
     assert worker_error(RuntimeError("CUDA error: out of memory")) is None
+
+
+def test_a_worker_prints_nothing_if_the_main_process_closes_a_connection():
+    program = """
+import os, socket
+from multiprocessing import resource_sharer
+from engine.workers import shield_worker
+shield_worker(0)
+memory = resource_sharer.DupFd(0)
+with socket.socket(socket.AF_UNIX) as client:
+    client.connect(resource_sharer._resource_sharer._address)
+os.close(memory.detach())  # The next connection is served after the closed one.
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_a_run_saves_its_state_before_it_ends_for_a_dead_worker(tmp_path):
