@@ -60,9 +60,9 @@ def main(folder: Path) -> int:
         print(f"{title:<18} {line['test_acc1']:>8.1f} {line['n_parameters']:>11,}")
     print(
         "\nThere are 359 validation images: one image is 0.28 points, and results of different\n"
-        "seeds differ by about 2 points. The random split puts images of every writer into both\n"
+        "seeds differ by some points. The random split puts images of every writer into both\n"
         "halves; with a split by writer the accuracies are lower.\n"
-        "iRPE alone can replace the absolute embedding here. A gain over it is not shown."
+        "docs/evidence.md compares the position encodings over five seeds."
     )
     evaluated = json.loads((folder / "evaluation" / "eval.json").read_text())
     failures = failed_checks(results, evaluated)
