@@ -66,27 +66,22 @@ def seeds_of(report: dict, variant: str, point: str) -> dict[int, float]:
     return {int(seed): value for seed, value in found.items()}
 
 
-def mean_of(found: dict, decimals: int) -> str:
-    return f"{found['mean']:.{decimals}f} ± {found['std']:.{decimals}f}"
-
-
-def difference_of(found: dict, decimals: int) -> list[str]:
+def difference_of(found: dict) -> list[str]:
     """Return difference, interval and verdict."""
     interval = "—"
     if found["interval"]:
-        low, high = found["interval"]
-        interval = f"[{low:+.{decimals}f}, {high:+.{decimals}f}]"
-    return [f"{found['mean']:+.{decimals}f}", interval, found["verdict"]]
+        interval = "[{:+.2f}, {:+.2f}]".format(*found["interval"])
+    return [f"{found['mean']:+.2f}", interval, found["verdict"]]
 
 
 def expected_rows(report: dict) -> list[str]:
     """Return the rows of the means and differences; one row has both if there are no points."""
-    decimals = 4 if report["metric"] == "test_AP" else 2
     lines = []
     for variant, content in report["variants"].items():
         points = content["points"].values()
-        lines.append([variant, *(mean_of(point["summary"], decimals) for point in points)])
-        gains = [difference_of(p["difference"], decimals) for p in points if p["difference"]]
+        means = [f"{p['summary']['mean']:.2f} ± {p['summary']['std']:.2f}" for p in points]
+        lines.append([variant, *means])
+        gains = [difference_of(p["difference"]) for p in points if p["difference"]]
         if gains and report["axis"]:
             lines.append([variant, *(" ".join(gain) for gain in gains)])
         elif gains:
